@@ -1,0 +1,103 @@
+"""Frames: the envelope of every message on every stream.
+
+    0        1        2        4            8            12           16
+    +--------+--------+--------+------------+------------+------------+------------+-------------+
+    | version| kind   | flags  | request id | meta bytes | payload b. | meta       | payload     |
+    +--------+--------+--------+------------+------------+------------+------------+-------------+
+      u8       u8       u16      u32          u32          u32          msgpack      raw bytes
+
+All integers are big-endian. `meta` is a msgpack map (see `messages`), `payload` is tensor rows or file bytes as they
+are. The decoder takes bytes in any portions and never holds more than it was given: a declared length allocates
+nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from . import limits
+from .errors import ProtocolViolation, UnsupportedVersion
+
+FRAME_VERSION = 1
+HEADER = struct.Struct(">BBHIII")
+FLAG_MORE = 1  # further replies to the same request follow
+_KNOWN_FLAGS = FLAG_MORE
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame as received."""
+
+    kind: int
+    request_id: int
+    flags: int
+    meta: bytes
+    payload: bytearray
+
+
+def encode_header(kind: int, request_id: int, flags: int, meta_size: int, payload_size: int) -> bytes:
+    """The 16-byte header of a frame of ours."""
+    assert meta_size <= limits.MAX_META_BYTES, meta_size
+    assert payload_size <= limits.MAX_PAYLOAD_BYTES, payload_size
+    return HEADER.pack(FRAME_VERSION, kind, flags, request_id, meta_size, payload_size)
+
+
+class FrameDecoder:
+    """Turns received bytes into frames. After a ProtocolViolation it must not be fed again."""
+
+    def __init__(self, max_payload: int = limits.MAX_PAYLOAD_BYTES) -> None:
+        self._max_payload = max_payload
+        self._parts: list[Buffer] = []
+        self._have = 0  # bytes in _parts
+        self._need = HEADER.size  # bytes until the next step
+        self._header: tuple[int, int, int, int, int] | None = None  # kind, flags, request id, meta size, payload size
+
+    @property
+    def mid_frame(self) -> bool:
+        """Whether a frame has begun and is not complete: the end of the stream here is a truncation."""
+        return self._header is not None or self._have > 0
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """Take received bytes; yield the frames that they complete. Raises ProtocolViolation."""
+        view = memoryview(data)
+        while view or (self._header is not None and self._need == self._have):
+            taken = view[: self._need - self._have]
+            view = view[len(taken) :]
+            if taken:
+                self._parts.append(taken)
+                self._have += len(taken)
+            if self._have < self._need:
+                return
+            whole = self._collect()
+            if self._header is None:
+                self._header = self._read_header(whole)
+                self._need = self._header[3] + self._header[4]
+            else:
+                yield self._complete(whole)
+
+    def _collect(self) -> bytearray:
+        whole = bytearray().join(self._parts)
+        self._parts, self._have = [], 0
+        return whole
+
+    def _complete(self, whole: bytearray) -> Frame:
+        assert self._header is not None
+        kind, flags, request_id, meta_size, _ = self._header
+        self._header, self._need = None, HEADER.size
+        meta = bytes(whole[:meta_size])
+        del whole[:meta_size]  # O(1): CPython moves the start, not the bytes
+        return Frame(kind, request_id, flags, meta, whole)
+
+    def _read_header(self, data: bytearray) -> tuple[int, int, int, int, int]:
+        version, kind, flags, request_id, meta_size, payload_size = HEADER.unpack(data)
+        if version != FRAME_VERSION:
+            raise UnsupportedVersion(f"frame version {version}, this build speaks {FRAME_VERSION}")
+        if flags & ~_KNOWN_FLAGS:
+            raise ProtocolViolation(f"unknown frame flags {flags:#x}")
+        if meta_size > limits.MAX_META_BYTES or payload_size > self._max_payload:
+            raise ProtocolViolation(f"frame of {meta_size} + {payload_size} bytes is over the limit")
+        return kind, flags, request_id, meta_size, payload_size

@@ -1,0 +1,230 @@
+"""What peers say to each other: the messages of the three protocols, with every bound.
+
+    /moehive/peer/1.0.0     who holds what, how busy         GetInventory -> Inventory, GetLoad -> Load
+    /moehive/shard/1.0.0    bytes of stored objects          GetChunkList -> ChunkHashes, GetChunks -> Chunk...
+    /moehive/expert/1.0.0   run experts on rows of tensors   RunExperts -> ExpertsDone
+
+Every stream begins with Hello -> Welcome (or Refused); see `session`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from . import limits
+from .codec import Message, blob, hash_text, integer, integers, number, one_of, text, wire
+from .errors import ProtocolViolation
+from .ids import ModelId, ShardHash
+from .manifest import ITEM_SIZE
+
+MAX_EXPERTS = 1024  # experts of one layer in one request
+MAX_ROWS = 1 << 20  # tokens in one request; the payload limit is reached long before
+PROOF_BYTES = 32
+TENSOR_DTYPES = ("F32", "BF16", "F16")
+
+
+# --- every stream -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello(Message):
+    """First frame of whoever opened the stream: proof of belonging to the swarm (see `session.Admission`)."""
+
+    KIND: ClassVar[int] = 1
+    agent: str = wire(text(64))
+    proof: bytes = wire(blob(PROOF_BYTES, PROOF_BYTES))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome(Message):
+    """Answer to Hello, with the other side's own proof."""
+
+    KIND: ClassVar[int] = 2
+    agent: str = wire(text(64))
+    proof: bytes = wire(blob(PROOF_BYTES, PROOF_BYTES))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused(Message):
+    """No, with a reason. Request id 0 refuses the stream itself."""
+
+    KIND: ClassVar[int] = 3
+    code: int = wire(integer(0, 255))  # RefusalCode; an unknown code is read as INTERNAL
+    detail: str = wire(text(limits.MAX_DETAIL_CHARS))
+    retry_after: float = wire(number(0.0, limits.MAX_DEADLINE))  # seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel(Message):
+    """The answer to this request is no longer wanted. Not answered."""
+
+    KIND: ClassVar[int] = 4
+
+
+# --- /moehive/peer ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetInventory(Message):
+    """Ask for the peer's own signed announcement, fresher than the table's."""
+
+    KIND: ClassVar[int] = 16
+    model: ModelId = wire(hash_text)  # noqa: RUF009 - `wire` declares a field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory(Message):
+    """The payload is a signed record (see `inventory`)."""
+
+    KIND: ClassVar[int] = 17
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetLoad(Message):
+    """Ask how busy the peer is."""
+
+    KIND: ClassVar[int] = 18
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load(Message):
+    """How busy: work waiting, and work done since the peer started."""
+
+    KIND: ClassVar[int] = 19
+    queued_requests: int = wire(integer(0, 1 << 32))
+    expected_wait: float = wire(number(0.0, limits.MAX_DEADLINE))  # seconds
+    rows_done: int = wire(integer(0, 1 << 62))  # (token, expert) rows
+    bytes_sent: int = wire(integer(0, 1 << 62))  # of shards
+
+
+# --- /moehive/shard -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetChunkList(Message):
+    """Ask for the chunk hashes of an object: a shard, an asset, or a manifest (whose hash is the model id)."""
+
+    KIND: ClassVar[int] = 32
+    hash: ShardHash = wire(hash_text)  # noqa: RUF009 - `wire` declares a field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkHashes(Message):
+    """The payload is the chunk hashes; with `size` they give the object's hash."""
+
+    KIND: ClassVar[int] = 33
+    size: int = wire(integer(0, limits.MAX_SHARD_BYTES))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetChunks(Message):
+    """Ask for `count` chunks from `first` on."""
+
+    KIND: ClassVar[int] = 34
+    hash: ShardHash = wire(hash_text)  # noqa: RUF009 - `wire` declares a field
+    first: int = wire(integer(0, limits.MAX_SHARD_BYTES >> 20))
+    count: int = wire(integer(1, limits.MAX_CHUNKS_PER_REQUEST))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk(Message):
+    """One chunk; the payload is its bytes. All but the last of a request carry the MORE flag."""
+
+    KIND: ClassVar[int] = 35
+    index: int = wire(integer(0, limits.MAX_SHARD_BYTES >> 20))
+
+
+# --- /moehive/expert ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunExperts(Message):
+    """Run some experts of one layer on some tokens.
+
+    Payload, in this order, with R = sum(counts):
+        hidden        [tokens, hidden]  dtype
+        token index   [R]               int32, which token each row of each expert is; experts in the order given
+        weights       [R]               weights_dtype, only in the `sum` form
+
+    Answer forms: `sum` gives one row per token, the weighted sum over these experts, accumulated in fp32 in ascending
+    expert order; `rows` gives the R unweighted expert outputs, for a caller that wants transformers' order of addition.
+    """
+
+    KIND: ClassVar[int] = 48
+    model: ModelId = wire(hash_text)  # noqa: RUF009 - `wire` declares a field
+    layer: int = wire(integer(0, 1 << 16))
+    tokens: int = wire(integer(1, MAX_ROWS))
+    hidden: int = wire(integer(1, 1 << 20))
+    dtype: str = wire(one_of(*TENSOR_DTYPES))
+    weights_dtype: str = wire(one_of(*TENSOR_DTYPES))
+    form: str = wire(one_of("sum", "rows"))
+    experts: tuple[int, ...] = wire(integers(0, 1 << 16, MAX_EXPERTS))
+    counts: tuple[int, ...] = wire(integers(1, MAX_ROWS, MAX_EXPERTS))
+    deadline: float = wire(number(0.0, limits.MAX_DEADLINE))  # seconds from receipt
+
+    @property
+    def rows(self) -> int:
+        """R: (token, expert) pairs."""
+        return sum(self.counts)
+
+    @property
+    def request_bytes(self) -> int:
+        """Size of the payload that belongs to these fields."""
+        weights = self.rows * ITEM_SIZE[self.weights_dtype] if self.form == "sum" else 0
+        return self.tokens * self.hidden * ITEM_SIZE[self.dtype] + 4 * self.rows + weights
+
+    @property
+    def answer_rows(self) -> int:
+        """Rows of the answer."""
+        return self.tokens if self.form == "sum" else self.rows
+
+    @property
+    def answer_bytes(self) -> int:
+        """Size of the answer's payload."""
+        return self.answer_rows * self.hidden * ITEM_SIZE[self.dtype]
+
+    def check(self, payload_bytes: int) -> None:
+        """Raise ProtocolViolation where fields and payload contradict each other or the answer would be too large."""
+        if not self.experts or len(self.experts) != len(self.counts) or max(self.counts) > self.tokens:
+            raise ProtocolViolation("RunExperts: experts, counts and tokens do not fit each other")
+        if list(self.experts) != sorted(set(self.experts)):
+            raise ProtocolViolation("RunExperts: experts must be distinct and ascending")
+        if self.request_bytes != payload_bytes:
+            raise ProtocolViolation(f"RunExperts: payload of {payload_bytes} bytes, {self.request_bytes} are declared")
+        if self.answer_bytes > limits.MAX_PAYLOAD_BYTES:
+            raise ProtocolViolation(
+                f"RunExperts: the answer of {self.answer_bytes} bytes is over the limit; send fewer rows"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsDone(Message):
+    """The payload is [answer_rows, hidden] in the request's dtype."""
+
+    KIND: ClassVar[int] = 49
+    waited: float = wire(number(0.0, limits.MAX_DEADLINE))  # seconds in the queue
+    computed: float = wire(number(0.0, limits.MAX_DEADLINE))  # seconds of computation of the batch it was part of
+
+
+# --- protocols ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolSpec:
+    """One protocol: its libp2p name, and which messages answer which."""
+
+    name: str
+    answers: Mapping[type[Message], type[Message]]
+    max_request_payload: int
+    max_reply_payload: int
+
+
+PEER = ProtocolSpec("/moehive/peer/1.0.0", {GetInventory: Inventory, GetLoad: Load}, 0, limits.MAX_RECORD_BYTES)
+SHARD = ProtocolSpec(
+    "/moehive/shard/1.0.0", {GetChunkList: ChunkHashes, GetChunks: Chunk}, 0, max(1 << 20, limits.MAX_SHARD_BYTES >> 15)
+)
+EXPERT = ProtocolSpec(
+    "/moehive/expert/1.0.0", {RunExperts: ExpertsDone}, limits.MAX_PAYLOAD_BYTES, limits.MAX_PAYLOAD_BYTES
+)

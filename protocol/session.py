@@ -1,0 +1,340 @@
+"""One stream, seen from one end: the state machine of every protocol, without I/O.
+
+    client:  HELLO_SENT --welcome--> OPEN --reply, refusal--> OPEN
+    server:  AWAIT_HELLO --hello--> OPEN --request, cancel--> OPEN
+
+What is not in the table is a violation and closes the session, so a hostile peer finds no unwritten path. Bytes go in
+through `receive`, which returns events; every `send_*` method returns the buffers to write, in order.
+"""
+
+from __future__ import annotations
+
+import enum
+import hmac
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+from . import limits
+from .codec import Message, decode, encode
+from .errors import NotAdmitted, PeerRefused, ProtocolViolation, RefusalCode
+from .frames import FLAG_MORE, Frame, FrameDecoder, encode_header
+from .ids import PeerId
+from .messages import PROOF_BYTES, Cancel, Hello, ProtocolSpec, Refused, Welcome
+
+Buffer = bytes | bytearray | memoryview
+Buffers = Sequence[Buffer]
+
+
+class State(enum.Enum):
+    """Where a session stands."""
+
+    AWAIT_HELLO = "await hello"
+    HELLO_SENT = "hello sent"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Input(enum.Enum):
+    """What can arrive."""
+
+    HELLO = "hello"
+    WELCOME = "welcome"
+    REFUSED = "refused"
+    CANCEL = "cancel"
+    REQUEST = "request"
+    REPLY = "reply"
+    END = "end of stream"
+
+
+# (state, input) -> next state, for the end that serves and the end that asks.
+SERVER_TABLE = {
+    (State.AWAIT_HELLO, Input.HELLO): State.OPEN,
+    (State.AWAIT_HELLO, Input.END): State.CLOSED,
+    (State.OPEN, Input.REQUEST): State.OPEN,
+    (State.OPEN, Input.CANCEL): State.OPEN,
+    (State.OPEN, Input.END): State.CLOSED,
+}
+CLIENT_TABLE = {
+    (State.HELLO_SENT, Input.WELCOME): State.OPEN,
+    (State.HELLO_SENT, Input.REFUSED): State.CLOSED,
+    (State.HELLO_SENT, Input.END): State.CLOSED,
+    (State.OPEN, Input.REPLY): State.OPEN,
+    (State.OPEN, Input.REFUSED): State.OPEN,
+    (State.OPEN, Input.END): State.CLOSED,
+}
+
+
+# --- events -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The other side has proved that it belongs to the swarm."""
+
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReceived:
+    """Somebody asks (server)."""
+
+    request_id: int
+    message: Message
+    payload: bytearray
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCancelled:
+    """Somebody does not want the answer any more (server): refuse it as CANCELLED. No event where it was answered."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyReceived:
+    """An answer (client); `more` answers to the same request follow."""
+
+    request_id: int
+    message: Message
+    payload: bytearray
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRefused:
+    """A request was refused (client); request id 0 is the whole stream."""
+
+    request_id: int
+    error: PeerRefused
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The other side ended the stream."""
+
+
+Event = Opened | RequestReceived | RequestCancelled | ReplyReceived | RequestRefused | Closed
+
+
+# --- admission ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Proof of belonging to a swarm, for one stream between two authenticated peers.
+
+    The proof is keyed BLAKE3 with the swarm's secret over the protocol and both peer ids. The carrier authenticates
+    the ids, so a proof that was overheard or relayed fits nobody else and no nonce is needed.
+    """
+
+    secret: bytes = field(repr=False)  # 32 bytes
+    local: PeerId
+    remote: PeerId
+
+    def own_proof(self, protocol: str) -> bytes:
+        """What we show."""
+        return self._proof(protocol, self.local, self.remote)
+
+    def check(self, protocol: str, proof: bytes) -> None:
+        """Raise NotAdmitted unless the other side showed the right proof."""
+        if not hmac.compare_digest(proof, self._proof(protocol, self.remote, self.local)):
+            raise NotAdmitted("not a member of this swarm: its join ticket is of another one", peer=self.remote)
+
+    def _proof(self, protocol: str, prover: PeerId, verifier: PeerId) -> bytes:
+        statement = "\0".join(("moehive hello v1", protocol, prover, verifier)).encode()
+        return blake3(statement, key=self.secret).digest(length=PROOF_BYTES)
+
+
+# --- sessions -----------------------------------------------------------------------------------------------------
+
+
+class _Session:
+    """What both ends share: decoding, the table, and the errors."""
+
+    def __init__(
+        self,
+        spec: ProtocolSpec,
+        admission: Admission,
+        agent: str,
+        table: dict[tuple[State, Input], State],
+        start: State,
+        max_payload: int,
+    ) -> None:
+        self.spec = spec
+        self.state = start
+        self._admission = admission
+        self._agent = agent
+        self._table = table
+        self._decoder = FrameDecoder(max_payload)
+
+    @property
+    def peer(self) -> PeerId:
+        """The other end."""
+        return self._admission.remote
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Take received bytes (b"" is the end of the stream).
+
+        Raises ProtocolViolation, naming the peer; the session is closed then, and nothing more may be fed.
+        """
+        assert self.state is not State.CLOSED, "receive() after the session closed"
+        try:
+            if not data:
+                return [self._end()]
+            return [event for frame in self._decoder.feed(data) for event in self._on_frame(frame)]
+        except ProtocolViolation as error:
+            self.state = State.CLOSED
+            error.peer = error.peer or self.peer
+            raise
+
+    def _end(self) -> Event:
+        truncated = self._decoder.mid_frame
+        self._advance(Input.END)
+        if truncated:
+            raise ProtocolViolation("the stream ended inside a frame")
+        return Closed()
+
+    def _advance(self, event: Input) -> None:
+        if (self.state, event) not in self._table:
+            raise ProtocolViolation(f"unexpected {event.value} in state {self.state.value!r}")
+        self.state = self._table[self.state, event]
+
+    def _on_frame(self, frame: Frame) -> Sequence[Event]:
+        raise NotImplementedError  # pragma: no cover
+
+    @staticmethod
+    def _no_payload(frame: Frame) -> None:
+        if frame.payload:
+            raise ProtocolViolation("a payload where none belongs")
+
+    def _frame(
+        self, request_id: int, message: Message, payload: Sequence[Buffer] = (), *, more: bool = False
+    ) -> Buffers:
+        meta = encode(message)
+        size = sum(memoryview(part).nbytes for part in payload)
+        header = encode_header(message.KIND, request_id, FLAG_MORE if more else 0, len(meta), size)
+        return (header + meta, *payload)
+
+
+class ClientSession(_Session):
+    """The end that opened the stream."""
+
+    def __init__(self, spec: ProtocolSpec, admission: Admission, agent: str) -> None:
+        super().__init__(spec, admission, agent, CLIENT_TABLE, State.HELLO_SENT, spec.max_reply_payload)
+        self._ids = itertools.count(1)
+        self._expected: dict[int, type[Message]] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """Requests without a final answer, cancelled ones included until they are answered."""
+        return len(self._expected)
+
+    def send_hello(self) -> Buffers:
+        """The first frame."""
+        return self._frame(0, Hello(agent=self._agent, proof=self._admission.own_proof(self.spec.name)))
+
+    def send_request(self, message: Message, payload: Sequence[Buffer] = ()) -> tuple[int, Buffers]:
+        """A new request: its id, and what to write. Only in state OPEN."""
+        assert self.state is State.OPEN, self.state
+        request_id = next(self._ids) & 0xFFFFFFFF
+        self._expected[request_id] = self.spec.answers[type(message)]
+        return request_id, self._frame(request_id, message, payload)
+
+    def send_cancel(self, request_id: int) -> Buffers:
+        """Withdraw a request. It still ends with an answer (which may be on its way) or with the refusal CANCELLED."""
+        return self._frame(request_id, Cancel()) if request_id in self._expected else ()
+
+    def _on_frame(self, frame: Frame) -> Sequence[Event]:
+        if frame.kind == Welcome.KIND:
+            self._advance(Input.WELCOME)
+            self._no_payload(frame)
+            welcome = decode(Welcome, frame.meta)
+            self._admission.check(self.spec.name, welcome.proof)
+            return [Opened(welcome.agent)]
+        if frame.kind == Refused.KIND:
+            return [self._on_refused(frame)]
+        self._advance(Input.REPLY)
+        expected = self._expected.get(frame.request_id)
+        if expected is None or frame.kind != expected.KIND:
+            raise ProtocolViolation(f"reply of kind {frame.kind} to request {frame.request_id} was not asked for")
+        more = bool(frame.flags & FLAG_MORE)
+        if not more:
+            del self._expected[frame.request_id]
+        return [ReplyReceived(frame.request_id, decode(expected, frame.meta), frame.payload, more)]
+
+    def _on_refused(self, frame: Frame) -> Event:
+        opening = self.state is State.HELLO_SENT
+        self._advance(Input.REFUSED)
+        self._no_payload(frame)
+        refused = decode(Refused, frame.meta)
+        if not opening and self._expected.pop(frame.request_id, None) is None:
+            raise ProtocolViolation(f"refusal of request {frame.request_id}, which was not asked")
+        code = RefusalCode(refused.code) if refused.code in RefusalCode.__members__.values() else RefusalCode.INTERNAL
+        error = PeerRefused(code, refused.detail, retry_after=refused.retry_after, peer=self.peer)
+        return RequestRefused(0 if opening else frame.request_id, error)
+
+
+class ServerSession(_Session):
+    """The end that was called."""
+
+    def __init__(self, spec: ProtocolSpec, admission: Admission, agent: str) -> None:
+        super().__init__(spec, admission, agent, SERVER_TABLE, State.AWAIT_HELLO, spec.max_request_payload)
+        self._kinds = {kind.KIND: kind for kind in spec.answers}
+        self._open: set[int] = set()
+
+    def send_welcome(self) -> Buffers:
+        """The answer to Hello: after the `Opened` event."""
+        assert self.state is State.OPEN, self.state
+        return self._frame(0, Welcome(agent=self._agent, proof=self._admission.own_proof(self.spec.name)))
+
+    def send_reply(self, request_id: int, message: Message, payload: Buffers = (), *, more: bool = False) -> Buffers:
+        """An answer; with `more`, further ones follow. Nothing for a request that is over."""
+        if request_id not in self._open:
+            return ()
+        if not more:
+            self._open.discard(request_id)
+        return self._frame(request_id, message, payload, more=more)
+
+    def send_refusal(self, request_id: int, code: RefusalCode, detail: str = "", retry_after: float = 0.0) -> Buffers:
+        """A refusal of one request, or with id 0 of the stream (also after a violation)."""
+        if request_id and request_id not in self._open:
+            return ()
+        self._open.discard(request_id)
+        retry_after = min(max(retry_after, 0.0), limits.MAX_DEADLINE)
+        detail = detail[: limits.MAX_DETAIL_CHARS]
+        return self._frame(request_id, Refused(code=int(code), detail=detail, retry_after=retry_after))
+
+    def _on_frame(self, frame: Frame) -> Sequence[Event]:
+        if frame.flags:
+            raise ProtocolViolation("flags on a request")
+        if frame.kind == Cancel.KIND:
+            return self._on_cancel(frame)
+        return [self._on_hello(frame) if frame.kind == Hello.KIND else self._on_request(frame)]
+
+    def _on_hello(self, frame: Frame) -> Event:
+        self._advance(Input.HELLO)
+        self._no_payload(frame)
+        hello = decode(Hello, frame.meta)
+        self._admission.check(self.spec.name, hello.proof)
+        return Opened(hello.agent)
+
+    def _on_cancel(self, frame: Frame) -> Sequence[Event]:
+        self._advance(Input.CANCEL)
+        self._no_payload(frame)
+        decode(Cancel, frame.meta)
+        return [RequestCancelled(frame.request_id)] if frame.request_id in self._open else []
+
+    def _on_request(self, frame: Frame) -> Event:
+        self._advance(Input.REQUEST)
+        kind = self._kinds.get(frame.kind)
+        if kind is None:
+            raise ProtocolViolation(f"unknown request kind {frame.kind}")
+        if frame.request_id == 0 or frame.request_id in self._open:
+            raise ProtocolViolation(f"request id {frame.request_id} is in use")
+        if len(self._open) >= limits.MAX_REQUESTS_IN_FLIGHT:
+            raise ProtocolViolation(f"more than {limits.MAX_REQUESTS_IN_FLIGHT} requests in flight")
+        self._open.add(frame.request_id)
+        return RequestReceived(frame.request_id, decode(kind, frame.meta), frame.payload)
