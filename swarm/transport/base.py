@@ -31,7 +31,10 @@ class Stream(Protocol):
         """Some bytes, at most `limit`; b"" when the other side has closed. Raises PeerUnreachable when the stream breaks."""
 
     async def write(self, *buffers: Buffer) -> None:
-        """Send all of `buffers` in order; returns once they are below the high-water mark. Raises PeerUnreachable."""
+        """Send all of `buffers` in order; returns once they are below the high-water mark. Raises PeerUnreachable.
+
+        The buffers are queued whole before the call first waits, so that a cancelled write never leaves half a frame.
+        """
 
     async def close(self) -> None:
         """Close both directions; never raises, may be called twice, returns within a second."""

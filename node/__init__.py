@@ -1,0 +1,1 @@
+"""The daemon that serves experts, and the command line."""

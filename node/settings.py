@@ -1,0 +1,47 @@
+"""What a node is told to do: one frozen value, read once from flags, environment and file by the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moehive.protocol.ids import ModelId, PeerId
+from moehive.protocol.ticket import Ticket
+
+from .scheduler import QueueLimits
+
+DEFAULT_LISTEN = "/ip4/127.0.0.1/tcp/0"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """One node, serving one model."""
+
+    model: str  # a converted directory, or a model id that is fetched from the swarm
+    store: Path  # where fetched objects are kept
+    identity: Path | None = None  # the key file; None: a new key that is not kept
+    experts: str = "auto"  # "all", "none", "auto", or ranges such as "0-3:0-7,5:1" (layers:experts)
+    join: Ticket | None = None  # None: found a new swarm
+    listen: tuple[str, ...] = (DEFAULT_LISTEN,)
+    announce: tuple[str, ...] = ()  # addresses to name instead of the interfaces' own
+    ram: int | None = None  # bytes for experts in memory; None: from the memory that is free
+    disk: int = 20 << 30  # bytes for fetched objects
+    skeleton: bool = True  # also keep and serve the dense part
+    threads: int | None = None  # of torch; None: torch's own choice
+    drain_timeout: float = 10.0  # seconds that requests in progress get on leaving
+    queue: QueueLimits = field(default_factory=QueueLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReady:
+    """What a node tells its user once it serves."""
+
+    peer: PeerId
+    model: ModelId
+    model_name: str
+    held: int  # experts
+    experts: int  # of the whole model
+    held_bytes: int
+    skeleton: bool
+    addresses: tuple[str, ...]
+    ticket: Ticket

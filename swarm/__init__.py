@@ -1,0 +1,41 @@
+"""Being a peer: discovery, transport, verified fetch, store, cache tiers, dispatch and the transformers plug-in.
+
+Importing this package makes converted directories loadable with transformers, in whichever order the two are imported,
+and imports neither transformers nor torch: the plug-in registers itself when transformers' registry is there.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+import wrapt  # type: ignore[import-untyped]
+
+if TYPE_CHECKING:
+    from .loading import load_expert as load_expert
+    from .loading import open_local as open_local
+
+# name -> module below this package; imported when first used
+_EXPORTS: Final = {"load_expert": "loading", "open_local": "loading"}
+
+__all__ = ["load_expert", "open_local"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_plugin(_: object) -> None:
+    from .model.plugin import register
+
+    register()
+
+
+# The one effect of this import. Fires at once where transformers was imported before.
+wrapt.register_post_import_hook(_register_plugin, "transformers.quantizers.auto")

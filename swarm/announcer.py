@@ -1,0 +1,74 @@
+"""Tells the swarm what this peer holds: signs an announcement, renews it, and withdraws it on leaving."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import structlog
+
+from moehive.protocol.ids import ExpertKey, ModelId
+from moehive.protocol.inventory import Inventory, directory_key, encode_inventory
+
+from .identity import Identity
+from .transport.base import Record, Transport
+
+RENEW_EVERY = 30.0  # seconds
+LIFETIME = 75.0  # a little over twice that: one lost renewal does not lose the peer
+PUT_TIMEOUT = 15.0
+_log = structlog.get_logger(__name__)
+
+
+class Announcer:
+    """The announcement of one model. `run()` renews it until cancelled; `withdraw()` empties it."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        identity: Identity,
+        secret: bytes,
+        model: ModelId,
+        *,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._transport = transport
+        self._identity = identity
+        self._key = directory_key(secret, model)
+        self._wall_clock = wall_clock
+        self._claim = Inventory(peer=identity.peer, model=model, issued=0.0, expires=0.0, held=frozenset())
+
+    def hold(self, held: frozenset[ExpertKey], *, skeleton: bool) -> None:
+        """Set what the next announcement claims: only what is verified and can be served."""
+        self._claim = replace(self._claim, held=held, skeleton=skeleton, addresses=tuple(self._transport.addresses)[:8])
+
+    async def run(self) -> None:
+        """Announce for ever."""
+        while True:
+            try:
+                if not await self.announce():
+                    _log.warning("no peer stored the announcement; trying again")
+            except TimeoutError:
+                _log.warning("announcing timed out; trying again")
+            await asyncio.sleep(RENEW_EVERY)
+
+    async def announce(self) -> bool:
+        """Store a fresh announcement; False when nobody took it. Raises TimeoutError."""
+        record = self.record()
+        async with asyncio.timeout(PUT_TIMEOUT):
+            return await self._transport.put(self._key, self._identity.peer, record)
+
+    async def withdraw(self) -> None:
+        """Replace the announcement by an empty one, so that nobody asks us any more."""
+        self._claim = replace(self._claim, held=frozenset(), skeleton=False)
+        try:
+            await self.announce()
+        except TimeoutError:
+            _log.warning("the announcement could not be withdrawn; it expires by itself", seconds=LIFETIME)
+
+    def record(self) -> Record:
+        """The signed announcement as of now."""
+        now = self._wall_clock()
+        claim = replace(self._claim, issued=now, expires=now + LIFETIME)
+        return Record(encode_inventory(claim, self._identity.sign), claim.expires)

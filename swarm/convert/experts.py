@@ -1,0 +1,153 @@
+"""The experts of a checkpoint: gathered from its tensor names, checked against its config, one output file each.
+
+Pure: no file is opened. What does not fit exactly (a missing expert, a shape that differs, an unknown kind of tensor)
+is refused with the tensor's name; nothing is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from moehive.protocol.errors import CheckpointError, UnsupportedModel
+from moehive.protocol.ids import ExpertKey
+from moehive.protocol.manifest import ExpertFfn, Quantization, ShardType
+from moehive.protocol.safetensors_header import TensorSpec
+
+from .layout import MTP_GROUP, Piece, PlannedFile, Span, tensor_file
+from .names import ExpertTensor, Role, layer_of, parse_expert
+from .quantization import FP8_BLOCK, MXFP4, scale_shape
+from .source import SourceTensor
+
+_FLOATS = ("BF16", "F16", "F32")
+_DTYPES = {"bias": _FLOATS, "weight": _FLOATS, "weight_scale_inv": ("F32",), "blocks": ("U8",), "scales": ("U8",)}
+_KIND_ORDER = {"weight": 0, "blocks": 0, "weight_scale_inv": 1, "scales": 1, "bias": 2}
+_ROLE_ORDER = {role: index for index, role in enumerate(Role)}
+_MXFP4_GROUP = 32  # values that share a scale; two to a byte
+
+Part = tuple[Role, str]  # role and kind
+Parts = dict[Part, Piece]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """What every expert of the model must look like."""
+
+    hidden_size: int
+    intermediate_size: int
+    ffn: ExpertFfn
+    quantization: Quantization | None
+
+    def parts(self, fused: bool) -> dict[Part, tuple[int, ...]]:
+        """The tensors of one expert and their shapes."""
+        H, I = self.hidden_size, self.intermediate_size  # noqa: E741 - the literature's name
+        first = {Role.GATE_UP: (2 * I, H)} if fused else {Role.GATE: (I, H), Role.UP: (I, H)}
+        out: dict[Part, tuple[int, ...]] = {}
+        for role, shape in {**first, Role.DOWN: (H, I)}.items():
+            out.update({(role, kind): size for kind, size in self._weight(shape).items()})
+            if self.ffn.bias:
+                out[role, "bias"] = shape[:1]
+        return out
+
+    def _weight(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        method = self.quantization.method if self.quantization else None
+        if method == MXFP4:
+            groups = -(-shape[1] // _MXFP4_GROUP)
+            return {"blocks": (shape[0], groups, _MXFP4_GROUP // 2), "scales": (shape[0], groups)}
+        if self.quantization and self.quantization.block:
+            return {"weight": shape, "weight_scale_inv": scale_shape(shape, self.quantization.block)}
+        return {"weight": shape[::-1] if self.ffn.transposed else shape}
+
+
+def plan_experts(
+    tensors: Mapping[str, SourceTensor], shape: ExpertShape, num_experts: int, num_layers: int
+) -> tuple[PlannedFile, ...]:
+    """One file per expert, by layer and expert. Raises CheckpointError, UnsupportedModel."""
+    experts: dict[ExpertKey, Parts] = {}
+    for name, tensor in tensors.items():
+        parsed = parse_expert(name)
+        if parsed is None:
+            raise UnsupportedModel(f"{name} lies among the experts, but moehive has no rule for it")
+        layer = layer_of(name, num_layers)
+        if layer is None:
+            raise UnsupportedModel(f"{name}: no decoder layer in the name of an expert's tensor")
+        for expert, piece in _pieces(name, parsed, tensor, num_experts):
+            parts = experts.setdefault(ExpertKey(layer, expert), {})
+            if parts.setdefault((parsed.role, parsed.kind), piece) is not piece:
+                raise CheckpointError(f"{name}: expert {layer}_{expert} has two tensors of this kind")
+    _check_complete(experts, num_experts)
+    _check_alike(experts, shape)
+    return tuple(_file(key, parts, num_layers) for key, parts in sorted(experts.items()))
+
+
+def _pieces(name: str, parsed: ExpertTensor, tensor: SourceTensor, num_experts: int) -> Iterator[tuple[int, Piece]]:
+    """The tensor as one piece, or, of a fused tensor [E, ...], one slice per expert."""
+    span = tensor.span
+    if parsed.expert is not None:
+        spec = TensorSpec(name, span.dtype, span.shape)
+        yield parsed.expert, Piece(spec, Span(tensor.file, span.offset, span.size))
+        return
+    if not span.shape or span.shape[0] != num_experts:
+        raise CheckpointError(
+            f"{name}: shape {list(span.shape)} does not begin with the {num_experts} experts of config.json"
+        )
+    size = span.size // num_experts
+    for expert in range(num_experts):
+        spec = TensorSpec(parsed.name_of(expert), span.dtype, span.shape[1:])
+        yield expert, Piece(spec, Span(tensor.file, span.offset + expert * size, size))
+
+
+def _check_complete(experts: Mapping[ExpertKey, Parts], num_experts: int) -> None:
+    layers = {key.layer for key in experts}
+    odd = {ExpertKey(layer, expert) for layer in layers for expert in range(num_experts)} ^ set(experts)
+    if odd:
+        key = min(odd)
+        state = "is one more than" if key in experts else "is missing of"
+        raise CheckpointError(
+            f"layer {key.layer}: expert {key.expert} {state} the {num_experts} experts of config.json"
+        )
+
+
+def _check_alike(experts: Mapping[ExpertKey, Parts], shape: ExpertShape) -> None:
+    dtypes: dict[Part, str] = {}
+    for key, parts in sorted(experts.items()):
+        expected = shape.parts(fused=any(role is Role.GATE_UP for role, _ in parts))
+        for part in sorted(set(parts) ^ set(expected)):
+            _refuse_part(key, part, parts, shape)
+        for part, piece in parts.items():
+            spec = piece.spec
+            if spec.shape != expected[part]:
+                raise CheckpointError(
+                    f"{spec.name}: shape {list(spec.shape)}, config.json asks for {list(expected[part])}"
+                )
+            wanted = ("F8_E4M3",) if part[1] == "weight" and _is_fp8(shape) else _DTYPES[part[1]]
+            if spec.dtype not in wanted:
+                raise CheckpointError(f"{spec.name}: dtype {spec.dtype}, one of {', '.join(wanted)} is expected")
+            if dtypes.setdefault(part, spec.dtype) != spec.dtype:
+                raise CheckpointError(f"{spec.name}: dtype {spec.dtype}, other experts have {dtypes[part]}")
+
+
+def _refuse_part(key: ExpertKey, part: Part, parts: Parts, shape: ExpertShape) -> None:
+    role, kind = part
+    if part not in parts:
+        raise CheckpointError(f"layer {key.layer}, expert {key.expert}: the {kind} of {role.value} is missing")
+    name = parts[part].spec.name
+    if kind in _DTYPES:
+        method = shape.quantization.method if shape.quantization else "none"
+        raise CheckpointError(f"{name} does not fit the config.json (quantization: {method}, biases: {shape.ffn.bias})")
+    raise UnsupportedModel(f"{name}: tensors of kind {kind!r} are not supported")
+
+
+def _is_fp8(shape: ExpertShape) -> bool:
+    return shape.quantization is not None and shape.quantization.method == FP8_BLOCK
+
+
+def _file(key: ExpertKey, parts: Parts, num_layers: int) -> PlannedFile:
+    ordered = sorted(parts.items(), key=lambda item: (_KIND_ORDER[item[0][1]], _ROLE_ORDER[item[0][0]]))
+    return tensor_file(
+        f"experts/{key.layer:05d}/{key.expert:05d}.safetensors",
+        ShardType.EXPERT,
+        [piece for _, piece in ordered],
+        expert_key=key,
+        group=MTP_GROUP if key.layer >= num_layers else None,
+    )

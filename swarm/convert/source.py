@@ -1,0 +1,105 @@
+"""A Hugging Face checkpoint directory as facts: its config, and where every tensor lies. Reads headers, never weights.
+
+Only files that `model.safetensors.index.json` names are looked at (a repository may hold other copies of the same
+weights), or `model.safetensors` where there is no index. Nothing in the directory is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moehive.protocol.errors import CheckpointError
+from moehive.protocol.safetensors_header import PREFIX_SIZE, TensorSpan, json_length, parse_header
+
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """One tensor of the source; `span.offset` counts from the start of `file`."""
+
+    file: str
+    span: TensorSpan
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a directory holds."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, SourceTensor]
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Read config, index and headers. Raises CheckpointError where anything is missing, truncated or contradictory."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory")
+    config = read_object(directory / CONFIG_NAME)
+    index = directory / INDEX_NAME
+    tensors = _indexed(directory, index) if index.exists() else _headers(directory, SINGLE_NAME)
+    return Checkpoint(directory, config, tensors)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises CheckpointError."""
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}: not a Hugging Face checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return document
+
+
+def _indexed(directory: Path, index: Path) -> dict[str, SourceTensor]:
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map")
+    files = sorted(set(weight_map.values()), key=str)
+    if (directory / SINGLE_NAME).exists() and SINGLE_NAME not in files:
+        raise CheckpointError(f"{directory} has both {SINGLE_NAME} and {INDEX_NAME}; remove the one that is not meant")
+    found: dict[str, SourceTensor] = {}
+    for file in files:
+        for name, tensor in _headers(directory, _plain_name(file)).items():
+            if weight_map.get(name, file) == file:  # a copy that the index points away from is not the tensor
+                found[name] = tensor
+    missing = sorted(set(weight_map) - set(found))
+    if missing:
+        raise CheckpointError(f"{INDEX_NAME} names {missing[0]}, but {weight_map[missing[0]]} does not hold it")
+    return found
+
+
+def _plain_name(file: Any) -> str:
+    if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        raise CheckpointError(f"{INDEX_NAME} names the file {file!r}; a safetensors file of the directory is expected")
+    return file
+
+
+def _headers(directory: Path, file: str) -> dict[str, SourceTensor]:
+    path = directory / file
+    try:
+        with path.open("rb", buffering=0) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = json_length(os.pread(stream.fileno(), PREFIX_SIZE, 0), size)
+            text = os.pread(stream.fileno(), length, PREFIX_SIZE)
+        spans = parse_header(text, size)
+    except FileNotFoundError as error:
+        hint = " (moehive reads safetensors only)" if any(directory.glob("*.bin")) else ""
+        raise CheckpointError(f"{path} is missing{hint}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return {name: SourceTensor(file, span) for name, span in spans.items()}

@@ -1,0 +1,126 @@
+"""Who holds what: reads the announcements of one model, verifies them, and keeps the latest of each peer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import structlog
+
+from moehive.protocol.errors import FalseClaim, PeerError
+from moehive.protocol.ids import ExpertKey, ModelId, PeerId
+from moehive.protocol.inventory import Inventory, decode_inventory, directory_key
+
+from .standings import Standings
+from .transport.base import Record, Transport
+
+REFRESH_EVERY = 10.0  # seconds between look-ups in the background
+LOOKUP_TIMEOUT = 10.0
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Holders:
+    """A snapshot of the directory."""
+
+    inventories: Mapping[PeerId, Inventory] = field(default_factory=dict)
+
+    @cached_property
+    def _by_expert(self) -> Mapping[ExpertKey, tuple[PeerId, ...]]:
+        by_expert: dict[ExpertKey, list[PeerId]] = {}
+        for peer in sorted(self.inventories):
+            for key in self.inventories[peer].held:
+                by_expert.setdefault(key, []).append(peer)
+        return {key: tuple(peers) for key, peers in by_expert.items()}
+
+    def of(self, key: ExpertKey) -> tuple[PeerId, ...]:
+        """Peers that announce an expert, in a stable order."""
+        return self._by_expert.get(key, ())
+
+    @property
+    def skeleton(self) -> tuple[PeerId, ...]:
+        """Peers that announce the dense part and the assets."""
+        return tuple(peer for peer, inventory in self.inventories.items() if inventory.skeleton)
+
+    @property
+    def replicas(self) -> Mapping[ExpertKey, int]:
+        """How many peers announce each expert that anybody announces."""
+        return {key: len(peers) for key, peers in self._by_expert.items()}
+
+    def addresses(self, peer: PeerId) -> tuple[str, ...]:
+        """Where a peer says that it can be dialled."""
+        inventory = self.inventories.get(peer)
+        return inventory.addresses if inventory else ()
+
+
+class Directory:
+    """The announcements of one model. `run()` keeps it fresh; `refresh()` looks up at once."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        secret: bytes,
+        model: ModelId,
+        standings: Standings,
+        *,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._transport = transport
+        self._key = directory_key(secret, model)
+        self._model = model
+        self._standings = standings
+        self._wall_clock = wall_clock
+        self._lookup: asyncio.Task[None] | None = None
+        self._known: dict[PeerId, Inventory] = {}
+        self.holders = Holders()
+
+    async def run(self) -> None:
+        """Look up for ever; failures are logged and tried again."""
+        while True:
+            try:
+                await self.refresh()
+            except TimeoutError:
+                _log.warning("directory look-up timed out", model=self._model)
+            await asyncio.sleep(REFRESH_EVERY)
+
+    async def refresh(self) -> None:
+        """One look-up; callers at the same time share it. Raises TimeoutError."""
+        if self._lookup is None or self._lookup.done():
+            self._lookup = asyncio.create_task(self._look_up(), name="directory look-up")
+        async with asyncio.timeout(LOOKUP_TIMEOUT):
+            await asyncio.shield(self._lookup)
+
+    async def _look_up(self) -> None:
+        records = await self._transport.get(self._key)
+        for subkey, record in records.items():
+            try:
+                self._accept(subkey, record)
+            except PeerError as error:
+                error.peer = error.peer or subkey
+                self._standings.blame(error)
+        self._publish()
+
+    def _accept(self, subkey: str, record: Record) -> None:
+        inventory = decode_inventory(record.value, now=self._wall_clock())
+        if inventory.peer != subkey or inventory.model != self._model:
+            # Not the signer's fault: somebody filed another peer's or model's genuine record here.
+            _log.warning("announcement filed under another name", filed_under=subkey, signer=inventory.peer)
+            return
+        known = self._known.get(inventory.peer)
+        if known is None or known.issued <= inventory.issued:
+            self._known[inventory.peer] = inventory
+
+    def _publish(self) -> None:
+        now = self._wall_clock()
+        self._known = {peer: inventory for peer, inventory in self._known.items() if inventory.expires > now}
+        usable = {peer: i for peer, i in self._known.items() if not self._standings.banned(peer)}
+        if usable != self.holders.inventories:
+            self.holders = Holders(usable)
+
+    def distrust(self, error: FalseClaim) -> None:
+        """A peer refused what it announced: its announcement no longer counts, and it is blamed."""
+        self._standings.blame(error)
+        self._publish()

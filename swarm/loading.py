@@ -1,0 +1,73 @@
+"""Models and experts from a converted directory on this machine.
+
+The public functions of `moehive.swarm` that load something. None of them uses a network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moehive.protocol.errors import ConfigError
+from moehive.protocol.ids import ExpertKey
+from moehive.protocol.manifest import Manifest
+
+from .model.backend import ExpertsBackend
+from .model.reading import read_tensors
+from .store.directory import ConvertedDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Any of these among the assets means that AutoTokenizer finds a tokenizer.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model", "vocab.json")
+
+
+def load_expert(source: Path | str, layer: int, expert: int, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """One routed expert's tensors by their names in the checkpoint, verified, from the converted directory `source`.
+
+    `dtype` converts floating-point weights; by default they keep the stored dtype. Quantised weights come as they are
+    stored, and a `dtype` for them is refused: the scales would no longer fit.
+
+    Raises ManifestError, StorageError, CorruptShard, and ConfigError for an expert the model does not have.
+    """
+    directory = ConvertedDirectory(Path(source))
+    manifest = directory.manifest
+    shard = manifest.experts.get(ExpertKey(layer, expert))
+    if shard is None:
+        raise ConfigError(f"{manifest.model.name} has no expert {expert} in layer {layer}")
+    if dtype is not None and manifest.model.quantization is not None:
+        raise ConfigError(
+            f"experts of {manifest.model.name} are stored as {manifest.model.quantization.method}; leave dtype out"
+        )
+    tensors = read_tensors(directory, manifest, shard)
+    return {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def open_local(
+    directory: Path | str, *, dtype: torch.dtype | None = None, backend: ExpertsBackend | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model and the tokenizer of a converted directory; None where it has no tokenizer.
+
+    `dtype` is that of the computation, the checkpoint's own by default. `backend` computes the routed experts; by
+    default they are read from `directory`, through a RAM tier with a budget taken from this machine's memory.
+
+    Raises ManifestError, StorageError, CorruptShard, UnsupportedModel.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .model.plugin import attach_backend, check_active
+
+    manifest = ConvertedDirectory(Path(directory)).manifest  # a clear error before transformers looks for config.json
+    model = AutoModelForCausalLM.from_pretrained(str(directory), dtype="auto" if dtype is None else dtype)
+    check_active(model)
+    if backend is not None:
+        attach_backend(model, backend)
+    return model, AutoTokenizer.from_pretrained(str(directory)) if _has_tokenizer(manifest) else None
+
+
+def _has_tokenizer(manifest: Manifest) -> bool:
+    return any(shard.file in _TOKENIZER_FILES for shard in manifest.shards)

@@ -1,0 +1,132 @@
+"""A member of one swarm: the transport, and everything that clients and nodes do with it alike.
+
+Owns the connections, the standing of other peers, and one directory per model in use. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import AsyncExitStack
+from functools import partial
+from importlib.metadata import version
+from types import TracebackType
+from typing import Self
+
+from moehive.protocol.errors import ModelUnavailable, PeerError
+from moehive.protocol.ids import ModelId, PeerId, ShardHash
+from moehive.protocol.inventory import decode_inventory
+from moehive.protocol.manifest import Manifest, ShardEntry
+from moehive.protocol.messages import EXPERT, PEER, SHARD
+
+from .directory import Directory
+from .fetch import Fetcher, Progress, Sources
+from .rpc.pool import ConnectionPool
+from .standings import Standings
+from .store.content import ContentStore
+from .transport.base import Record, Transport
+
+
+def agent_name() -> str:
+    """How this build introduces itself to peers."""
+    return f"moehive/{version('moehive')}"
+
+
+def is_genuine(key: bytes, subkey: str, record: Record, *, now: float) -> bool:
+    """Whether a record may be stored for others: it is its subkey's own, signed, and does not live too long."""
+    try:
+        inventory = decode_inventory(record.value, now=now)
+    except PeerError:
+        return False
+    return inventory.peer == subkey and record.expires <= inventory.expires + 1.0
+
+
+class Member:
+    """Membership of one swarm; an async context manager around an entered transport."""
+
+    def __init__(self, transport: Transport, secret: bytes) -> None:
+        self.transport = transport
+        self.secret = secret
+        self.agent = agent_name()
+        self.standings = Standings()
+        self.peers = ConnectionPool(transport, PEER, secret, self.agent)
+        self.shards = ConnectionPool(transport, SHARD, secret, self.agent)
+        self.experts = ConnectionPool(transport, EXPERT, secret, self.agent)
+        self._directories: dict[ModelId, Directory] = {}
+        self._tasks = asyncio.TaskGroup()
+        self._running: list[asyncio.Task[None]] = []
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._tasks)
+            stack.callback(self._cancel_tasks)  # before the task group waits for them
+            for pool in (self.peers, self.shards, self.experts):
+                await stack.enter_async_context(pool)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, error, trace)
+
+    def _cancel_tasks(self) -> None:
+        for task in self._running:
+            task.cancel()
+
+    def directory(self, model: ModelId) -> Directory:
+        """Who holds what of a model; from the first call on it is kept fresh in the background."""
+        directory = self._directories.get(model)
+        if directory is None:
+            directory = Directory(self.transport, self.secret, model, self.standings)
+            self._directories[model] = directory
+            self._running.append(self._tasks.create_task(directory.run(), name="directory"))
+        return directory
+
+    async def wait_for_peers(self, model: ModelId, *, timeout: float) -> Directory:
+        """The directory once somebody announces the model. Raises ModelUnavailable after `timeout` seconds."""
+        directory = self.directory(model)
+        try:
+            async with asyncio.timeout(timeout):
+                await directory.refresh()
+                while not directory.holders.inventories:
+                    await asyncio.sleep(0.25)
+                    await directory.refresh()
+        except TimeoutError as error:
+            raise ModelUnavailable(model, f"waited {timeout:.0f} s") from error
+        return directory
+
+    async def fetch_manifest(self, model: ModelId, store: ContentStore, *, timeout: float = 30.0) -> Manifest:
+        """A model's manifest, from any of its peers. Raises ModelUnavailable, ShardUnavailable, ManifestError."""
+        if not await asyncio.to_thread(store.has, ShardHash(model)):
+            directory = await self.wait_for_peers(model, timeout=timeout)
+            fetcher = Fetcher(self.shards, self.standings, store)
+            everybody = partial(self.sources, directory)
+            await fetcher.fetch(ShardHash(model), everybody, name="manifest", timeout=timeout)
+        return Manifest.from_bytes(await asyncio.to_thread(store.read, ShardHash(model)))
+
+    async def fetch_skeleton(
+        self, manifest: Manifest, store: ContentStore, *, timeout: float = 30.0, progress: Progress | None = None
+    ) -> None:
+        """The dense part, shared experts and assets of a model. Raises ModelUnavailable, ShardUnavailable."""
+        missing = [shard for shard in manifest.skeleton if not store.has(shard.hash)]
+        if not missing:
+            return
+        directory = await self.wait_for_peers(manifest.model_id, timeout=timeout)
+        fetcher = Fetcher(self.shards, self.standings, store)
+        for shard in missing:
+            holders = partial(self.sources, directory, shard)
+            await fetcher.fetch(shard.hash, holders, name=shard.file, progress=progress, timeout=timeout)
+
+    @staticmethod
+    def sources(directory: Directory, shard: ShardEntry | None = None) -> Sources:
+        """Peers that announce a shard (None: the manifest, which all of them have), with their addresses."""
+        holders = directory.holders
+        if shard is None:
+            peers: Iterable[PeerId] = holders.inventories
+        elif shard.expert_key is not None:
+            peers = holders.of(shard.expert_key)
+        else:
+            peers = holders.skeleton
+        return {peer: holders.addresses(peer) for peer in peers}

@@ -1,0 +1,110 @@
+"""Who computes a layer's routed experts.
+
+`ExpertsBackend` is all that the transformers plug-in knows. `LocalExperts` is the one without a network: weights from
+this machine's files through the RAM tier, results equal to transformers' eager experts bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moehive.kernels.canonical import canonical_weights
+from moehive.kernels.combine import add_token_row, combine_rows
+from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
+from moehive.kernels.routing import group_by_expert, order_of_token
+from moehive.protocol.errors import ManifestError
+from moehive.protocol.ids import ExpertKey
+from moehive.protocol.manifest import ExpertFfn, Manifest
+from moehive.swarm.store.base import ObjectSource
+
+from .reading import read_tensors
+from .tensors import short_name
+
+
+class ExpertsBackend(Protocol):
+    """Computes the weighted sum of the chosen experts of one decoder layer. Called from any thread."""
+
+    def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The layer's routed output [T, H], of `hidden`'s dtype and device.
+
+        `hidden` is [T, H]; `top_k_index` [T, K] int64, where the number of experts stands for "none"; `top_k_weights`
+        [T, K], possibly of a wider dtype than `hidden`. An error leaves `generate` as it is; nothing is left out.
+        """
+
+
+class ExpertCache(Protocol):
+    """What this module needs of the RAM tier."""
+
+    def lease(
+        self, key: Hashable, load: Callable[[], ExpertWeights], size: Callable[[ExpertWeights], int]
+    ) -> AbstractContextManager[ExpertWeights]:
+        """The weights under `key`, loaded by `load` where absent, not evicted while the lease lasts."""
+
+
+def spec_of(ffn: ExpertFfn) -> FfnSpec:
+    """A manifest's description of the experts in the kernels' terms. Raises ManifestError for unknown mathematics."""
+    try:
+        return FfnSpec(ffn.gate.value, ffn.activation, ffn.transposed, ffn.alpha, ffn.limit)
+    except ValueError as error:
+        raise ManifestError(f"expertFfn: {error}") from error
+
+
+class ExpertLoader:
+    """Experts of one model from `source` in the form that is computed with. Stateless between calls, thread-safe."""
+
+    def __init__(self, manifest: Manifest, source: ObjectSource) -> None:
+        self.spec = spec_of(manifest.model.ffn)
+        self._manifest = manifest
+        self._source = source
+        quantization = manifest.model.quantization
+        self._fp8_block = quantization.block if quantization else None
+
+    def load(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
+        """One expert's verified weights of `dtype`.
+
+        Raises NotHeld, StorageError, CorruptShard; ManifestError where its tensors make no expert of this model.
+        """
+        shard = self._manifest.experts[key]
+        tensors = {short_name(name): t for name, t in read_tensors(self._source, self._manifest, shard).items()}
+        try:
+            return canonical_weights(tensors, self.spec, dtype, fp8_block=self._fp8_block)
+        except ValueError as error:
+            raise ManifestError(f"{shard.file}: {error}") from error
+
+
+def weights_size(weights: ExpertWeights) -> int:
+    """Bytes that an expert takes in the RAM tier."""
+    return weights.nbytes
+
+
+class LocalExperts:
+    """An ExpertsBackend over experts that are all on this machine's disk."""
+
+    def __init__(self, manifest: Manifest, source: ObjectSource, cache: ExpertCache) -> None:
+        self._num_experts = manifest.model.num_experts
+        self._loader = ExpertLoader(manifest, source)
+        self._cache = cache
+
+    def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See ExpertsBackend. Raises what `ExpertLoader.load` raises, and BudgetTooSmall."""
+        out = torch.zeros_like(hidden)  # [T, H]
+        if hidden.shape[0] == 1:
+            for expert, position in order_of_token(top_k_index, self._num_experts):
+                add_token_row(out, self._rows(layer, expert, hidden), position, top_k_weights)
+            return out
+        groups = group_by_expert(top_k_index, self._num_experts)
+        outputs = ((group, self._rows(layer, group.expert, hidden.index_select(0, group.token))) for group in groups)
+        return combine_rows(out, outputs, top_k_weights)
+
+    def _rows(self, layer: int, expert: int, rows: Tensor) -> Tensor:
+        """One expert's unweighted output [R, H] for `rows` [R, H]."""
+        key = ExpertKey(layer, expert)
+        # The dtype is that of the rows, not of the load: model.float() and model.bfloat16() work as on any model.
+        with self._cache.lease((key, rows.dtype), partial(self._loader.load, key, rows.dtype), weights_size) as weights:
+            return expert_ffn(rows, weights.to(rows.device), self._loader.spec)

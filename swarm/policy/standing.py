@@ -1,0 +1,57 @@
+"""How a peer's behaviour counts against it: a lie bans, a failure only makes us wait.
+
+Rules: whatever is proven (a chunk that does not match its hash, a signature that is not true, an announced expert that
+is refused) bans the peer, doubling with each proof. Whatever may be the network's fault (timeouts, broken connections)
+never bans; the peer is passed over for a moment, doubling while it lasts, forgotten at the first success.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+
+FIRST_BAN = 60.0  # seconds
+MAX_BAN = 24 * 3600.0
+FIRST_PAUSE = 0.5
+MAX_PAUSE = 30.0
+
+
+class Offence(enum.Enum):
+    """What went wrong with a peer."""
+
+    LIE = "lie"  # proven: bad bytes, false claim, broken protocol
+    FAILURE = "failure"  # unreachable, timeout, internal error: perhaps not its fault
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What we remember of one peer. Times are seconds of the caller's clock."""
+
+    lies: int = 0
+    failures: int = 0  # in a row
+    avoid_until: float = 0.0
+    banned: bool = False  # the current avoidance is a ban
+
+
+def after_offence(standing: Standing, offence: Offence, now: float, *, wait: float = 0.0) -> Standing:
+    """The standing after an offence; `wait` is how long the peer itself asked us to stay away."""
+    if offence is Offence.LIE:
+        until = now + min(FIRST_BAN * 2**standing.lies, MAX_BAN)
+        return replace(standing, lies=standing.lies + 1, avoid_until=max(until, standing.avoid_until), banned=True)
+    pause = max(min(FIRST_PAUSE * 2**standing.failures, MAX_PAUSE), min(wait, MAX_PAUSE))
+    return replace(standing, failures=standing.failures + 1, avoid_until=max(now + pause, standing.avoid_until))
+
+
+def after_success(standing: Standing) -> Standing:
+    """The standing after a good answer: failures are forgotten, lies and a running ban are not."""
+    return standing if standing.banned else Standing(lies=standing.lies)
+
+
+def is_avoided(standing: Standing, now: float) -> bool:
+    """Whether to pass the peer over now."""
+    return now < standing.avoid_until
+
+
+def is_banned(standing: Standing, now: float) -> bool:
+    """Whether the peer is banned now."""
+    return standing.banned and now < standing.avoid_until

@@ -1,0 +1,154 @@
+"""The asking end of one stream: requests pipelined by id, answers in any order, a deadline on each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from moehive.protocol import limits
+from moehive.protocol.codec import Message
+from moehive.protocol.errors import PeerError, PeerTimeout, PeerUnreachable
+from moehive.protocol.ids import PeerId
+from moehive.protocol.session import Buffers, ClientSession, Event, Opened, ReplyReceived, RequestRefused
+from moehive.swarm.transport.base import Stream
+
+READ_SIZE = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One reply; `more` replies to the same request follow."""
+
+    message: Message
+    payload: bytearray
+    more: bool
+
+
+class Connection:
+    """One stream to one peer, shared by all requests to it. An async context manager; entering says hello.
+
+    When the stream breaks or the peer breaks the protocol, every waiting request fails with that error and `broken`
+    holds it; a broken connection is replaced, not repaired.
+    """
+
+    def __init__(self, stream: Stream, session: ClientSession) -> None:
+        self._stream = stream
+        self._session = session
+        self._write_lock = asyncio.Lock()
+        self._slots = asyncio.Semaphore(limits.MAX_REQUESTS_IN_FLIGHT)
+        self._waiting: dict[int, asyncio.Queue[Answer | PeerError]] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self.broken: PeerError | None = None
+        self.agent = ""
+
+    @property
+    def peer(self) -> PeerId:
+        """The other end."""
+        return self._session.peer
+
+    @property
+    def in_flight(self) -> int:
+        """Requests without a final answer."""
+        return len(self._waiting)
+
+    async def __aenter__(self) -> Self:
+        try:
+            async with asyncio.timeout(limits.HELLO_TIMEOUT):
+                await self._stream.write(*self._session.send_hello())
+                await self._open()
+        except TimeoutError as error:
+            await self._stream.close()
+            raise PeerTimeout(f"no welcome within {limits.HELLO_TIMEOUT:.0f} s", peer=self.peer) from error
+        except BaseException:
+            await self._stream.close()
+            raise
+        self._reader = asyncio.create_task(self._read(), name=f"read {self.peer}")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._fail(PeerUnreachable("connection closed", peer=self.peer))
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+        await self._stream.close()
+
+    async def ask(self, message: Message, payload: Buffers = (), *, timeout: float) -> Answer:
+        """One request, one answer. Raises PeerError; PeerTimeout after `timeout` seconds, the request cancelled."""
+        async with aclosing(self.ask_many(message, payload, timeout=timeout)) as answers:
+            return await anext(answers)
+
+    async def ask_many(
+        self, message: Message, payload: Buffers = (), *, timeout: float
+    ) -> AsyncGenerator[Answer, None]:
+        """One request, several answers; `timeout` seconds for each. Raises PeerError."""
+        async with self._slots:
+            if self.broken is not None:
+                raise self.broken
+            request_id, buffers = self._session.send_request(message, payload)
+            queue: asyncio.Queue[Answer | PeerError] = asyncio.Queue()
+            self._waiting[request_id] = queue
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._write(buffers)
+                more = True
+                while more:
+                    async with asyncio.timeout(timeout):
+                        answer = await queue.get()
+                    if isinstance(answer, PeerError):
+                        raise answer
+                    more = answer.more
+                    yield answer
+            except TimeoutError as error:
+                raise PeerTimeout(f"no answer within {timeout:.1f} s", peer=self.peer) from error
+            finally:
+                if self._waiting.pop(request_id, None) is not None and self.broken is None:
+                    await self._write(self._session.send_cancel(request_id))
+
+    async def _write(self, buffers: Buffers) -> None:
+        if not buffers:
+            return
+        async with self._write_lock:
+            await self._stream.write(*buffers)
+
+    async def _open(self) -> None:
+        while not self.agent:
+            for event in self._session.receive(await self._stream.read(READ_SIZE)):
+                if isinstance(event, RequestRefused):
+                    raise event.error
+                if not isinstance(event, Opened):
+                    raise PeerUnreachable("closed the stream before saying hello", peer=self.peer)
+                self.agent = event.agent or "?"
+
+    async def _read(self) -> None:
+        try:
+            while self.broken is None:
+                for event in self._session.receive(await self._stream.read(READ_SIZE)):
+                    self._on_event(event)
+        except PeerError as error:
+            self._fail(error)
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case ReplyReceived(request_id, message, payload, more):
+                self._deliver(request_id, Answer(message, payload, more), final=not more)
+            case RequestRefused(request_id, error):
+                self._deliver(request_id, error, final=True)
+            case _:
+                self._fail(PeerUnreachable("the peer closed the connection", peer=self.peer))
+
+    def _deliver(self, request_id: int, answer: Answer | PeerError, *, final: bool) -> None:
+        queue = self._waiting.pop(request_id, None) if final else self._waiting.get(request_id)
+        if queue is not None:  # else: nobody waits any more, the answer crossed the cancellation
+            queue.put_nowait(answer)
+
+    def _fail(self, error: PeerError) -> None:
+        self.broken = self.broken or error
+        waiting, self._waiting = self._waiting, {}
+        for queue in waiting.values():
+            queue.put_nowait(error)

@@ -1,0 +1,149 @@
+"""The answering end of one stream: hello, then requests, each in a task of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import structlog
+
+from moehive.protocol import limits
+from moehive.protocol.codec import Message
+from moehive.protocol.errors import LocalError, PeerError, PeerUnreachable, ProtocolViolation, RefusalCode
+from moehive.protocol.ids import PeerId
+from moehive.protocol.messages import ProtocolSpec
+from moehive.protocol.session import (
+    Admission,
+    Buffers,
+    Closed,
+    Event,
+    Opened,
+    RequestCancelled,
+    RequestReceived,
+    ServerSession,
+    State,
+)
+from moehive.swarm.transport.base import Handler, Stream
+
+READ_SIZE = 256 << 10
+FRAME_TIMEOUT = 60.0  # seconds in which a frame that has begun must be complete (slow-loris)
+_log = structlog.get_logger(__name__)
+
+
+class Refusal(Exception):
+    """Raised by a request handler to say no; not an error of anybody's."""
+
+    def __init__(self, code: RefusalCode, detail: str = "", *, retry_after: float = 0.0) -> None:
+        super().__init__(detail or code.name)
+        self.code = code
+        self.detail = detail
+        self.retry_after = retry_after  # seconds
+
+
+Reply = Callable[..., Awaitable[None]]  # reply(message, payload=(), more=False)
+
+
+class RequestHandler(Protocol):
+    """Answers one request by calling `reply` once, or several times with more=True before the last."""
+
+    async def __call__(self, peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+        """Raises Refusal to say no."""
+
+
+def stream_handler(spec: ProtocolSpec, secret: bytes, local: PeerId, agent: str, handle: RequestHandler) -> Handler:
+    """What `Transport.serve` wants: one protocol of ours on every stream that others open."""
+
+    async def on_stream(stream: Stream) -> None:
+        admission = Admission(secret, local, stream.peer)
+        await _ServedStream(stream, ServerSession(spec, admission, agent), handle).run()
+
+    return on_stream
+
+
+class _ServedStream:
+    def __init__(self, stream: Stream, session: ServerSession, handle: RequestHandler) -> None:
+        self._stream = stream
+        self._session = session
+        self._handle = handle
+        self._write_lock = asyncio.Lock()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Serve until the other side closes, breaks the protocol, or we are cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                await self._serve(group)
+                for task in self._tasks.values():
+                    task.cancel()  # nobody is left to read the answers
+        except* PeerUnreachable as broken:
+            _log.debug("stream broke", peer=self._session.peer, reason=str(broken.exceptions[0]))
+
+    async def _serve(self, group: asyncio.TaskGroup) -> None:
+        while self._session.state is not State.CLOSED:
+            try:
+                async with asyncio.timeout(self._patience()):
+                    data = await self._stream.read(READ_SIZE)
+                events = self._session.receive(data)
+            except TimeoutError:
+                _log.info("stream dropped: too slow", peer=self._session.peer)
+                return
+            except ProtocolViolation as violation:
+                await self._refuse_stream(violation)
+                return
+            for event in events:
+                await self._on_event(event, group)
+
+    def _patience(self) -> float | None:
+        if self._session.state is State.AWAIT_HELLO:
+            return limits.HELLO_TIMEOUT
+        return FRAME_TIMEOUT if self._session.mid_frame else None
+
+    async def _refuse_stream(self, violation: ProtocolViolation) -> None:
+        _log.warning("peer broke the protocol", peer=self._session.peer, reason=violation.reason)
+        detail = "" if violation.code is RefusalCode.NOT_ADMITTED else violation.reason
+        await self._write(self._session.send_refusal(0, violation.code, detail))
+
+    async def _on_event(self, event: Event, group: asyncio.TaskGroup) -> None:
+        match event:
+            case Opened():
+                await self._write(self._session.send_welcome())
+            case RequestReceived(request_id, message, payload):
+                self._tasks[request_id] = group.create_task(self._answer(request_id, message, payload))
+            case RequestCancelled(request_id):
+                self._tasks[request_id].cancel()
+                await self._write(self._session.send_refusal(request_id, RefusalCode.CANCELLED))
+            case Closed():
+                pass
+            case _:
+                raise AssertionError(f"a server session never gives {event}")
+
+    async def _answer(self, request_id: int, message: Message, payload: bytearray) -> None:
+        async def reply(answer: Message, body: Buffers = (), *, more: bool = False) -> None:
+            await self._write(self._session.send_reply(request_id, answer, body, more=more))
+
+        try:
+            await self._handle(self._session.peer, message, payload, reply)
+        except Refusal as refusal:
+            await self._refuse(request_id, refusal.code, refusal.detail, refusal.retry_after)
+        except PeerUnreachable:
+            raise
+        except PeerError as error:  # the request itself is bad
+            await self._refuse(request_id, RefusalCode.BAD_REQUEST, error.reason)
+        except LocalError:
+            _log.exception("request failed", peer=self._session.peer, request=type(message).__name__)
+            await self._refuse(request_id, RefusalCode.INTERNAL)
+        except Exception:  # noqa: BLE001 - supervision point: one request's bug must not end the others
+            _log.exception("request failed: a bug", peer=self._session.peer, request=type(message).__name__)
+            await self._refuse(request_id, RefusalCode.INTERNAL)
+        finally:
+            self._tasks.pop(request_id, None)
+
+    async def _refuse(self, request_id: int, code: RefusalCode, detail: str = "", retry_after: float = 0.0) -> None:
+        await self._write(self._session.send_refusal(request_id, code, detail, retry_after))
+
+    async def _write(self, buffers: Buffers) -> None:
+        if not buffers:
+            return
+        async with self._write_lock:
+            await self._stream.write(*buffers)

@@ -1,0 +1,57 @@
+"""The standing of every peer we deal with: remembers, and writes down why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import structlog
+
+from moehive.protocol.errors import FalseClaim, IntegrityError, PeerError, PeerRefused, ProtocolViolation, RefusalCode
+from moehive.protocol.ids import PeerId
+
+from .policy.standing import Offence, Standing, after_offence, after_success, is_avoided, is_banned
+
+_log = structlog.get_logger(__name__)
+_UNKNOWN = Standing()
+
+
+def offence_of(error: PeerError) -> Offence:
+    """Whether an error proves a lie."""
+    if isinstance(error, IntegrityError | FalseClaim | ProtocolViolation):
+        return Offence.LIE
+    return Offence.FAILURE
+
+
+class Standings:
+    """Who is avoided, who is banned. Not thread-safe: used on the event loop only."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: dict[PeerId, Standing] = {}
+
+    def blame(self, error: PeerError) -> None:
+        """Count `error` against its peer."""
+        peer = PeerId(error.peer)
+        if not peer:
+            return
+        offence = offence_of(error)
+        wait = error.retry_after if isinstance(error, PeerRefused) and error.code is RefusalCode.BUSY else 0.0
+        self._known[peer] = after_offence(self._known.get(peer, _UNKNOWN), offence, self._clock(), wait=wait)
+        log = _log.warning if offence is Offence.LIE else _log.debug
+        log("peer banned" if offence is Offence.LIE else "peer failed", peer=peer, reason=error.reason)
+
+    def praise(self, peer: PeerId) -> None:
+        """Count a good answer."""
+        standing = self._known.get(peer)
+        if standing is not None:
+            self._known[peer] = after_success(standing)
+
+    def usable(self, peers: Iterable[PeerId]) -> list[PeerId]:
+        """Those that are not avoided now."""
+        now = self._clock()
+        return [peer for peer in peers if not is_avoided(self._known.get(peer, _UNKNOWN), now)]
+
+    def banned(self, peer: PeerId) -> bool:
+        """Whether the peer is banned now."""
+        return is_banned(self._known.get(peer, _UNKNOWN), self._clock())

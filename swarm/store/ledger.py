@@ -1,0 +1,137 @@
+"""How many bytes of the store's budget are taken, kept right across threads, processes and crashes.
+
+The files are the truth. What is kept in memory is a copy of their sizes, read when a process first needs it and again
+after another process changed something: every change happens under one lock file and advances the counter in it.
+Nothing here needs to survive a crash.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moehive.protocol.ids import ShardHash
+
+from .base import DiskBudgetFull
+from .filesystem import FileSystem, storage_errors
+from .layout import StoreLayout
+
+_FAN_OUT = re.compile(r"[0-9a-f]{2}")
+_COUNTER_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a store holds, in bytes except for `objects`."""
+
+    objects: int
+    object_bytes: int
+    partial_bytes: int  # reserved by downloads, finished or abandoned
+    budget_bytes: int
+
+    @property
+    def used_bytes(self) -> int:
+        """All that counts against the budget."""
+        return self.object_bytes + self.partial_bytes
+
+
+class Ledger:
+    """Sizes of finished and partial objects. Read and change them only inside `locked`."""
+
+    def __init__(self, layout: StoreLayout, budget_bytes: int, fs: FileSystem) -> None:
+        self.objects: dict[ShardHash, int] = {}
+        self.partials: dict[ShardHash, int] = {}
+        self.budget_bytes = budget_bytes
+        self._layout = layout
+        self._fs = fs
+        self._mutex = threading.Lock()
+        self._seen: int | None = None  # the counter at which the copies above were right
+        self._durable: set[Path] = set()  # directories whose own entry this process has synced
+
+    @contextmanager
+    def locked(self, *, change: bool) -> Iterator[None]:
+        """Exclude every other thread and process; `change` tells them to read the files again afterwards.
+
+        Raises StorageError, DiskFull. Hold it for moments only: never while hashing, syncing data or waiting.
+        """
+        fs, path = self._fs, self._layout.lock
+        with self._mutex:
+            with storage_errors("open", path):
+                self._prepare()
+                fd = fs.open_write(path)
+            try:
+                with storage_errors("lock", path):
+                    fs.lock(fd)
+                    self._refresh(fd, change)
+                try:
+                    yield
+                except BaseException:
+                    self._seen = None  # half a change: ask the files
+                    raise
+            finally:
+                fs.close(fd)
+
+    def reserve(self, object_hash: ShardHash, size: int) -> None:
+        """Count a partial file of `size` bytes. Raises DiskBudgetFull where that is too much."""
+        used = self.usage().used_bytes
+        needed = size - self.partials.get(object_hash, 0)
+        if used + needed > self.budget_bytes:
+            budget = self.budget_bytes
+            raise DiskBudgetFull(self._layout.root, object_hash, needed=needed, used=used, budget=budget)
+        self.partials[object_hash] = size
+
+    def usage(self) -> Usage:
+        """The sums."""
+        objects, partials = self.objects, self.partials
+        return Usage(len(objects), sum(objects.values()), sum(partials.values()), self.budget_bytes)
+
+    def make_fan_out(self, object_hash: ShardHash) -> None:
+        """Create the directory of an object, durably. Raises OSError."""
+        self._make_directory(self._layout.object(object_hash).parent)
+
+    def _prepare(self) -> None:
+        for directory in (self._layout.root, self._layout.objects, self._layout.partials):
+            self._make_directory(directory)
+
+    def _make_directory(self, path: Path) -> None:
+        """Also sync the entry of a directory that exists: whoever made it may have been killed before doing so."""
+        if path in self._durable:
+            return
+        try:
+            created = self._fs.mkdir(path)
+        except FileNotFoundError:
+            self._make_directory(path.parent)
+            created = self._fs.mkdir(path)
+        if created or path != self._layout.root:  # the parent of a root that we did not make may be closed to us
+            pass
+        self._durable.add(path)
+
+    def _refresh(self, fd: int, change: bool) -> None:
+        counter = int.from_bytes(self._fs.pread(fd, _COUNTER_BYTES, 0), "big")
+        if counter != self._seen:
+            self.objects, self.partials = self._scan_objects(), self._scan_partials()
+        if change:  # before the change: if this write fails, nothing has happened yet
+            counter += 1
+            self._fs.pwrite(fd, counter.to_bytes(_COUNTER_BYTES, "big"), 0)
+        self._seen = counter
+
+    def _scan_objects(self) -> dict[ShardHash, int]:
+        found: dict[ShardHash, int] = {}
+        for fan_out in filter(_FAN_OUT.fullmatch, self._fs.listdir(self._layout.objects)):
+            for name in self._fs.listdir(self._layout.objects / fan_out):
+                object_hash = self._layout.object_of(name)
+                if object_hash is not None and (size := self._fs.size(self._layout.object(object_hash))) is not None:
+                    found[object_hash] = size
+        return found
+
+    def _scan_partials(self) -> dict[ShardHash, int]:
+        found: dict[ShardHash, int] = {}
+        for name in self._fs.listdir(self._layout.partials):
+            object_hash = self._layout.partial_of(name)
+            if object_hash is not None and (size := self._fs.size(self._layout.partial(object_hash))) is not None:
+                found[object_hash] = size
+        return found

@@ -1,0 +1,96 @@
+"""A byte stream over a pair of asyncio streams, with asyncio's errors translated into ours."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+from moehive.protocol.errors import PeerUnreachable
+from moehive.protocol.ids import PeerId
+
+from .base import Buffer
+
+# The selector loop receives at most 256 KiB at a time; a reader that buffers less pauses and resumes for every piece.
+READ_BUFFER = 1 << 20
+_MAX_READ = 256 << 10  # taking more out of the buffer at once moves the rest of it in memory
+_WRITE_PIECE = 256 << 10  # what the loop cannot send at once it copies: this bounds the copy
+_JOIN_BELOW = 64 << 10  # a header and its small body leave in one system call
+_CLOSE_TIMEOUT = 0.8
+
+
+class SocketStream:
+    """Implements `base.Stream`.
+
+    One `write` at a time reaches the socket, whole: two tasks may write to the same stream. A write that is cancelled
+    may have sent a part; the stream is then good for nothing but closing. One task at a time may read.
+    """
+
+    def __init__(
+        self,
+        peer: PeerId,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        on_close: Callable[[SocketStream], None] = lambda _: None,
+    ) -> None:
+        self._peer = peer
+        self._reader = reader
+        self._writer = writer
+        self._on_close = on_close
+        self._writing = asyncio.Lock()
+        self._closed = False
+        writer.transport.set_write_buffer_limits(high=_WRITE_PIECE)
+
+    @property
+    def peer(self) -> PeerId:
+        """The authenticated peer at the other end."""
+        return self._peer
+
+    async def read(self, limit: int) -> bytes:
+        """See `base.Stream`."""
+        assert limit > 0, limit
+        try:
+            data = await self._reader.read(min(limit, _MAX_READ))
+        except OSError as error:
+            raise PeerUnreachable(f"connection lost while reading: {error}", peer=self._peer) from error
+        if self._closed:
+            raise PeerUnreachable("the stream was closed on this side", peer=self._peer)
+        return data
+
+    async def write(self, *buffers: Buffer) -> None:
+        """See `base.Stream`."""
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        async with self._writing:
+            if sum(len(view) for view in views) <= _JOIN_BELOW:
+                await self._send(b"".join(views))
+                return
+            for view in views:
+                for start in range(0, len(view), _WRITE_PIECE):
+                    await self._send(view[start : start + _WRITE_PIECE])
+
+    async def close(self) -> None:
+        """See `base.Stream`."""
+        if self._closed:
+            return
+        self._closed = True
+        self._on_close(self)
+        self._writer.close()
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT):
+                with suppress(OSError):
+                    await self._writer.wait_closed()
+        except TimeoutError:
+            pass  # the other side does not read what is left in our buffer
+        finally:
+            self._writer.transport.abort()  # nothing, when it closed in time
+
+    async def _send(self, data: Buffer) -> None:
+        # asyncio accepts and drops what is written after the connection was lost.
+        if self._closed or self._writer.is_closing():
+            raise PeerUnreachable("the stream is closed", peer=self._peer)
+        try:
+            self._writer.write(data)
+            await self._writer.drain()
+        except OSError as error:
+            raise PeerUnreachable(f"connection lost while writing: {error}", peer=self._peer) from error
