@@ -27,6 +27,11 @@ class Message:
     __slots__ = ()
     KIND: ClassVar[int]
 
+    @property
+    def max_replies(self) -> int:
+        """How many replies may answer it, where it is a request."""
+        return 1
+
 
 M = TypeVar("M", bound=Message)
 
@@ -54,7 +59,7 @@ def decode(kind: type[M], meta: bytes) -> M:
     fields = unpack_map(meta, limits.MAX_META_BYTES)
     checks = _checks(kind)
     if fields.keys() != checks.keys():
-        raise ProtocolViolation(f"{kind.__name__}: fields {sorted(map(str, fields))} instead of {sorted(checks)}")
+        raise ProtocolViolation(f"{kind.__name__}: missing or unknown fields; {sorted(checks)} are expected")
     try:
         return kind(**{name: checks[name](value) for name, value in fields.items()})
     except ValueError as error:
@@ -62,17 +67,34 @@ def decode(kind: type[M], meta: bytes) -> M:
 
 
 def unpack_map(data: bytes, limit: int) -> dict[Any, Any]:
-    """One msgpack map of at most `limit` bytes. Raises ProtocolViolation."""
+    """One msgpack map of at most `limit` bytes, with texts (or bytes) as keys, none twice. Raises ProtocolViolation."""
     if len(data) > limit:
         raise ProtocolViolation(f"{len(data)} bytes where at most {limit} are allowed")
     try:
-        # msgpack bounds every declared length by the size of its input, so a small input cannot allocate much.
-        value = msgpack.unpackb(data, raw=False, strict_map_key=False, use_list=True)
+        # msgpack allocates a list when it is declared, and lists nest, so the length of each must be limited as well.
+        # Other keys than texts and bytes have predictable hashes, which can be chosen to collide.
+        value = msgpack.unpackb(
+            data,
+            raw=False,
+            use_list=True,
+            strict_map_key=True,
+            object_pairs_hook=_without_repetition,
+            max_array_len=limits.MAX_LIST_ITEMS,
+            max_map_len=limits.MAX_MAP_ITEMS,
+            max_ext_len=0,
+        )
     except (ValueError, TypeError, RecursionError, OverflowError, msgpack.UnpackException) as error:
         raise ProtocolViolation(f"malformed msgpack: {type(error).__name__}") from error
     if not isinstance(value, dict):
         raise ProtocolViolation("a msgpack map is expected")
     return value
+
+
+def _without_repetition(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):  # readers would differ in which one counts
+        raise ValueError("a key is there twice")
+    return fields
 
 
 # --- checks -------------------------------------------------------------------------------------------------------
@@ -113,11 +135,11 @@ def number(low: float, high: float) -> Check:
 
 
 def text(limit: int) -> Check:
-    """Text of at most `limit` characters."""
+    """Printable text of at most `limit` characters: it ends up in logs and on terminals, where control codes act."""
 
     def check(value: Any) -> str:
-        if not isinstance(value, str) or len(value) > limit:
-            raise ValueError(f"text of at most {limit} characters is expected")
+        if not isinstance(value, str) or len(value) > limit or not value.isprintable():
+            raise ValueError(f"printable text of at most {limit} characters is expected")
         return value
 
     return check

@@ -6,6 +6,8 @@
     │   ├── PeerTimeout           (retryable) no answer before the deadline
     │   ├── PeerRefused           the peer said no, with a reason; retryable where the reason passes with time
     │   ├── ProtocolViolation     the peer broke the protocol: disconnect
+    │   │   ├── UnsupportedVersion
+    │   │   └── NotAdmitted       it belongs to another swarm
     │   ├── IntegrityError        the peer sent bytes that do not match their hash: ban
     │   └── FalseClaim            the peer announced what it does not have, or signed nonsense: ban
     ├── LocalError                this machine's fault
@@ -13,7 +15,7 @@
     │   │   ├── DiskFull
     │   │   └── CorruptShard      a local file does not match its hash
     │   ├── BudgetTooSmall        a memory or disk budget cannot hold what was asked
-    │   └── TransportError        the network engine did not start or stopped
+    │   └── TransportError        (retryable) the network engine did not start or stopped
     ├── CallerError               the caller asked for something impossible: exit code 2, never retried
     │   ├── ConfigError           an unknown or malformed setting, flag or argument
     │   ├── TicketError           a join ticket that cannot be read

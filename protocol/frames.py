@@ -7,8 +7,8 @@
       u8       u8       u16      u32          u32          u32          msgpack      raw bytes
 
 All integers are big-endian. `meta` is a msgpack map (see `messages`), `payload` is tensor rows or file bytes as they
-are. The decoder takes bytes in any portions and never holds more than it was given: a declared length allocates
-nothing.
+are. The decoder takes bytes in any portions and copies them into one buffer that grows with them: a declared length
+allocates nothing, and a frame that arrives byte by byte costs no more than one that arrives at once.
 """
 
 from __future__ import annotations
@@ -50,39 +50,31 @@ class FrameDecoder:
     """Turns received bytes into frames. After a ProtocolViolation it must not be fed again."""
 
     def __init__(self, max_payload: int = limits.MAX_PAYLOAD_BYTES) -> None:
-        self._max_payload = max_payload
-        self._parts: list[Buffer] = []
-        self._have = 0  # bytes in _parts
+        self.max_payload = max_payload  # holds for the headers that are still to come
+        self._buffer = bytearray()
         self._need = HEADER.size  # bytes until the next step
         self._header: tuple[int, int, int, int, int] | None = None  # kind, flags, request id, meta size, payload size
 
     @property
     def mid_frame(self) -> bool:
         """Whether a frame has begun and is not complete: the end of the stream here is a truncation."""
-        return self._header is not None or self._have > 0
+        return self._header is not None or len(self._buffer) > 0
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Take received bytes; yield the frames that they complete. Raises ProtocolViolation."""
         view = memoryview(data)
-        while view or (self._header is not None and self._need == self._have):
-            taken = view[: self._need - self._have]
+        while view or (self._header is not None and self._need == len(self._buffer)):
+            taken = view[: self._need - len(self._buffer)]
             view = view[len(taken) :]
-            if taken:
-                self._parts.append(taken)
-                self._have += len(taken)
-            if self._have < self._need:
+            self._buffer += taken
+            if len(self._buffer) < self._need:
                 return
-            whole = self._collect()
+            whole, self._buffer = self._buffer, bytearray()
             if self._header is None:
                 self._header = self._read_header(whole)
                 self._need = self._header[3] + self._header[4]
             else:
                 yield self._complete(whole)
-
-    def _collect(self) -> bytearray:
-        whole = bytearray().join(self._parts)
-        self._parts, self._have = [], 0
-        return whole
 
     def _complete(self, whole: bytearray) -> Frame:
         assert self._header is not None
@@ -98,6 +90,6 @@ class FrameDecoder:
             raise UnsupportedVersion(f"frame version {version}, this build speaks {FRAME_VERSION}")
         if flags & ~_KNOWN_FLAGS:
             raise ProtocolViolation(f"unknown frame flags {flags:#x}")
-        if meta_size > limits.MAX_META_BYTES or payload_size > self._max_payload:
+        if meta_size > limits.MAX_META_BYTES or payload_size > self.max_payload:
             raise ProtocolViolation(f"frame of {meta_size} + {payload_size} bytes is over the limit")
         return kind, flags, request_id, meta_size, payload_size

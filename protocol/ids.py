@@ -22,7 +22,7 @@ ModelId = NewType("ModelId", str)  # 64 hexadecimal digits: root hash of the can
 ShardHash = NewType("ShardHash", str)  # 64 hexadecimal digits: root hash of a shard's bytes
 
 HASH_HEX = re.compile(r"[0-9a-f]{64}")
-_EXPERT_KEY = re.compile(r"(0|[1-9]\d{0,8})_(0|[1-9]\d{0,8})")
+_EXPERT_KEY = re.compile(r"(0|[1-9][0-9]{0,8})_(0|[1-9][0-9]{0,8})")
 # identity multihash (0x00, length 0x24) of protobuf {1: KeyType.Ed25519 = 1, 2: 32 bytes}
 _ED25519_PREFIX = bytes.fromhex("002408011220")
 _PEER_ID_MAX_CHARS = 64
@@ -67,12 +67,18 @@ def public_key_of(peer: str) -> bytes:
         raise FalseClaim(f"peer id {peer!r} is not base58") from error
     if len(raw) != len(_ED25519_PREFIX) + 32 or not raw.startswith(_ED25519_PREFIX):
         raise FalseClaim(f"peer id {peer!r} is not an Ed25519 key")
-    return raw[len(_ED25519_PREFIX) :]
+    key = raw[len(_ED25519_PREFIX) :]
+    if peer_id_of(key) != peer:  # b58decode ignores trailing white space: one key would have many names
+        raise FalseClaim(f"peer id {peer!r} is not in canonical form")
+    return key
 
 
 def verify_signature(peer: str, signature: bytes, message: bytes) -> None:
-    """Raise FalseClaim unless `signature` is `peer`'s own over `message`."""
+    """Raise FalseClaim unless `signature` is `peer`'s own over `message`.
+
+    The error blames nobody: whoever forged the signature, it was not the peer that is named.
+    """
     try:
         Ed25519PublicKey.from_public_bytes(public_key_of(peer)).verify(signature, message)
     except InvalidSignature as error:
-        raise FalseClaim("signature does not match the peer id", peer=peer) from error
+        raise FalseClaim(f"the signature is not {peer}'s") from error

@@ -31,7 +31,7 @@ _CHECKS = {
     "expires": number(0, 1e11),
     "addresses": texts(limits.MAX_ADDRESS_CHARS, limits.MAX_ADDRESSES),
     "skeleton": boolean,
-    "layers": integers(0, 1 << 16, 4096),
+    "layers": integers(0, 1 << 16, limits.MAX_LIST_ITEMS),
     "experts": integer(0, 1 << 16),
     "bitmap": blob(0, limits.MAX_RECORD_BYTES),
     "rows_per_second": number(0, 1e12),
@@ -79,7 +79,8 @@ def decode_inventory(record: bytes, *, now: float) -> Inventory:
     """Read and verify a record at time `now` (seconds since the epoch).
 
     Raises FalseClaim for a wrong signature, an expired or far-future record, or contradictory contents, and
-    ProtocolViolation for bytes that are no record.
+    ProtocolViolation for bytes that are no record. The error names a peer only where its signature proves its fault:
+    anybody can forge a record in another's name, or keep one until it has expired.
     """
     if not _SIGNATURE_BYTES < len(record) <= limits.MAX_RECORD_BYTES:
         raise ProtocolViolation(f"announcement of {len(record)} bytes")
@@ -116,13 +117,13 @@ def _read_fields(fields: dict[Any, Any]) -> dict[str, Any]:
 
 def _check_times(peer: PeerId, issued: float, expires: float, now: float) -> None:
     if expires <= now:
-        raise FalseClaim(f"announcement expired {now - expires:.0f} s ago", peer=peer)
+        raise FalseClaim(f"announcement of {peer} expired {now - expires:.0f} s ago")
     if issued > now + limits.MAX_CLOCK_SKEW:
         raise FalseClaim(f"announcement from {issued - now:.0f} s in the future; is a clock wrong?", peer=peer)
-    lifetime = max(expires - issued, expires - now - limits.MAX_CLOCK_SKEW)
-    if lifetime > limits.MAX_RECORD_LIFETIME:
+    lifetime = expires - issued
+    if not 0 < lifetime <= limits.MAX_RECORD_LIFETIME:
         raise FalseClaim(
-            f"announcement lives {lifetime:.0f} s; {limits.MAX_RECORD_LIFETIME:.0f} s are allowed", peer=peer
+            f"announcement lives {lifetime:.0f} s; up to {limits.MAX_RECORD_LIFETIME:.0f} s are allowed", peer=peer
         )
 
 
@@ -136,7 +137,8 @@ def _to_bitmap(held: Iterable[ExpertKey], layers: list[int], experts: int) -> by
 
 
 def _from_bitmap(peer: PeerId, bitmap: bytes, layers: tuple[int, ...], experts: int) -> Iterator[ExpertKey]:
-    if len(bitmap) != -(-len(layers) * experts // 8) or list(layers) != sorted(set(layers)):
+    fits = len(bitmap) == -(-len(layers) * experts // 8) and (experts == 0) == (not layers)
+    if not fits or list(layers) != sorted(set(layers)):
         raise FalseClaim("announcement whose bitmap does not fit its layers", peer=peer)
     for index, byte in enumerate(bitmap):
         while byte:

@@ -18,6 +18,8 @@ MAX_SAFETENSORS_HEADER = 100 << 20  # the limit of the safetensors library itsel
 MAX_META_BYTES = 64 << 10  # msgpack header of one message; the largest lists 384 experts and their row counts
 MAX_PAYLOAD_BYTES = 64 << 20  # one frame of tensor rows or of file bytes; larger work is split by the sender
 MAX_DETAIL_CHARS = 256  # free text in a refusal
+MAX_LIST_ITEMS = 4096  # of one msgpack list: layers of an announcement; the decoder allocates a declared list at once
+MAX_MAP_ITEMS = 32  # of one msgpack map: fields of a message
 
 # --- sessions ----------------------------------------------------------------------------------------------------
 MAX_REQUESTS_IN_FLIGHT = 64  # per stream; a peer that opens more is refused, then disconnected
@@ -34,5 +36,5 @@ MAX_ADDRESSES = 8
 MAX_ADDRESS_CHARS = 256
 
 # --- tickets -----------------------------------------------------------------------------------------------------
-MAX_TICKET_CHARS = 4096
+MAX_TICKET_CHARS = 8 << 10  # all its peers at their longest
 MAX_TICKET_PEERS = 16

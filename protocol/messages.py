@@ -127,6 +127,11 @@ class GetChunks(Message):
     first: int = wire(integer(0, limits.MAX_SHARD_BYTES >> 20))
     count: int = wire(integer(1, limits.MAX_CHUNKS_PER_REQUEST))
 
+    @property
+    def max_replies(self) -> int:
+        """One for each chunk."""
+        return self.count
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk(Message):

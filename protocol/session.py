@@ -1,6 +1,6 @@
 """One stream, seen from one end: the state machine of every protocol, without I/O.
 
-    client:  HELLO_SENT --welcome--> OPEN --reply, refusal--> OPEN
+    client:  HELLO_SENT --welcome--> OPEN --reply, refusal--> OPEN --refusal of the stream--> CLOSED
     server:  AWAIT_HELLO --hello--> OPEN --request, cancel--> OPEN
 
 What is not in the table is a violation and closes the session, so a hostile peer finds no unwritten path. Bytes go in
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import enum
 import hmac
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +18,7 @@ from blake3 import blake3
 
 from . import limits
 from .codec import Message, decode, encode
-from .errors import NotAdmitted, PeerRefused, ProtocolViolation, RefusalCode
+from .errors import NotAdmitted, PeerRefused, PeerUnreachable, ProtocolViolation, RefusalCode
 from .frames import FLAG_MORE, Frame, FrameDecoder, encode_header
 from .ids import PeerId
 from .messages import PROOF_BYTES, Cancel, Hello, ProtocolSpec, Refused, Welcome
@@ -42,7 +41,8 @@ class Input(enum.Enum):
 
     HELLO = "hello"
     WELCOME = "welcome"
-    REFUSED = "refused"
+    REFUSED = "refusal of a request"
+    STREAM_REFUSED = "refusal of the stream"
     CANCEL = "cancel"
     REQUEST = "request"
     REPLY = "reply"
@@ -59,10 +59,11 @@ SERVER_TABLE = {
 }
 CLIENT_TABLE = {
     (State.HELLO_SENT, Input.WELCOME): State.OPEN,
-    (State.HELLO_SENT, Input.REFUSED): State.CLOSED,
+    (State.HELLO_SENT, Input.STREAM_REFUSED): State.CLOSED,
     (State.HELLO_SENT, Input.END): State.CLOSED,
     (State.OPEN, Input.REPLY): State.OPEN,
     (State.OPEN, Input.REFUSED): State.OPEN,
+    (State.OPEN, Input.STREAM_REFUSED): State.CLOSED,
     (State.OPEN, Input.END): State.CLOSED,
 }
 
@@ -105,7 +106,7 @@ class ReplyReceived:
 
 @dataclass(frozen=True, slots=True)
 class RequestRefused:
-    """A request was refused (client); request id 0 is the whole stream."""
+    """A request was refused (client); request id 0 is the whole stream, which is over then."""
 
     request_id: int
     error: PeerRefused
@@ -168,33 +169,48 @@ class _Session:
         self._admission = admission
         self._agent = agent
         self._table = table
-        self._decoder = FrameDecoder(max_payload)
+        self._max_payload = max_payload
+        self._decoder = FrameDecoder(max_payload=0)  # nobody is given memory for a payload before the proof
 
     @property
     def peer(self) -> PeerId:
         """The other end."""
         return self._admission.remote
 
+    @property
+    def mid_frame(self) -> bool:
+        """Whether a frame has begun to arrive and is not complete."""
+        return self._decoder.mid_frame
+
     def receive(self, data: bytes) -> list[Event]:
         """Take received bytes (b"" is the end of the stream).
 
-        Raises ProtocolViolation, naming the peer; the session is closed then, and nothing more may be fed.
+        Raises ProtocolViolation, naming the peer, and PeerUnreachable where the stream ended inside a frame (a lost
+        connection looks like that, so it is nobody's lie). Either way the session is closed, as after a refusal of the
+        stream: nothing more may be fed. Events of the portion that broke the protocol are not delivered.
         """
         assert self.state is not State.CLOSED, "receive() after the session closed"
         try:
             if not data:
                 return [self._end()]
-            return [event for frame in self._decoder.feed(data) for event in self._on_frame(frame)]
+            return self._receive_frames(data)
         except ProtocolViolation as error:
             self.state = State.CLOSED
             error.peer = error.peer or self.peer
             raise
 
+    def _receive_frames(self, data: bytes) -> list[Event]:
+        events: list[Event] = []
+        for frame in self._decoder.feed(data):
+            events += self._on_frame(frame)
+            if self.state is State.CLOSED:  # the stream was refused; what was on its way behind that does not count
+                break
+        return events
+
     def _end(self) -> Event:
-        truncated = self._decoder.mid_frame
         self._advance(Input.END)
-        if truncated:
-            raise ProtocolViolation("the stream ended inside a frame")
+        if self._decoder.mid_frame:
+            raise PeerUnreachable("the stream ended inside a frame", peer=self.peer)
         return Closed()
 
     def _advance(self, event: Input) -> None:
@@ -205,10 +221,16 @@ class _Session:
     def _on_frame(self, frame: Frame) -> Sequence[Event]:
         raise NotImplementedError  # pragma: no cover
 
+    def _admit(self, frame: Frame, proof: bytes) -> None:
+        if frame.request_id:
+            raise ProtocolViolation("a greeting with a request id")
+        self._admission.check(self.spec.name, proof)
+        self._decoder.max_payload = self._max_payload
+
     @staticmethod
-    def _no_payload(frame: Frame) -> None:
-        if frame.payload:
-            raise ProtocolViolation("a payload where none belongs")
+    def _bare(frame: Frame) -> None:
+        if frame.payload or frame.flags:
+            raise ProtocolViolation("a payload or flags where none belong")
 
     def _frame(
         self, request_id: int, message: Message, payload: Sequence[Buffer] = (), *, more: bool = False
@@ -219,13 +241,19 @@ class _Session:
         return (header + meta, *payload)
 
 
+@dataclass(slots=True)
+class _Awaited:
+    kind: type[Message]
+    left: int  # replies that may still come
+
+
 class ClientSession(_Session):
     """The end that opened the stream."""
 
     def __init__(self, spec: ProtocolSpec, admission: Admission, agent: str) -> None:
         super().__init__(spec, admission, agent, CLIENT_TABLE, State.HELLO_SENT, spec.max_reply_payload)
-        self._ids = itertools.count(1)
-        self._expected: dict[int, type[Message]] = {}
+        self._last_id = 0
+        self._expected: dict[int, _Awaited] = {}
 
     @property
     def in_flight(self) -> int:
@@ -237,11 +265,18 @@ class ClientSession(_Session):
         return self._frame(0, Hello(agent=self._agent, proof=self._admission.own_proof(self.spec.name)))
 
     def send_request(self, message: Message, payload: Sequence[Buffer] = ()) -> tuple[int, Buffers]:
-        """A new request: its id, and what to write. Only in state OPEN."""
+        """A new request: its id, and what to write. Only in state OPEN, with fewer than the limit in flight."""
         assert self.state is State.OPEN, self.state
-        request_id = next(self._ids) & 0xFFFFFFFF
-        self._expected[request_id] = self.spec.answers[type(message)]
+        assert self.in_flight < limits.MAX_REQUESTS_IN_FLIGHT, self.in_flight
+        request_id = self._new_id()
+        self._expected[request_id] = _Awaited(self.spec.answers[type(message)], message.max_replies)
         return request_id, self._frame(request_id, message, payload)
+
+    def _new_id(self) -> int:
+        while True:
+            self._last_id = self._last_id % 0xFFFFFFFF + 1  # 0 stands for the stream
+            if self._last_id not in self._expected:
+                return self._last_id
 
     def send_cancel(self, request_id: int) -> Buffers:
         """Withdraw a request. It still ends with an answer (which may be on its way) or with the refusal CANCELLED."""
@@ -250,31 +285,36 @@ class ClientSession(_Session):
     def _on_frame(self, frame: Frame) -> Sequence[Event]:
         if frame.kind == Welcome.KIND:
             self._advance(Input.WELCOME)
-            self._no_payload(frame)
+            self._bare(frame)
             welcome = decode(Welcome, frame.meta)
-            self._admission.check(self.spec.name, welcome.proof)
+            self._admit(frame, welcome.proof)
             return [Opened(welcome.agent)]
         if frame.kind == Refused.KIND:
             return [self._on_refused(frame)]
         self._advance(Input.REPLY)
-        expected = self._expected.get(frame.request_id)
-        if expected is None or frame.kind != expected.KIND:
+        return [self._on_reply(frame)]
+
+    def _on_reply(self, frame: Frame) -> Event:
+        awaited = self._expected.get(frame.request_id)
+        if awaited is None or frame.kind != awaited.kind.KIND:
             raise ProtocolViolation(f"reply of kind {frame.kind} to request {frame.request_id} was not asked for")
         more = bool(frame.flags & FLAG_MORE)
+        awaited.left -= 1
+        if more and not awaited.left:
+            raise ProtocolViolation(f"more replies to request {frame.request_id} than it asked for")
         if not more:
             del self._expected[frame.request_id]
-        return [ReplyReceived(frame.request_id, decode(expected, frame.meta), frame.payload, more)]
+        return ReplyReceived(frame.request_id, decode(awaited.kind, frame.meta), frame.payload, more)
 
     def _on_refused(self, frame: Frame) -> Event:
-        opening = self.state is State.HELLO_SENT
-        self._advance(Input.REFUSED)
-        self._no_payload(frame)
+        self._advance(Input.REFUSED if frame.request_id else Input.STREAM_REFUSED)
+        self._bare(frame)
         refused = decode(Refused, frame.meta)
-        if not opening and self._expected.pop(frame.request_id, None) is None:
+        if frame.request_id and self._expected.pop(frame.request_id, None) is None:
             raise ProtocolViolation(f"refusal of request {frame.request_id}, which was not asked")
         code = RefusalCode(refused.code) if refused.code in RefusalCode.__members__.values() else RefusalCode.INTERNAL
         error = PeerRefused(code, refused.detail, retry_after=refused.retry_after, peer=self.peer)
-        return RequestRefused(0 if opening else frame.request_id, error)
+        return RequestRefused(frame.request_id, error)
 
 
 class ServerSession(_Session):
@@ -304,7 +344,7 @@ class ServerSession(_Session):
             return ()
         self._open.discard(request_id)
         retry_after = min(max(retry_after, 0.0), limits.MAX_DEADLINE)
-        detail = detail[: limits.MAX_DETAIL_CHARS]
+        detail = "".join(char if char.isprintable() else " " for char in detail[: limits.MAX_DETAIL_CHARS])
         return self._frame(request_id, Refused(code=int(code), detail=detail, retry_after=retry_after))
 
     def _on_frame(self, frame: Frame) -> Sequence[Event]:
@@ -316,14 +356,14 @@ class ServerSession(_Session):
 
     def _on_hello(self, frame: Frame) -> Event:
         self._advance(Input.HELLO)
-        self._no_payload(frame)
+        self._bare(frame)
         hello = decode(Hello, frame.meta)
-        self._admission.check(self.spec.name, hello.proof)
+        self._admit(frame, hello.proof)
         return Opened(hello.agent)
 
     def _on_cancel(self, frame: Frame) -> Sequence[Event]:
         self._advance(Input.CANCEL)
-        self._no_payload(frame)
+        self._bare(frame)
         decode(Cancel, frame.meta)
         return [RequestCancelled(frame.request_id)] if frame.request_id in self._open else []
 

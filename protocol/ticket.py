@@ -7,7 +7,6 @@ public swarm to fall back to. Text form: `moehive1` and base32 of a checksum and
 from __future__ import annotations
 
 import base64
-import binascii
 from dataclasses import dataclass, field
 
 import msgpack
@@ -68,5 +67,5 @@ def _checksum(body: bytes) -> bytes:
 def _unbase32(text: str) -> bytes:
     try:
         return base64.b32decode(text.upper() + "=" * (-len(text) % 8))
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, and plain ValueError for characters outside ASCII
         raise TicketError("the join ticket has characters that do not belong there; copy it again") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-import wrapt  # type: ignore[import-untyped]
+import wrapt
 
 if TYPE_CHECKING:
     from .loading import load_expert as load_expert
@@ -32,9 +32,7 @@ def __dir__() -> list[str]:
 
 
 def _register_plugin(_: object) -> None:
-    from .model.plugin import register
-
-    register()
+    import_module(f"{__name__}.model.plugin")
 
 
 # The one effect of this import. Fires at once where transformers was imported before.

@@ -13,7 +13,6 @@ notebooks alike. The model is a plain transformers model; only its routed expert
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
@@ -106,9 +105,8 @@ class Swarm:
         """A transformers model whose routed experts are computed by the swarm, and its tokenizer.
 
         `model` is a model id, or a local converted directory whose dense part is then used. `answers`: "sum" (one row
-        per token comes back from each peer: fast) or "rows" (every expert's row comes back and is added in transformers'
-        own order: equal to transformers bit for bit on like machines, more bytes). Experts are never replaced or left
-        out.
+        per token comes back from each peer: fast) or "rows" (every expert's row comes back and is added in the order of
+        transformers: equal to it bit for bit on like machines, more bytes). Experts are never replaced or left out.
 
         Waits up to `timeout` seconds for a peer that has the model. Raises ModelUnavailable, ShardUnavailable,
         ManifestError, StorageError; ConfigError for a `model` that is neither.
@@ -199,5 +197,5 @@ def _client_transport(ticket: Ticket) -> Transport:
         Identity.ephemeral(),
         bootstrap=ticket.peers,
         client_only=True,
-        record_validator=lambda key, subkey, record: is_genuine(key, subkey, record, now=time.time()),
+        record_validator=is_genuine,
     )

@@ -24,6 +24,7 @@ from .standings import Standings
 from .store.base import PartialBusy, WrongBytes
 from .store.content import ContentStore
 from .store.partial import PartialObject
+from .tasks import task_group
 
 CHUNKS_PER_REQUEST = 8  # at most limits.MAX_CHUNKS_PER_REQUEST
 REQUESTS_AT_ONCE = 3  # to one source: 24 MiB on their way cover the latency of any link we know
@@ -130,12 +131,9 @@ class Fetcher:
             while todo:
                 await self._get_run(connection, partial, todo.popleft(), progress)
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(REQUESTS_AT_ONCE, len(todo))):
-                    group.create_task(work())
-        except* PeerError as errors:
-            raise errors.exceptions[0] from None
+        async with task_group() as group:
+            for _ in range(min(REQUESTS_AT_ONCE, len(todo))):
+                group.create_task(work())
 
     async def _get_run(
         self, connection: Connection, partial: PartialObject, run: range, progress: Progress | None

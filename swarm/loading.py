@@ -13,10 +13,11 @@ from torch import Tensor
 
 from moehive.protocol.errors import ConfigError
 from moehive.protocol.ids import ExpertKey
-from moehive.protocol.manifest import Manifest
+from moehive.protocol.manifest import Manifest, ShardType
 
 from .model.backend import ExpertsBackend
-from .model.reading import read_tensors
+from .model.reading import read_tensors, verify_files
+from .model.seats import attach_backend, check_active
 from .store.directory import ConvertedDirectory
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ def open_local(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .model.plugin import attach_backend, check_active
-
-    manifest = ConvertedDirectory(Path(directory)).manifest  # a clear error before transformers looks for config.json
+    manifest = ConvertedDirectory(Path(directory)).manifest
+    # The quantizer verifies all that is loaded, but transformers parses config.json before it asks for a quantizer.
+    verify_files(Path(directory), manifest.of_type(ShardType.ASSET))
     model = AutoModelForCausalLM.from_pretrained(str(directory), dtype="auto" if dtype is None else dtype)
     check_active(model)
     if backend is not None:

@@ -61,7 +61,7 @@ def native_config(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     out["model_type"] = family.native_type or config["model_type"]
     out["architectures"] = [family.architecture]
     out["quantization_config"] = {"quant_method": QUANT_METHOD}
-    # Without our plug-in transformers ignores an unknown quantizer and goes on with random experts; it refuses this one.
+    # Without our plug-in transformers passes over an unknown quantizer to random experts; this name it refuses.
     out["experts_implementation"] = QUANT_METHOD
     return out
 

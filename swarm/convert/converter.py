@@ -1,14 +1,15 @@
 """Carrying out a conversion: plan, look at the destination, write what is missing, then the manifest.
 
 A directory is complete when it has a manifest, and the manifest is written last. Until then it may be killed and
-continued at any moment; the result is the same, byte for byte. Memory: per worker one block, plus the plan.
+continued at any moment; the result is the same, byte for byte. Memory: the plan, and a few blocks of 1 MiB.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,10 @@ from .progress import Counter, Progress, silent
 from .reading import SourceFiles, blocks
 from .report import REPORT_NAME, ConversionReport, SourceLayout
 from .source import read_checkpoint
-from .writing import BLOCK_SIZE, Disk, make_directory, storage_errors, sync_directory, write_bytes, write_file
+from .writing import BLOCK_SIZE, Block, Disk, make_directory, storage_errors, sync_directory, write_bytes, write_file
 
-WORKERS = 4  # files in flight: enough to hide the wait for one file's sync behind the next one's reads
+BUFFERS = 3  # files being copied at a time
+WORKERS = 16  # files in flight; those not being copied wait for the disk
 _SLACK = 4096  # bytes of disk that one file may cost beyond its size
 
 R = TypeVar("R")
@@ -62,17 +64,17 @@ class Converter:
         progress: Progress = silent,
         name: str | None = None,
         disk: Disk | None = None,
-        workers: int = WORKERS,
     ) -> None:
         self._source = source
         self._destination = destination
         self._progress = progress
         self._name = name
         self._disk = disk or Disk()
-        self._workers = workers
         self._stop = threading.Event()
-        self._buffers = threading.local()
+        self._buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._journal_lock = threading.Lock()
+        for _ in range(BUFFERS):
+            self._buffers.put(memoryview(bytearray(BLOCK_SIZE)))
 
     def run(self) -> Outcome:
         """Convert, or continue, or find that nothing is left to do. Raises as `convert` does."""
@@ -86,6 +88,7 @@ class Converter:
             self._check_space(missing, existing)
             self._begin(plan, existing, roots, complete=not missing)
             roots.update(self._write_all(missing, source, counter))
+            source.check_unchanged()
         manifest = self._finish(plan, roots)
         return Outcome(manifest, len(missing), len(plan.files) - len(missing), plan.notes)
 
@@ -132,14 +135,19 @@ class Converter:
     def _write_all(self, missing: list[PlannedFile], source: SourceFiles, counter: Counter) -> dict[str, ShardHash]:
         if not missing:
             return {}
-        for directory in sorted({(self._destination / file.file).parent for file in missing}):
+        directories = sorted({(self._destination / file.file).parent for file in missing})
+        for directory in directories:
             make_directory(directory, self._disk)
         with storage_errors(self._destination, self._disk):
             journal = os.open(self._destination / JOURNAL_NAME, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
-            return dict(self._map(lambda file: self._write(file, source, counter, journal), missing))
+            roots = dict(self._map(lambda file: self._write(file, source, counter, journal), missing))
         finally:
             os.close(journal)
+        with storage_errors(self._destination, self._disk):
+            for directory in directories:  # the manifest must not outlive a name that it lists
+                sync_directory(directory)
+        return roots
 
     def _write(self, file: PlannedFile, source: SourceFiles, counter: Counter, journal: int) -> tuple[str, ShardHash]:
         path = self._destination / file.file
@@ -149,10 +157,18 @@ class Converter:
                 raise CancelledError
             counter.add(count, file.file)
 
-        root = write_file(path, blocks(file, source, self._buffer()), file.size, self._disk, written).root
+        root = write_file(path, self._content(file, source), file.size, self._disk, written).root
         with self._journal_lock, storage_errors(path, self._disk):
             os.write(journal, journal_line(file.file, root))  # not synced: a lost line costs one file's work
         return file.file, root
+
+    def _content(self, file: PlannedFile, source: SourceFiles) -> Generator[Block]:
+        """The file's blocks in a buffer that is borrowed until the last one is taken."""
+        buffer = self._buffers.get()
+        try:
+            yield from blocks(file, source, buffer)
+        finally:
+            self._buffers.put(buffer)
 
     def _finish(self, plan: ConversionPlan, roots: Mapping[str, ShardHash]) -> Manifest:
         manifest = Manifest(plan.model, *tables(plan, roots))
@@ -170,7 +186,7 @@ class Converter:
 
     def _map(self, work: Callable[[PlannedFile], R], files: Iterable[PlannedFile]) -> list[R]:
         """`work` on every file, several at a time. The first error stops the others and is raised."""
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="convert") as pool:
+        with ThreadPoolExecutor(WORKERS, thread_name_prefix="convert") as pool:
             futures = [pool.submit(work, file) for file in files]
             try:
                 return [future.result() for future in futures]
@@ -178,13 +194,6 @@ class Converter:
                 self._stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-
-    def _buffer(self) -> memoryview:
-        """This thread's block."""
-        if not hasattr(self._buffers, "block"):
-            self._buffers.block = memoryview(bytearray(BLOCK_SIZE))
-        block: memoryview = self._buffers.block
-        return block
 
 
 def _check_apart(source: Path, destination: Path) -> None:

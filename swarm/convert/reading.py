@@ -15,6 +15,7 @@ from typing import Self
 from moehive.protocol.errors import CheckpointError
 
 from .layout import BlockScale, Piece, PlannedFile, Span
+from .writing import Block, Part
 
 
 class SourceFiles:
@@ -24,6 +25,7 @@ class SourceFiles:
         self._directory = directory
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -49,40 +51,55 @@ class SourceFiles:
         except OSError as error:
             raise CheckpointError(f"{self._directory / file} cannot be read: {error}") from error
 
+    def read_part(self, file: str, offset: int, out: memoryview) -> Part:
+        """`read_into`, remembering where the bytes came from."""
+        self.read_into(file, offset, out)
+        return Part(out, self._open(file), offset)
+
     def read(self, span: Span) -> bytearray:
         """A small span as bytes."""
         out = bytearray(span.size)
         self.read_into(span.file, span.offset, memoryview(out))
         return out
 
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where a file was written to since it was opened."""
+        for file, descriptor in self._descriptors.items():
+            if _version(descriptor) != self._versions[file]:
+                raise CheckpointError(f"{self._directory / file} changed during the conversion; run it again")
+
     def _open(self, file: str) -> int:
         with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = os.open(self._directory / file, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = os.open(self._directory / file, os.O_RDONLY | os.O_CLOEXEC)
+                self._descriptors[file] = descriptor
+                self._versions[file] = _version(descriptor)
             return self._descriptors[file]
 
 
-def blocks(planned: PlannedFile, source: SourceFiles, buffer: memoryview) -> Iterator[memoryview]:
-    """The file's bytes in order. Every block but the last fills `buffer`; it is valid until the next is asked for."""
+def blocks(planned: PlannedFile, source: SourceFiles, buffer: memoryview) -> Iterator[Block]:
+    """The file's bytes in order, a full buffer at a time; a block is valid until the next one is asked for."""
+    parts: list[Part] = []
     filled = 0
-    for part in _parts(planned, source):
-        taken, size = 0, part.size if isinstance(part, Span) else len(part)
+    for content in _contents(planned, source):
+        taken, size = 0, content.size if isinstance(content, Span) else len(content)
         while taken < size:
             step = min(size - taken, len(buffer) - filled)
             out = buffer[filled : filled + step]
-            if isinstance(part, Span):
-                source.read_into(part.file, part.offset + taken, out)
+            if isinstance(content, Span):
+                parts.append(source.read_part(content.file, content.offset + taken, out))
             else:
-                out[:] = part[taken : taken + step]
+                out[:] = content[taken : taken + step]
+                parts.append(Part(out))
             taken, filled = taken + step, filled + step
             if filled == len(buffer):
-                yield buffer
-                filled = 0
-    if filled:
-        yield buffer[:filled]
+                yield Block(buffer, parts)
+                parts, filled = [], 0
+    if parts:
+        yield Block(buffer[:filled], parts)
 
 
-def _parts(planned: PlannedFile, source: SourceFiles) -> Iterator[memoryview | Span]:
+def _contents(planned: PlannedFile, source: SourceFiles) -> Iterator[memoryview | Span]:
     yield memoryview(planned.head())
     if planned.original:
         yield planned.original
@@ -105,3 +122,8 @@ def _dequantized(piece: Piece, scale: BlockScale, source: SourceFiles) -> Iterat
         count = min(height, rows - start)
         weight = source.read(Span(piece.span.file, piece.span.offset + start * columns, count * columns))
         yield dequantize_band(weight, scales[band * row_bytes : (band + 1) * row_bytes], columns=columns, width=width)
+
+
+def _version(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns

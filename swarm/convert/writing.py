@@ -1,7 +1,8 @@
 """Writing one file so that its final name only ever stands for complete, synced bytes.
 
-A file is written under `.partial-…` in the directory where it is to lie, checked for its size, synced, renamed; then
-the directory is synced. A kill at any moment leaves partial files, which the next run removes.
+A file is written under `.partial-…` in the directory where it is to lie, checked for its size, synced, renamed. A kill
+at any moment leaves partial files, which the next run removes. The caller syncs the directory: once for many files,
+before it writes down that they exist.
 """
 
 from __future__ import annotations
@@ -9,14 +10,32 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from moehive.protocol.chunks import CHUNK_SIZE, ChunkList, chunk_hash
 from moehive.protocol.errors import DiskFull, StorageError
 
 PARTIAL = ".partial-"
-BLOCK_SIZE = 4 * CHUNK_SIZE  # bytes read, hashed and written at a time; a multiple of the hash's chunk
+BLOCK_SIZE = CHUNK_SIZE  # bytes read, hashed and written at a time: one chunk of the hash, which stays in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes to write; where they lie in an open file as well, the kernel can copy them from there."""
+
+    data: memoryview
+    descriptor: int | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One chunk of a file to be written, in whole and in parts."""
+
+    data: memoryview
+    parts: list[Part]
 
 
 class Disk:
@@ -27,42 +46,54 @@ class Disk:
         status = os.statvfs(directory)
         return status.f_bavail * status.f_frsize
 
-    def write(self, descriptor: int, data: memoryview) -> int:
-        """Write some of `data`; the number of bytes taken."""
-        return os.write(descriptor, data)
+    def write(self, descriptor: int, part: Part, done: int) -> int:
+        """Write some of a part's bytes from `done` on; the number of bytes taken.
+
+        Copying from page to page inside the kernel took a third of the time of writing from memory where it was
+        measured (ext4 on a virtual disk, 2 GB).
+        """
+        if part.descriptor is not None:
+            with contextlib.suppress(OSError):  # no sendfile between these files: write says what is wrong, if anything
+                if sent := os.sendfile(descriptor, part.descriptor, part.offset + done, len(part.data) - done):
+                    return sent
+        return os.write(descriptor, part.data[done:])
 
 
 def write_file(
-    path: Path, content: Iterable[memoryview], size: int, disk: Disk, written: Callable[[int], None] | None = None
+    path: Path, content: Generator[Block], size: int, disk: Disk, written: Callable[[int], None] | None = None
 ) -> ChunkList:
-    """Write blocks of BLOCK_SIZE (the last may be shorter) to `path`, atomically and durably; return their hashes.
+    """Write blocks of BLOCK_SIZE bytes (the last may be shorter) to `path`, atomically; return their hashes.
 
-    `written` is told the bytes of each block. Raises DiskFull, StorageError; then no partial file is left.
+    `content` is closed before the wait for the disk; `written` is told the bytes of each block. Raises DiskFull,
+    StorageError; then no partial file is left.
     """
     partial = path.with_name(PARTIAL + path.name)
     hashes: list[bytes] = []
     total = 0
     with storage_errors(path, disk), _removed_on_error(partial):
         with partial.open("wb", buffering=0) as file:
-            for block in content:
-                hashes += [chunk_hash(block[at : at + CHUNK_SIZE]) for at in range(0, len(block), CHUNK_SIZE)]
-                _write_all(file.fileno(), block, disk)
-                total += len(block)
-                if written:
-                    written(len(block))
+            with contextlib.closing(content):
+                for block in content:
+                    hashes.append(chunk_hash(block.data))
+                    count = sum(_write(file.fileno(), part, disk) for part in block.parts)
+                    total += count
+                    if written:
+                        written(count)
             assert total == size, (path, total, size)
             if os.fstat(file.fileno()).st_size != size:
                 raise StorageError(f"{path}: {size} bytes were written, the file has another size")
             os.fsync(file.fileno())
         partial.rename(path)
-        sync_directory(path.parent)
     return ChunkList(size, tuple(hashes))
 
 
 def write_bytes(path: Path, data: bytes, disk: Disk) -> None:
-    """`write_file` for content in memory."""
+    """`write_file` for content in memory, with its name durable."""
     view = memoryview(data)
-    write_file(path, (view[at : at + BLOCK_SIZE] for at in range(0, len(view), BLOCK_SIZE)), len(data), disk)
+    chunks = (view[at : at + BLOCK_SIZE] for at in range(0, len(view), BLOCK_SIZE))
+    write_file(path, (Block(chunk, [Part(chunk)]) for chunk in chunks), len(data), disk)
+    with storage_errors(path, disk):
+        sync_directory(path.parent)
 
 
 def make_directory(path: Path, disk: Disk) -> None:
@@ -107,7 +138,8 @@ def _removed_on_error(partial: Path) -> Iterator[None]:
         raise
 
 
-def _write_all(descriptor: int, data: memoryview, disk: Disk) -> None:
+def _write(descriptor: int, part: Part, disk: Disk) -> int:
     done = 0
-    while done < len(data):
-        done += disk.write(descriptor, data[done:])
+    while done < len(part.data):
+        done += disk.write(descriptor, part, done)
+    return done

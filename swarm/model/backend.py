@@ -6,10 +6,8 @@ this machine's files through the RAM tier, results equal to transformers' eager 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from moehive.protocol.errors import ManifestError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import ExpertFfn, Manifest
 from moehive.swarm.store.base import ObjectSource
+from moehive.swarm.tiers.ram import RamTier
 
 from .reading import read_tensors
 from .tensors import short_name
@@ -38,13 +37,12 @@ class ExpertsBackend(Protocol):
         """
 
 
-class ExpertCache(Protocol):
-    """What this module needs of the RAM tier."""
+WeightsTier: TypeAlias = RamTier[tuple[ExpertKey, torch.dtype], ExpertWeights]
 
-    def lease(
-        self, key: Hashable, load: Callable[[], ExpertWeights], size: Callable[[ExpertWeights], int]
-    ) -> AbstractContextManager[ExpertWeights]:
-        """The weights under `key`, loaded by `load` where absent, not evicted while the lease lasts."""
+
+def weights_tier(budget_bytes: int) -> WeightsTier:
+    """A RAM tier for experts in the form that is computed with; several models of one process may not share it."""
+    return RamTier(budget_bytes, group=lambda key: key[0].layer)
 
 
 def spec_of(ffn: ExpertFfn) -> FfnSpec:
@@ -65,6 +63,14 @@ class ExpertLoader:
         quantization = manifest.model.quantization
         self._fp8_block = quantization.block if quantization else None
 
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one expert's weights of `dtype`."""
+        model = self._manifest.model
+        parameters = 3 * model.hidden_size * model.intermediate_size
+        if model.ffn.bias:
+            parameters += 2 * model.intermediate_size + model.hidden_size
+        return parameters * dtype.itemsize
+
     def load(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
         """One expert's verified weights of `dtype`.
 
@@ -78,18 +84,19 @@ class ExpertLoader:
             raise ManifestError(f"{shard.file}: {error}") from error
 
 
-def weights_size(weights: ExpertWeights) -> int:
-    """Bytes that an expert takes in the RAM tier."""
+def _size(weights: ExpertWeights) -> int:
     return weights.nbytes
 
 
 class LocalExperts:
     """An ExpertsBackend over experts that are all on this machine's disk."""
 
-    def __init__(self, manifest: Manifest, source: ObjectSource, cache: ExpertCache) -> None:
+    def __init__(
+        self, manifest: Manifest, source: ObjectSource, tier: WeightsTier, *, loader: ExpertLoader | None = None
+    ) -> None:
         self._num_experts = manifest.model.num_experts
-        self._loader = ExpertLoader(manifest, source)
-        self._cache = cache
+        self._loader = loader or ExpertLoader(manifest, source)
+        self._tier = tier
 
     def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See ExpertsBackend. Raises what `ExpertLoader.load` raises, and BudgetTooSmall."""
@@ -105,6 +112,7 @@ class LocalExperts:
     def _rows(self, layer: int, expert: int, rows: Tensor) -> Tensor:
         """One expert's unweighted output [R, H] for `rows` [R, H]."""
         key = ExpertKey(layer, expert)
-        # The dtype is that of the rows, not of the load: model.float() and model.bfloat16() work as on any model.
-        with self._cache.lease((key, rows.dtype), partial(self._loader.load, key, rows.dtype), weights_size) as weights:
+        # The rows say in which dtype the model computes: a tier may hold an expert in more than one.
+        load, hint = partial(self._loader.load, key, rows.dtype), self._loader.nbytes(rows.dtype)
+        with self._tier.lease((key, rows.dtype), load, _size, size_hint=hint) as weights:
             return expert_ffn(rows, weights.to(rows.device), self._loader.spec)

@@ -52,12 +52,10 @@ def read_verified(path: Path, shard: ShardEntry, aligned_offset: int = 0) -> Ten
         with path.open("rb", buffering=0) as file:
             size = file.seek(0, 2)
             if size != shard.size:  # before allocating
-                raise CorruptShard(
-                    f"{path} has {size} bytes, the manifest says {shard.size}; fetch or convert it again"
-                )
+                raise CorruptShard(f"{path} has {size} bytes, not {shard.size}; fetch or convert it again")
             file.seek(0)
             buffer = empty_bytes(size, aligned_offset)
-            found = _read_hashed(file, memoryview(buffer.numpy()))
+            found = _read_hashed(file, buffer.numpy().data)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
     if found.root != shard.hash:

@@ -38,7 +38,6 @@ class Connection:
     def __init__(self, stream: Stream, session: ClientSession) -> None:
         self._stream = stream
         self._session = session
-        self._write_lock = asyncio.Lock()
         self._slots = asyncio.Semaphore(limits.MAX_REQUESTS_IN_FLIGHT)
         self._waiting: dict[int, asyncio.Queue[Answer | PeerError]] = {}
         self._reader: asyncio.Task[None] | None = None
@@ -113,8 +112,11 @@ class Connection:
     async def _write(self, buffers: Buffers) -> None:
         if not buffers:
             return
-        async with self._write_lock:
+        try:
             await self._stream.write(*buffers)
+        except asyncio.CancelledError:  # a deadline too: half a frame may be out
+            self._fail(PeerUnreachable("a request was given up while it was being sent", peer=self.peer))
+            raise
 
     async def _open(self) -> None:
         while not self.agent:
@@ -137,6 +139,8 @@ class Connection:
         match event:
             case ReplyReceived(request_id, message, payload, more):
                 self._deliver(request_id, Answer(message, payload, more), final=not more)
+            case RequestRefused(0, error):  # the whole stream
+                self._fail(error)
             case RequestRefused(request_id, error):
                 self._deliver(request_id, error, final=True)
             case _:

@@ -66,7 +66,8 @@ class _ServedStream:
         self._stream = stream
         self._session = session
         self._handle = handle
-        self._write_lock = asyncio.Lock()
+        self._replying: set[int] = set()  # requests whose answer is being written
+        self._unwanted: set[int] = set()  # those of them that were cancelled meanwhile
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -110,8 +111,11 @@ class _ServedStream:
                 await self._write(self._session.send_welcome())
             case RequestReceived(request_id, message, payload):
                 self._tasks[request_id] = group.create_task(self._answer(request_id, message, payload))
+            case RequestCancelled(request_id) if request_id in self._replying:
+                self._unwanted.add(request_id)  # a write that is cut off would break the stream for everybody
             case RequestCancelled(request_id):
-                self._tasks[request_id].cancel()
+                if task := self._tasks.get(request_id):  # else: it ended while earlier events were handled
+                    task.cancel()
                 await self._write(self._session.send_refusal(request_id, RefusalCode.CANCELLED))
             case Closed():
                 pass
@@ -120,7 +124,13 @@ class _ServedStream:
 
     async def _answer(self, request_id: int, message: Message, payload: bytearray) -> None:
         async def reply(answer: Message, body: Buffers = (), *, more: bool = False) -> None:
-            await self._write(self._session.send_reply(request_id, answer, body, more=more))
+            self._replying.add(request_id)
+            try:
+                await self._write(self._session.send_reply(request_id, answer, body, more=more))
+            finally:
+                self._replying.discard(request_id)
+            if request_id in self._unwanted:
+                raise Refusal(RefusalCode.CANCELLED)
 
         try:
             await self._handle(self._session.peer, message, payload, reply)
@@ -138,6 +148,7 @@ class _ServedStream:
             await self._refuse(request_id, RefusalCode.INTERNAL)
         finally:
             self._tasks.pop(request_id, None)
+            self._unwanted.discard(request_id)
 
     async def _refuse(self, request_id: int, code: RefusalCode, detail: str = "", retry_after: float = 0.0) -> None:
         await self._write(self._session.send_refusal(request_id, code, detail, retry_after))
@@ -145,5 +156,4 @@ class _ServedStream:
     async def _write(self, buffers: Buffers) -> None:
         if not buffers:
             return
-        async with self._write_lock:
-            await self._stream.write(*buffers)
+        await self._stream.write(*buffers)

@@ -107,7 +107,7 @@ class Ledger:
             self._make_directory(path.parent)
             created = self._fs.mkdir(path)
         if created or path != self._layout.root:  # the parent of a root that we did not make may be closed to us
-            pass
+            self._fs.fsync_dir(path.parent)
         self._durable.add(path)
 
     def _refresh(self, fd: int, change: bool) -> None:

@@ -28,12 +28,12 @@ class Stream(Protocol):
         """The authenticated peer at the other end."""
 
     async def read(self, limit: int) -> bytes:
-        """Some bytes, at most `limit`; b"" when the other side has closed. Raises PeerUnreachable when the stream breaks."""
+        """Some bytes, at most `limit`; b"" when the other side has closed. Raises PeerUnreachable when it breaks."""
 
     async def write(self, *buffers: Buffer) -> None:
-        """Send all of `buffers` in order; returns once they are below the high-water mark. Raises PeerUnreachable.
+        """Send all of `buffers` in order, whole between those of other tasks; returns below the high-water mark.
 
-        The buffers are queued whole before the call first waits, so that a cancelled write never leaves half a frame.
+        After a write that was cancelled the stream is good for closing only. Raises PeerUnreachable.
         """
 
     async def close(self) -> None:
@@ -66,7 +66,7 @@ class Transport(Protocol):
         """A new stream to `peer`; `addresses` are hints for dialling. Raises PeerUnreachable."""
 
     async def serve(self, protocol: str, handler: Handler) -> None:
-        """Call `handler` in a task of its own for every stream that others open. The stream is closed when it returns."""
+        """Call `handler` in a task of its own for every stream that others open, and close it when that returns."""
 
     async def stop_serving(self, protocol: str) -> None:
         """Accept no more streams of `protocol`; running handlers go on."""

@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -74,6 +76,7 @@ class Daemon:
         self._directory = Path()
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = False
+        self._stopped = False
         self._stack = AsyncExitStack()
 
     @property
@@ -84,7 +87,7 @@ class Daemon:
     @property
     def alive(self) -> bool:
         """Whether the process runs."""
-        return self._process is not None and self._process.returncode is None and not self._stopping
+        return self._process is not None and not self._stopped
 
     @property
     def pid(self) -> int | None:
@@ -95,6 +98,7 @@ class Daemon:
         async with AsyncExitStack() as stack:
             self._directory = _private_directory()
             stack.callback(shutil.rmtree, self._directory, ignore_errors=True)
+            _check_ports_are_free(self._listen)
             await self._start(stack)
             server = await asyncio.start_unix_server(
                 self._on_stream, self._directory / _STREAM_SOCKET, limit=READ_BUFFER
@@ -122,6 +126,7 @@ class Daemon:
                 stderr=asyncio.subprocess.STDOUT,
                 env=_environment(),
                 pass_fds=(key_reader,),
+                process_group=0,  # Ctrl-C is for us: we leave the table and drain before the daemon ends
                 limit=READ_BUFFER,
             )
         except OSError as error:
@@ -172,6 +177,7 @@ class Daemon:
             last = line or last
             if line.startswith("Peer ID:") and not ready.done():
                 ready.set_result(None)
+        self._stopped = True
         if not ready.done():
             ready.set_exception(TransportError(f"p2pd did not start: {last or 'it printed nothing'}"))
         elif not self._stopping:
@@ -315,6 +321,20 @@ def _private_directory() -> Path:
     """A new directory of mode 0700 whose path leaves room for the name of a socket."""
     parent = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="moehive-", dir=parent if len(parent) < _MAX_DIRECTORY_CHARS else "/tmp"))  # noqa: S108
+
+
+def _check_ports_are_free(listen: Sequence[str]) -> None:
+    """Raise TransportError for a port that is taken: the daemon would share it, and the connections that come to it."""
+    for address in listen:
+        match = re.fullmatch(r"/ip([46])/([^/]+)/tcp/(\d+)", address)
+        if match is None or match[3] == "0":
+            continue
+        with socket.socket(socket.AF_INET if match[1] == "4" else socket.AF_INET6) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are fading away do not count
+            try:
+                probe.bind((match[2], int(match[3])))
+            except (OSError, OverflowError) as error:
+                raise TransportError(f"cannot listen on {address}: {error}; choose another address or port") from error
 
 
 def _environment() -> dict[str, str]:

@@ -19,29 +19,31 @@ from moehive.protocol.errors import PeerUnreachable, TransportError
 from moehive.protocol.ids import PeerId
 
 from .base import Record
+from .daemon import Daemon
 from .engine import import_hivemind
 from .records import RecordValidator, checked_record
 
 logger = logging.getLogger(__name__)
 
 _RPC_TIMEOUT = 3.0  # seconds a peer may take to answer one call; a lookup makes several
+_BOOTSTRAP_TIMEOUT = 1.0  # seconds for the rest of them after the first bootstrap peer has answered
 _LOOKUP_TIMEOUT = 15.0
 _LEAVE_TIMEOUT = 2.0
 
 
 class Table:
-    """A peer of the table; an async context manager on the daemon whose control socket is `control_address`."""
+    """A peer of the table; an async context manager on a running daemon."""
 
     def __init__(
         self,
-        control_address: str,
+        daemon: Daemon,
         *,
         bootstrap: Sequence[PeerId],
         client_only: bool,
         validator: RecordValidator | None,
         clock: Callable[[], float],
     ) -> None:
-        self._control_address = control_address
+        self._daemon = daemon
         self._bootstrap = tuple(bootstrap)
         self._client_only = client_only
         self._validator = _StorageGuard(validator, clock)
@@ -51,13 +53,15 @@ class Table:
 
     async def __aenter__(self) -> Self:
         hivemind = import_hivemind()
-        self._p2p = await hivemind.p2p.P2P.replicate(hivemind.utils.multiaddr.Multiaddr(self._control_address))
+        address = hivemind.utils.multiaddr.Multiaddr(self._daemon.control_address)
+        self._p2p = await hivemind.p2p.P2P.replicate(address)
         try:
             self._node = await hivemind.dht.node.DHTNode.create(
                 p2p=self._p2p,
                 initial_peers=[f"/p2p/{peer}" for peer in self._bootstrap],
                 client_mode=self._client_only,
                 wait_timeout=_RPC_TIMEOUT,
+                bootstrap_timeout=_BOOTSTRAP_TIMEOUT,
                 cache_locally=False,
                 cache_nearest=0,
                 cache_on_store=False,
@@ -76,11 +80,13 @@ class Table:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._node.is_alive = False
         try:
-            async with asyncio.timeout(_LEAVE_TIMEOUT):  # for good when the daemon is gone
-                await self._node.shutdown()
+            if self._daemon.alive:  # otherwise hivemind would wait for an answer for ever
+                async with asyncio.timeout(_LEAVE_TIMEOUT):
+                    await self._node.shutdown()
         except TimeoutError:
-            logger.debug("left the table without saying so")
+            logger.debug("left the table while p2pd did not answer")
         finally:
             await self._leave()
 

@@ -41,7 +41,7 @@ def import_hivemind() -> ModuleType:
 
 @cache
 def import_libp2p() -> ModuleType:
-    """The py-libp2p package. Raises TransportError when it is not installed, or when hivemind was imported by itself."""
+    """The py-libp2p package. Raises TransportError when it is not installed, or hivemind was imported by itself."""
     _share_key_messages()
     if sys.modules.get(_HIVEMIND_KEYS) is not sys.modules.get(_LIBP2P_KEYS):
         raise TransportError("hivemind was imported before moehive; import it with moehive.swarm.transport.engine")

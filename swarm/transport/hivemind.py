@@ -1,7 +1,7 @@
 """The real carrier: streams through the go-libp2p daemon, announcements in hivemind's DHT.
 
-It owns one daemon and one DHT node, in whatever asyncio loop enters it. What the daemon does to the end of streams, and
-that it protects nobody from strangers, is in docs/architecture.md; the contract of `base.Stream` follows from it.
+It owns one daemon and one DHT node, in whatever asyncio loop enters it. The daemon can lose the tail of a stream whose
+sender closes first and limits nobody, so callers count bytes (see `base.Stream`) and streams per peer are limited here.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class HivemindTransport:
             self._addresses = tuple(f"{address}/p2p/{self.peer}" for address in await self._daemon.addresses())
             self._table = await stack.enter_async_context(
                 Table(
-                    self._daemon.control_address,
+                    self._daemon,
                     bootstrap=await self._reach_bootstrap(),
                     client_only=self._client_only,
                     validator=self._record_validator,

@@ -1,0 +1,56 @@
+"""From the outputs of experts to one row per token.
+
+Two forms. `combine_rows` adds weighted rows in eager's order and dtype: equal to transformers bit for bit.
+`weighted_sum` is what a peer answers with when it may send one row per token: it accumulates in fp32, hence is close,
+not equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .routing import Assignment
+
+
+def combine_rows(out: Tensor, outputs: Iterable[tuple[Assignment, Tensor]], top_k_weights: Tensor) -> Tensor:
+    """Add experts' unweighted rows, each times its token's weight, to `out` [T, H] in place; returns `out`.
+
+    `outputs` are (assignment, rows [R, H]) with experts ascending; `top_k_weights` is [T, K] and may be of a wider
+    dtype than the rows (fp32 routers in bf16 models): the product is then made in that dtype and rounded once.
+    """
+    for assignment, rows in _ascending(outputs):
+        weighted = rows * top_k_weights[assignment.token, assignment.position, None]  # [R, H]
+        out.index_add_(0, assignment.token, weighted.to(out.dtype))
+    return out
+
+
+def add_token_row(out: Tensor, row: Tensor, position: int, top_k_weights: Tensor) -> None:
+    """`combine_rows` for one token and one expert: out, row [1, H], top_k_weights [1, K]."""
+    out.add_((row * top_k_weights[:, position : position + 1]).to(out.dtype))
+
+
+def weighted_sum(
+    outputs: Iterable[tuple[Assignment, Tensor]], top_k_weights: Tensor, *, hidden_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Sum of the experts' rows times their weights: [T, H] of `dtype`, accumulated in fp32, rounded once at the end.
+
+    `outputs` are (assignment, rows [R, H]) with experts ascending; `top_k_weights` is [T, K]. Tokens that none of these
+    experts serves get zeros.
+    """
+    total = torch.zeros(top_k_weights.shape[0], hidden_size, dtype=torch.float32, device=top_k_weights.device)  # [T, H]
+    weights = top_k_weights.float()  # [T, K]
+    for assignment, rows in _ascending(outputs):
+        weighted = rows.float() * weights[assignment.token, assignment.position, None]  # [R, H]
+        total.index_add_(0, assignment.token, weighted)
+    return total.to(dtype)
+
+
+def _ascending(outputs: Iterable[tuple[Assignment, Tensor]]) -> Iterable[tuple[Assignment, Tensor]]:
+    last = -1
+    for assignment, rows in outputs:
+        assert assignment.expert > last, f"expert {assignment.expert} after expert {last}"
+        last = assignment.expert
+        yield assignment, rows

@@ -1,0 +1,5 @@
+"""`python -m moehive.node.cli`: the same as `moehive`."""
+
+from . import main
+
+main()

@@ -1,0 +1,57 @@
+"""How option values are read: sizes, addresses, join tickets. Converters raise ValueError, which names the option."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from cyclopts import Parameter, Token, validators
+
+from moehive.protocol.errors import ConfigError
+from moehive.protocol.units import format_size, parse_size
+
+
+def multiaddr(text: str, *, names: bool = False) -> str:
+    """A TCP multiaddr of HOST:PORT; a multiaddr stays as it is. `names` also allows DNS names. Raises ValueError."""
+    if text.startswith("/"):
+        return text
+    host, colon, port = text.rpartition(":")
+    form = f"{text!r} is not an address; write for example 0.0.0.0:4001, [::]:4001 or /ip4/0.0.0.0/tcp/4001"
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(form)
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError as error:
+        if names and host.replace("-", "").replace(".", "").isalnum():
+            return f"/dns/{host}/tcp/{port}"
+        raise ValueError(form) from error
+    if (address.version == 6) != host.startswith("["):
+        raise ValueError(form)
+    return f"/ip{address.version}/{address}/tcp/{port}"
+
+
+def _size(kind: type[int], tokens: Sequence[Token]) -> int:
+    try:
+        return parse_size(tokens[0].value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+def _addresses(kind: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    return tuple(multiaddr(token.value) for token in tokens)
+
+
+def _addresses_or_names(kind: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    return tuple(multiaddr(token.value, names=True) for token in tokens)
+
+
+Size = Annotated[int, Parameter(converter=_size, metavar="SIZE")]
+SizeWithDefault = Annotated[Size, Parameter(show_default=format_size)]
+TicketText = Annotated[str, Parameter(metavar="TICKET")]
+_ADDRESSES = Parameter(metavar="HOST:PORT", negative="", show_default=False)
+ListenAddresses = Annotated[tuple[str, ...], _ADDRESSES, Parameter(converter=_addresses)]
+AnnounceAddresses = Annotated[tuple[str, ...], _ADDRESSES, Parameter(converter=_addresses_or_names)]
+Positive = Annotated[int, Parameter(validator=validators.Number(gte=1), metavar="N")]
+NotNegative = Annotated[float, Parameter(validator=validators.Number(gte=0), metavar="X")]
+Flag = Annotated[bool, Parameter(negative="", show_default=False)]

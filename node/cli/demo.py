@@ -1,0 +1,222 @@
+"""`moehive demo`: the whole road on one machine, with real processes, and the proof that nothing was approximated."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from moehive.node.demo import bundled_checkpoint
+from moehive.node.demo.processes import NodeProcess, RunningNode, start_node, stop_together
+from moehive.node.demo.shares import share_experts, spec_of
+from moehive.protocol.units import format_size
+
+from .arguments import Flag, Positive
+from .errors import FAILED
+from .output import progress_bar, say, table
+
+if TYPE_CHECKING:
+    from moehive.protocol.manifest import Manifest
+    from moehive.swarm.dispatch.stats import DispatchStats
+
+    from .generation import Generated, Sampling
+
+_ANSWERS = "rows"  # equal to transformers bit for bit, also where tokens are sampled
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def demo(
+    *, nodes: Positive = 3, prompt: str = "ROMEO:", max_tokens: Positive = 120, seed: int = 0, keep: Flag = False
+) -> int | None:
+    """Start a swarm on this machine, generate text with it, and show who computed how much.
+
+    Converts a small bundled model that writes like Shakespeare, starts node processes that each hold a part of its
+    experts, joins them as a client that holds none, and compares the text with what plain transformers generates from
+    the original checkpoint. Everything is stopped and removed afterwards. Exit code 1 if the texts differ.
+
+    Parameters
+    ----------
+    nodes:
+        How many nodes to start.
+    prompt:
+        The text to continue.
+    max_tokens:
+        How many tokens to generate.
+    seed:
+        Another seed gives another text.
+    keep:
+        Leave the converted model and the nodes' logs where they are, and say where.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_stoppable())
+        checkpoint = stack.enter_context(bundled_checkpoint())
+        directory = stack.enter_context(_working_directory(keep=keep))
+        manifest = _convert(checkpoint, directory / "model")
+        shares = share_experts(manifest.model.num_experts, nodes)
+        say(f"[2/4] Starting {nodes} node(s), each a process with some of the experts")
+        first = stack.enter_context(start_node("node-1", directory, directory / "model", spec_of(shares[0]), None))
+        _quiet_libraries()  # imports transformers, while the first node does its own imports
+        from .generation import Sampling
+
+        sampling = Sampling(max_tokens, seed)
+        processes, running = _start_others(stack, first, shares, directory)
+        reference = _generate_plainly(checkpoint, prompt, sampling)
+        result, stats = _generate_in_swarm(running[0], manifest, directory, prompt, sampling)
+        say("\n" + _report(processes, running, manifest, result, stats))
+        same = result.tokens == reference.tokens
+        say(_verdict(same, result, reference))
+        stop_together(processes)
+    if keep:
+        say(f"  kept: {directory}")
+    return None if same else FAILED
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+def _convert(checkpoint: Path, destination: Path) -> Manifest:
+    from moehive.swarm.convert import convert
+
+    started = time.monotonic()
+    with progress_bar("converting") as move:
+        manifest = convert(
+            checkpoint, destination, name="demo", progress=lambda done, total, _: move(done, total)
+        )
+    size = format_size(sum(shard.size for shard in manifest.shards))
+    model = manifest.model
+    say(
+        f"[1/4] Converted the demo model in {time.monotonic() - started:.1f} s: {len(manifest.experts)} experts in "
+        f"{len(model.moe_layers)} layers, one file each, {size}"
+    )
+    return manifest
+
+
+def _start_others(
+    stack: ExitStack, first: NodeProcess, shares: Sequence[tuple[int, ...]], directory: Path
+) -> tuple[list[NodeProcess], list[RunningNode]]:
+    running = [first.wait_until_ready()]
+    _say_node(first, running[0])
+    processes = [first]
+    for number, share in enumerate(shares[1:], start=2):
+        node = start_node(f"node-{number}", directory, directory / "model", spec_of(share), running[0].ticket)
+        processes.append(stack.enter_context(node))
+    for node in processes[1:]:
+        running.append(node.wait_until_ready())
+        _say_node(node, running[-1])
+    return processes, running
+
+
+def _say_node(node: NodeProcess, said: RunningNode) -> None:
+    say(f"      {node.name}  {said.peer}  holds {said.held} of {said.experts} experts")
+
+
+def _generate_plainly(checkpoint: Path, prompt: str, sampling: Sampling) -> Generated:
+    """What transformers makes of the original checkpoint, with nothing of ours in between."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .generation import continue_text
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, experts_implementation="eager")
+    return continue_text(model, AutoTokenizer.from_pretrained(checkpoint), prompt, sampling, lambda text: None)
+
+
+def _generate_in_swarm(
+    node: RunningNode, manifest: Manifest, directory: Path, prompt: str, sampling: Sampling
+) -> tuple[Generated, DispatchStats]:
+    import torch
+
+    from moehive.swarm.client import join
+
+    from .generation import continue_text
+
+    say("[3/4] Joining them as a client that holds no expert; the dense part comes from a node")
+    with join(node.ticket, cache=directory / "client") as swarm:
+        model, tokenizer = swarm.load(manifest.model_id, dtype=torch.float32, answers=_ANSWERS)
+        say(f"[4/4] Generating {sampling.max_tokens} tokens\n\n{prompt}", end="")
+        result = continue_text(model, tokenizer, prompt, sampling, partial(say, end=""))
+        say()
+        return result, swarm.stats(manifest.model_id)
+
+
+# --- what it prints -------------------------------------------------------------------------------------------------
+
+
+def _report(
+    processes: Sequence[NodeProcess],
+    running: Sequence[RunningNode],
+    manifest: Manifest,
+    result: Generated,
+    stats: DispatchStats,
+) -> str:
+    total = sum(peer.rows for peer in stats.peers.values()) + stats.local_rows
+    rows = [
+        (
+            node.name,
+            f"…{said.peer[-8:]}",
+            said.held,
+            f"{stats.of(said.peer).rows:,}",
+            f"{100 * stats.of(said.peer).rows / total:.0f} %",
+            f"{stats.of(said.peer).latency * 1e3:.1f}" if stats.of(said.peer).requests else "-",
+        )
+        for node, said in zip(processes, running, strict=True)
+    ]
+    here = ("this client", "", 0, f"{stats.local_rows:,}", f"{100 * stats.local_rows / total:.0f} %", "")
+    header = ("", "peer", "experts held", "rows computed", "share", "latency ms")
+    return "\n".join((table(header, [*rows, here]), "  a row is one token through one expert"))
+
+
+def _verdict(same: bool, result: Generated, reference: Generated) -> str:
+    speed = (
+        f"  {len(result.tokens)} tokens in {result.seconds:.1f} s: {result.tokens_per_second:.1f} tokens/s "
+        f"(transformers alone, nothing sent: {reference.tokens_per_second:.1f})"
+    )
+    equal = sum(1 for ours, theirs in zip(result.tokens, reference.tokens, strict=False) if ours == theirs)
+    answer = "yes" if same else f"NO, {equal} of {len(reference.tokens)} agree"
+    return f"{speed}\n  same tokens as plain transformers: {answer}"
+
+
+# --- surroundings ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _working_directory(*, keep: bool) -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="moehive-demo-"))
+    try:
+        yield directory
+    finally:
+        if not keep:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let the first Ctrl-C, SIGTERM or SIGHUP end what is being done, and no later one what is being cleaned up."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in _SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _quiet_libraries() -> None:
+    import torch
+
+    from .generate import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(1)  # as the nodes: they share these cores, and one thread adds in a fixed order

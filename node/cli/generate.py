@@ -1,0 +1,243 @@
+"""`moehive generate`: a client that holds no expert, or a model from a local directory."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter, validators
+
+from moehive.node.logs import configure_logs
+from moehive.protocol.errors import ConfigError
+from moehive.protocol.ids import is_hash
+from moehive.protocol.ticket import Ticket
+
+from .arguments import Flag, NotNegative, Positive, TicketText
+from .node import check_converted
+from .output import note, progress_bar, say, say_json, table
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moehive.swarm.dispatch.stats import DispatchStats
+
+    from .generation import Generated
+
+    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None, DispatchStats | None]
+
+_MAX_SEED = (1 << 32) - 1
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The options of `moehive generate`."""
+
+    model: Annotated[str, Parameter(metavar="ID|DIR")]
+    """Model id, or a directory that `moehive convert` wrote."""
+
+    join: TicketText | None = None
+    """Join ticket of a swarm, as `moehive node` printed it; peers then compute the experts. Without it they are read from
+    the directory --model. MOEHIVE_GENERATE_JOIN keeps it out of the list of processes."""
+
+    max_tokens: Positive = 128
+    """Most tokens to generate."""
+
+    temperature: NotNegative | None = None
+    """0 always takes the likeliest token; higher values vary more. By default what the model recommends in its
+    generation_config.json, and 0 where it recommends nothing."""
+
+    top_k: Positive | None = None
+    """Choose among this many likeliest tokens. By default what the model recommends."""
+
+    seed: Annotated[int | None, Parameter(validator=validators.Number(gte=0, lte=_MAX_SEED))] = None
+    """Makes a choice repeatable. By default a new one each time, which the summary names."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Numbers to compute in; auto is the checkpoint's own."""
+
+    answers: Literal["sum", "rows"] = "sum"
+    """What peers send back: one sum for each token (fast), or every expert's row, added up here in transformers' own order
+    (bit for bit its result)."""
+
+    chat: Flag = False
+    """Put the prompt through the model's chat template, as one message of a user."""
+
+
+def generate(prompt: str, /, options: GenerateOptions, *, quiet: Flag = False, json: Flag = False) -> None:
+    """Continue a prompt; the text appears on stdout while it is made.
+
+    Then a summary on stderr: tokens per second, and which peer computed how much.
+
+    Parameters
+    ----------
+    prompt:
+        The text to continue; - reads it from stdin.
+    quiet:
+        No summary.
+    json:
+        Print one JSON object at the end instead of text and summary.
+    """
+    check_options(options)
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    seed = secrets.randbelow(_MAX_SEED + 1) if options.seed is None else options.seed
+    quiet_libraries()
+    from .generation import Sampling, continue_text
+
+    sampling = Sampling(options.max_tokens, seed, options.temperature, options.top_k)
+    sampling.arguments()  # a contradiction is refused before anything is loaded
+    with _loaded(options) as (model, tokenizer, stats):
+        write = _silent if json else _write
+        try:
+            result = continue_text(model, tokenizer, prompt, sampling, write, chat=options.chat)
+        finally:
+            write("\n")  # also before an error message
+    if json:
+        say_json(result_json(result, seed, stats))
+    elif not quiet:
+        note(summary(result, seed, stats))
+
+
+def check_options(options: GenerateOptions) -> None:
+    """Raise ConfigError, TicketError for what can be seen to be wrong without loading anything."""
+    if options.join is not None:
+        Ticket.parse(options.join)
+    if is_hash(options.model):
+        if options.join is None:
+            raise ConfigError("a model id needs a swarm: add --join TICKET, or name a converted directory")
+    else:
+        check_converted(Path(options.model))
+
+
+# --- what it prints -------------------------------------------------------------------------------------------------
+
+
+def summary(result: Generated, seed: int, stats: DispatchStats | None) -> str:
+    """For people."""
+    lines = [
+        f"{len(result.tokens)} tokens in {result.seconds:.1f} s ({result.tokens_per_second:.1f} tokens/s), "
+        f"the first after {result.first_token_seconds:.2f} s; seed {seed}"
+    ]
+    if stats is not None:
+        lines.append(peer_table(stats))
+        lines += [f"  {stats.retries} requests were repeated at another peer"] * bool(stats.retries)
+    return "\n".join(lines)
+
+
+def peer_table(stats: DispatchStats) -> str:
+    """Who computed how much. A row is one token through one expert."""
+    total = sum(peer.rows for peer in stats.peers.values()) + stats.local_rows
+    rows = [
+        (peer, f"{of.rows:,}", _percent(of.rows, total), f"{of.latency * 1e3:.1f} ms", of.failures)
+        for peer, of in sorted(stats.peers.items())
+    ]
+    return table(("peer", "rows", "share", "latency", "failures"), rows)
+
+
+def result_json(result: Generated, seed: int, stats: DispatchStats | None) -> dict[str, Any]:
+    """For programs. Seconds and bytes."""
+    return {
+        "text": result.text,
+        "tokens": list(result.tokens),
+        "promptTokens": result.prompt_tokens,
+        "seed": seed,
+        "seconds": round(result.seconds, 4),
+        "firstTokenSeconds": round(result.first_token_seconds, 4),
+        "tokensPerSecond": round(result.tokens_per_second, 2),
+        "swarm": None if stats is None else _stats_json(stats),
+    }
+
+
+def _stats_json(stats: DispatchStats) -> dict[str, Any]:
+    return {
+        "peers": [
+            {
+                "peer": peer,
+                "requests": of.requests,
+                "rows": of.rows,
+                "bytesSent": of.bytes_sent,
+                "bytesReceived": of.bytes_received,
+                "failures": of.failures,
+                "latencySeconds": round(of.latency, 5),
+            }
+            for peer, of in sorted(stats.peers.items())
+        ],
+        "localRows": stats.local_rows,
+        "layerCalls": stats.layer_calls,
+        "roundTrips": stats.round_trips,
+        "retries": stats.retries,
+    }
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+def _write(text: str) -> None:
+    say(text, end="")
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _loaded(options: GenerateOptions) -> Iterator[Loaded]:
+    dtype = _torch_dtype(options.dtype)
+    if options.join is None:
+        from moehive.swarm import open_local
+
+        model, tokenizer = open_local(options.model, dtype=dtype)
+        yield model, tokenizer, None
+        return
+    from moehive.swarm.client import join
+    from moehive.swarm.store.directory import ConvertedDirectory
+
+    with join(options.join) as swarm:
+        local = not is_hash(options.model)
+        model_id = ConvertedDirectory(Path(options.model)).model_id if local else options.model
+        with nullcontext(_no_bytes) if local else _fetching() as fetched:
+            model, tokenizer = swarm.load(options.model, dtype=dtype, answers=options.answers, progress=fetched)
+        yield model, tokenizer, swarm.stats(model_id)
+
+
+@contextmanager
+def _fetching() -> Iterator[Any]:
+    """A bar for the dense part, which comes from the swarm the first time."""
+    with progress_bar("fetching the dense part") as move:
+        done = 0
+
+        def fetched(count: int) -> None:
+            nonlocal done
+            done += count
+            move(done, None)
+
+        yield fetched
+
+
+def _no_bytes(count: int) -> None:
+    pass
+
+
+def _torch_dtype(name: str) -> torch.dtype | None:
+    import torch
+
+    return None if name == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def quiet_libraries() -> None:
+    """Only what the user asked for: no bars and hints of transformers, our own log from warnings up."""
+    from transformers.utils import logging
+
+    configure_logs("console", "warning")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,139 @@
+"""One continuation of one prompt with a transformers model: streamed while it is made, and timed.
+
+Owns what the options for sampling mean. Knows nothing of swarms: the experts are the model's own matter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TextStreamer
+
+from moehive.protocol.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose tokens. None leaves it to the model's generation_config.json, which is greedy where there is none."""
+
+    max_tokens: int
+    seed: int
+    temperature: float | None = None  # 0 is greedy
+    top_k: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """In the terms of transformers' `generate`. Raises ConfigError for a contradiction."""
+        chosen: dict[str, Any] = {"max_new_tokens": self.max_tokens}
+        if self.temperature == 0:
+            if self.top_k is not None:
+                raise ConfigError("--top-k means nothing with --temperature 0, which always takes the likeliest token")
+            return chosen | {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        if self.temperature is not None:
+            chosen |= {"do_sample": True, "temperature": self.temperature}
+        if self.top_k is not None:
+            chosen |= {"do_sample": True, "top_k": self.top_k}
+        return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What was made of a prompt."""
+
+    text: str
+    tokens: tuple[int, ...]  # without the prompt's
+    prompt_tokens: int
+    first_token_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all of it, the prompt included."""
+        return len(self.tokens) / self.seconds
+
+
+def continue_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: str,
+    sampling: Sampling,
+    write: Callable[[str], None],
+    *,
+    chat: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> Generated:
+    """Continue `prompt`, or with `chat` answer it as the chat template puts it; `write` gets the text in pieces.
+
+    Equal arguments and an equal model give equal text. Raises ConfigError for a prompt or a tokenizer that cannot be
+    used, and what the model's experts raise.
+    """
+    if tokenizer is None:
+        raise ConfigError("this model has no tokenizer: use it from Python, where generate takes token ids")
+    inputs = _encode(tokenizer, prompt, chat)  # [1, T] each
+    arguments = sampling.arguments()
+    streamer = _Streamer(tokenizer, write, clock)
+    torch.manual_seed(sampling.seed)
+    started = clock()
+    output = model.generate(**inputs, **arguments, streamer=streamer, pad_token_id=_padding(model, tokenizer))  # type: ignore[operator]
+    seconds = clock() - started
+    length = inputs["input_ids"].shape[1]
+    tokens = tuple(output[0, length:].tolist())
+    return Generated(
+        text=str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        tokens=tokens,
+        prompt_tokens=length,
+        first_token_seconds=(streamer.first_token or started) - started,
+        seconds=seconds,
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> dict[str, Tensor]:
+    if chat:
+        if not tokenizer.chat_template:
+            raise ConfigError("this model's tokenizer has no chat template: leave --chat out")
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    if encoded["input_ids"].shape[1] == 0:
+        raise ConfigError("the prompt is empty: give at least one character")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A padding token for `generate`, which insists on one though a single sequence is never padded."""
+    configured = model.generation_config.pad_token_id if model.generation_config else None
+    candidates = (configured, tokenizer.pad_token_id, 0)
+    return next(int(token) for token in candidates if isinstance(token, int))
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Text as soon as it can be decoded, without the prompt; remembers when the first token came."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None], clock: Callable[[], float]
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+        self._clock = clock
+        self.first_token: float | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt [1, T] first, then each token [1]."""
+        if not self.next_tokens_are_prompt and self.first_token is None:
+            self.first_token = self._clock()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass on what will not change any more."""
+        if text:
+            self._write(text)

@@ -1,0 +1,235 @@
+"""`moehive node`: settings from all sources to one value, and a daemon in the foreground with its signals."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from moehive.node.logs import LogFormat, LogLevel, configure_logs
+from moehive.protocol.errors import ConfigError
+from moehive.protocol.ids import is_hash
+from moehive.protocol.manifest import MANIFEST_NAME
+from moehive.protocol.ticket import Ticket
+from moehive.protocol.units import format_size
+from moehive.swarm.paths import Paths
+
+from .arguments import AnnounceAddresses, Flag, ListenAddresses, Positive, Size, SizeWithDefault, TicketText
+from .errors import INTERRUPTED
+from .output import facts, say, say_json
+
+if TYPE_CHECKING:
+    from moehive.node.daemon import NodeDaemon
+    from moehive.node.settings import NodeReady, NodeSettings
+
+_GRACE_AFTER_SECOND_SIGNAL = 2.0  # seconds for what cannot be interrupted, such as a computation in a thread
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class NodeOptions:
+    """The options of `moehive node`."""
+
+    experts: Annotated[str, Parameter(metavar="SPEC")] = "auto"
+    """Which experts to hold: all, none, auto (fill the memory, rarest in the swarm first), or ranges such as 0-3:0-7,5:*
+    (layers:experts)."""
+
+    join: TicketText | None = None
+    """Join ticket of a swarm, as another node printed it. Without it this node founds a swarm of its own."""
+
+    listen: ListenAddresses = ("/ip4/127.0.0.1/tcp/0",)
+    """Address to accept peers at, HOST:PORT or a multiaddr; may be repeated. By default any free port of 127.0.0.1, which
+    only this machine reaches; 0.0.0.0:4001 accepts peers from everywhere."""
+
+    announce: AnnounceAddresses = ()
+    """Address under which others reach this node, where it is not the one it listens at (port forwarding); may be
+    repeated."""
+
+    ram: Size | None = None
+    """Memory for experts, such as 4GiB. By default a part of what is free."""
+
+    disk: SizeWithDefault = 20 << 30
+    """Disk space for experts fetched from the swarm."""
+
+    identity: Path | None = None
+    """Key file of this node, made on first use. Every node of a machine needs its own."""
+
+    skeleton: bool = True
+    """Also hold the dense part and the tokenizer, so that clients can get them here."""
+
+    threads: Positive | None = None
+    """Threads that compute. By default one for each core."""
+
+    log_format: LogFormat = "auto"
+    """Form of the log on stderr; auto is console on a terminal and json elsewhere."""
+
+    log_level: LogLevel = "info"
+    """How much to log."""
+
+
+_DEFAULTS = NodeOptions()
+
+
+def node(model: str, options: NodeOptions = _DEFAULTS, *, json: Flag = False) -> int:
+    """Hold some of a model's experts and compute them for the swarm, until Ctrl-C.
+
+    When the node is ready it prints its peer id, what it holds, its addresses, and a join ticket for nodes and clients.
+    The ticket is the only way into the swarm and works like a password. Ctrl-C (or SIGTERM) finishes what was begun and
+    leaves; a second one leaves at once.
+
+    Parameters
+    ----------
+    model:
+        A directory that `moehive convert` wrote, or a model id to fetch from the swarm of --join.
+    json:
+        When ready, print one JSON object on one line instead.
+    """
+    settings = settings_of(model, options, os.environ)
+    configure_logs(options.log_format, options.log_level)
+    with sole_use_of_identity(settings):
+        from moehive.node.daemon import NodeDaemon  # torch: seconds
+
+        return asyncio.run(_serve(NodeDaemon(settings, _say_ready_as_json if json else _say_ready)))
+
+
+def settings_of(model: str, options: NodeOptions, environment: Mapping[str, str]) -> NodeSettings:
+    """What the daemon is told. Raises ConfigError, TicketError for what can be seen to be wrong without a network."""
+    from moehive.node.settings import NodeSettings
+
+    ticket = Ticket.parse(options.join) if options.join is not None else None
+    _check_model(model, ticket)
+    paths = Paths.of(environment)
+    return NodeSettings(
+        model=model,
+        store=paths.store,
+        identity=options.identity or paths.identity,
+        experts=options.experts,
+        join=ticket,
+        listen=options.listen,
+        announce=options.announce,
+        ram=options.ram,
+        disk=options.disk,
+        skeleton=options.skeleton,
+        threads=options.threads,
+    )
+
+
+def _check_model(model: str, ticket: Ticket | None) -> None:
+    if is_hash(model):
+        if ticket is None:
+            raise ConfigError("a model id is fetched from a swarm: add --join TICKET, or name a converted directory")
+        return
+    check_converted(Path(model))
+
+
+def check_converted(directory: Path) -> None:
+    """Raise ConfigError, which says what to do, unless `directory` is a converted model."""
+    if (directory / MANIFEST_NAME).is_file():
+        return
+    if (directory / "config.json").is_file():
+        raise ConfigError(f"{directory} is not converted yet; run: moehive convert {directory} DIRECTORY")
+    raise ConfigError(f"{directory} is neither a converted directory nor a model id (64 hexadecimal digits)")
+
+
+@contextmanager
+def sole_use_of_identity(settings: NodeSettings) -> Iterator[None]:
+    """Keep other nodes from using the same key: peers could not tell them apart. Raises ConfigError, StorageError."""
+    from moehive.swarm.identity import Identity
+
+    if settings.identity is None:
+        yield
+        return
+    Identity.load_or_create(settings.identity)
+    with settings.identity.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it ends
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another node is running with the identity {settings.identity}; give this one its own: --identity FILE"
+            ) from error
+        yield
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+async def _serve(daemon: NodeDaemon) -> int:
+    """Run until the first signal and leave cleanly, or until the second and leave at once; the exit code."""
+    stop = asyncio.Event()
+    running = asyncio.ensure_future(daemon.run(stop))
+    codes: list[int] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        if not stop.is_set():
+            stop.set()
+            return
+        codes.append(128 + number)
+        running.cancel()
+        _exit_soon(codes[0])
+
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        await running
+    except asyncio.CancelledError:
+        return codes[0] if codes else INTERRUPTED
+    return 0
+
+
+def _exit_soon(code: int) -> None:
+    """End the process even if something in it does not stop."""
+    timer = threading.Timer(_GRACE_AFTER_SECOND_SIGNAL, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+
+
+# --- what it prints -------------------------------------------------------------------------------------------------
+
+
+def describe_ready(ready: NodeReady) -> str:
+    """For people, and for `sed -n 's/^ticket: //p'`."""
+    dense = " and the dense part" if ready.skeleton else ", not the dense part"
+    known: list[tuple[str, object]] = [
+        ("peer", ready.peer),
+        ("model", f"{ready.model_name}, id {ready.model}"),
+        ("holds", f"{ready.held} of {ready.experts} experts ({format_size(ready.held_bytes)}){dense}"),
+        *(("address", address) for address in ready.addresses),
+    ]
+    lines = ["ready", facts(known), f"ticket: {ready.ticket}"]
+    if all("/127." in address or "/::1/" in address for address in ready.addresses):
+        lines.append("Only this machine reaches these addresses; --listen 0.0.0.0:4001 accepts peers from others.")
+    return "\n".join((*lines, "Ctrl-C leaves the swarm."))
+
+
+def ready_json(ready: NodeReady) -> dict[str, Any]:
+    """The same for programs: names in the spelling of the manifest."""
+    return {
+        "peer": ready.peer,
+        "modelId": ready.model,
+        "modelName": ready.model_name,
+        "expertsHeld": ready.held,
+        "expertsTotal": ready.experts,
+        "bytesHeld": ready.held_bytes,
+        "skeleton": ready.skeleton,
+        "addresses": list(ready.addresses),
+        "ticket": str(ready.ticket),
+    }
+
+
+def _say_ready(ready: NodeReady) -> None:
+    say(describe_ready(ready))
+
+
+def _say_ready_as_json(ready: NodeReady) -> None:
+    say_json(ready_json(ready))

@@ -1,0 +1,94 @@
+"""What a node holds and therefore announces: only objects that were verified on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import structlog
+
+from moehive.protocol.chunks import ChunkList
+from moehive.protocol.errors import CorruptShard, StorageError
+from moehive.protocol.ids import ExpertKey, ShardHash
+from moehive.protocol.manifest import Manifest, ShardEntry
+from moehive.swarm.store.base import NotHeld, ObjectSource
+
+T = TypeVar("T")
+_log = structlog.get_logger(__name__)
+
+
+class Holdings:
+    """The verified part of a model on this machine. Grows while shards arrive, shrinks when one is found corrupt.
+
+    `verify` and the reading methods block and belong into threads; the rest is cheap.
+    """
+
+    def __init__(self, manifest: Manifest, source: ObjectSource, *, on_change: Callable[[], None]) -> None:
+        self.manifest = manifest
+        self._source = source
+        self._on_change = on_change
+        self._verified: dict[ShardHash, ShardEntry] = {}
+
+    @property
+    def experts(self) -> frozenset[ExpertKey]:
+        """Experts that can be computed and served."""
+        return frozenset(shard.expert_key for shard in self._verified.values() if shard.expert_key is not None)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of those experts' shards."""
+        return sum(shard.size for shard in self._verified.values() if shard.expert_key is not None)
+
+    @property
+    def skeleton(self) -> bool:
+        """Whether dense part and assets are all here."""
+        return all(shard.hash in self._verified for shard in self.manifest.skeleton)
+
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether an expert can be computed here."""
+        shard = self.manifest.experts.get(ExpertKey(layer, expert))
+        return shard is not None and shard.hash in self._verified
+
+    def verify(self, shards: Iterable[ShardEntry]) -> None:
+        """Hash shards and hold those that are right; the others are left out, loudly."""
+        for shard in shards:
+            try:
+                self._source.chunk_list(shard.hash)
+            except NotHeld:
+                _log.error("shard is missing: not announced", file=shard.file)
+            except StorageError as error:
+                _log.error("shard is unusable: not announced", file=shard.file, reason=str(error))
+            else:
+                self._verified[shard.hash] = shard
+        self._on_change()
+
+    def add(self, shard: ShardEntry) -> None:
+        """Hold a shard that was just fetched, hence verified."""
+        self._verified[shard.hash] = shard
+        self._on_change()
+
+    def drop(self, object_hash: ShardHash) -> None:
+        """No longer hold an object: it was found corrupt or is gone."""
+        shard = self._verified.pop(object_hash, None)
+        if shard is not None:
+            _log.error("shard found corrupt: no longer announced", file=shard.file)
+            self._on_change()
+
+    # --- serving --------------------------------------------------------------------------------------------------
+
+    def chunk_list(self, object_hash: ShardHash) -> ChunkList | None:
+        """The chunk list of an object that may be served; None where it is not held."""
+        return self._guarded(object_hash, lambda: self._source.chunk_list(object_hash))
+
+    def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes | None:
+        """Verified bytes of an object that may be served; None where it is not held."""
+        return self._guarded(object_hash, lambda: self._source.read_range(object_hash, offset, length))
+
+    def _guarded(self, object_hash: ShardHash, read: Callable[[], T]) -> T | None:
+        if object_hash not in self._verified and object_hash != ShardHash(self.manifest.model_id):
+            return None
+        try:
+            return read()
+        except (CorruptShard, NotHeld):
+            self.drop(object_hash)
+            return None

@@ -1,0 +1,86 @@
+"""Experts modules of a transformers model, and who computes for them.
+
+A seat is what stands on an experts module in place of its weights: the layer's number and a backend. Owns how such
+modules are recognised, which must hold for every version of transformers we allow; imports none of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from torch import nn
+
+from moehive.protocol.errors import UnsupportedModel
+
+from .backend import ExpertsBackend
+
+NAME: Final = "moehive"  # of the quantizer and of the experts implementation
+SEAT: Final = "moehive_seat"  # the attribute of an experts module
+_WEIGHT = "gate_up_proj"  # a parameter that every supported experts module has
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(slots=True)
+class Seat:
+    """What an experts module knows. Without a backend until the model is loaded."""
+
+    layer: int
+    backend: ExpertsBackend | None = None
+
+
+def attach_backend(model: nn.Module, backend: ExpertsBackend) -> None:
+    """Let `backend` compute all routed experts of a model loaded from a converted directory; replaces the one it had.
+
+    Raises UnsupportedModel for a model that keeps its experts itself.
+    """
+    seats = list(_seats(model))
+    if not seats:
+        raise UnsupportedModel("this model was not loaded from a converted directory: it keeps its experts itself")
+    for seat in seats:
+        seat.backend = backend
+
+
+def check_active(model: nn.Module) -> None:
+    """Raise UnsupportedModel unless every experts module of `model` is served by a backend and holds no weight."""
+    implementation = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    holding = experts_modules(model)
+    served = [seat.backend is not None for seat in _seats(model)]
+    if implementation != NAME or holding or not served or not all(served):
+        raise UnsupportedModel(
+            f"moehive is not active in this model (experts implementation {implementation!r}, {len(holding)} modules "
+            "with expert weights); import moehive.swarm before loading, and load a converted directory"
+        )
+
+
+def experts_modules(model: nn.Module) -> Mapping[int, nn.Module]:
+    """Modules that transformers' `@use_experts_implementation` decorates and that still hold weights, by layer."""
+    return {_layer_of(name): module for name, module in model.named_modules() if _is_experts(module)}
+
+
+def strip(module: nn.Module, layer: int) -> None:
+    """Take an experts module's parameters away and leave a seat."""
+    module._parameters.clear()
+    # Else transformers' initialisation of what is missing from the checkpoint touches module.gate_up_proj.
+    module._is_hf_initialized = True  # type: ignore[assignment]
+    setattr(module, SEAT, Seat(layer))
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed") and _WEIGHT in module._parameters
+
+
+def _seats(model: nn.Module) -> Iterator[Seat]:
+    for module in model.modules():
+        seat = getattr(module, SEAT, None)
+        if isinstance(seat, Seat):
+            yield seat
+
+
+def _layer_of(name: str) -> int:
+    match = _LAYER.search(name)
+    if match is None:
+        raise UnsupportedModel(f"experts module {name} is not in a numbered layer")
+    return int(match[1])

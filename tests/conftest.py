@@ -1,0 +1,34 @@
+"""What holds for every test: one thread, no model hub, nothing of the user's home, bounded Hypothesis runs."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Libraries read these once, at import, so they are set before anything is imported. Processes of tests inherit them.
+_HOME = tempfile.mkdtemp(prefix="moehive-tests-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+os.environ |= {
+    "HOME": _HOME,
+    "MOEHIVE_HOME": f"{_HOME}/moehive",
+    "XDG_CACHE_HOME": f"{_HOME}/.cache",
+    "XDG_CONFIG_HOME": f"{_HOME}/.config",
+    "XDG_DATA_HOME": f"{_HOME}/.local/share",
+    "XDG_STATE_HOME": f"{_HOME}/.local/state",
+    "HF_HOME": f"{_HOME}/huggingface",
+    "HF_HUB_OFFLINE": "1",
+    # Tests run node processes beside each other, and threads of each for every core would only contend. One thread also
+    # fixes the order of sums, which bit-for-bit comparisons between processes need.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for _name in ("HF_HUB_CACHE", "HF_TOKEN", "TRANSFORMERS_CACHE", "TRITON_CACHE_DIR"):  # they would win over the above
+    os.environ.pop(_name, None)
+
+from hypothesis import settings  # noqa: E402  after the environment
+
+# No deadline: a first call may import or compile. Seeds stay random, and failures are kept in .hypothesis and replayed.
+settings.register_profile("ci", deadline=None, derandomize=False, max_examples=50)
+settings.register_profile("thorough", parent=settings.get_profile("ci"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -1,0 +1,142 @@
+"""The local backend in a running model: small budgets, threads, faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moehive.protocol.errors import CorruptShard, ExpertUnavailable, ManifestError
+from moehive.protocol.ids import ExpertKey
+from moehive.protocol.manifest import MANIFEST_NAME, ExpertFfn, Gate, Manifest
+from moehive.swarm import open_local
+from moehive.swarm.model.backend import ExpertLoader, ExpertsBackend, LocalExperts, spec_of, weights_tier
+from moehive.swarm.model.seats import attach_backend
+from moehive.swarm.store.base import NotHeld
+from moehive.swarm.store.directory import ConvertedDirectory
+
+
+def logits(model: Any, prompt: Tensor) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model(input_ids=prompt).logits
+    return found
+
+
+def generate(model: Any, prompt: Tensor) -> Tensor:
+    mask = torch.ones_like(prompt)
+    found: Tensor = model.generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    return found
+
+
+class CountingLoader(ExpertLoader):
+    loads = 0
+
+    def load(self, key: ExpertKey, dtype: torch.dtype) -> Any:
+        self.loads += 1
+        return super().load(key, dtype)
+
+
+def test_a_budget_of_three_experts_changes_the_reads_and_not_the_result(converted: Path, prompt: Tensor) -> None:
+    directory = ConvertedDirectory(converted)
+    model = directory.manifest.model
+    loader = CountingLoader(directory.manifest, directory)
+    one = loader.load(ExpertKey(model.moe_layers[0], 0), torch.bfloat16).nbytes
+    assert loader.nbytes(torch.bfloat16) == one
+    answers, loads = [], []
+    for budget in (3 * one, 1 << 30):
+        loader.loads = 0
+        backend = LocalExperts(directory.manifest, directory, weights_tier(budget), loader=loader)
+        served, _ = open_local(converted, backend=backend)
+        answers.append((logits(served, prompt), generate(served, prompt)))
+        loads.append(loader.loads)
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+    all_experts = len(model.moe_layers) * model.num_experts
+    assert loads[1] <= all_experts  # each is read at most once where there is room
+    assert loads[0] > 2 * all_experts
+
+
+def test_two_swapped_experts_change_the_logits(own_copy: Path, converted: Path, prompt: Tensor) -> None:
+    """The control: equality elsewhere means something."""
+    manifest = ConvertedDirectory(own_copy).manifest
+    layer = manifest.model.moe_layers[0]
+    swap = {ExpertKey(layer, 0): ExpertKey(layer, 1), ExpertKey(layer, 1): ExpertKey(layer, 0)}
+    shards = tuple(replace(s, expert_key=swap.get(s.expert_key, s.expert_key)) for s in manifest.shards)  # type: ignore[arg-type]
+    (own_copy / MANIFEST_NAME).write_bytes(replace(manifest, shards=shards).to_bytes())
+    wrong, right = (logits(open_local(path, dtype=torch.float32)[0], prompt) for path in (own_copy, converted))
+    assert (wrong - right).abs().max() > 0.1
+
+
+def test_threads_may_share_a_model(converted: Path) -> None:
+    model, _ = open_local(converted, dtype=torch.float32)
+    prompts = [torch.randint(3, 250, (1, n), generator=torch.Generator().manual_seed(n)) for n in (7, 12, 20, 9)]
+    wanted = [generate(model, prompt) for prompt in prompts]
+    fresh, _ = open_local(converted, dtype=torch.float32)  # loads while it computes
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: generate(fresh, prompt), prompts))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+class Failing:
+    """A backend that raises once, at its `at`-th call."""
+
+    def __init__(self, backend: ExpertsBackend, at: int) -> None:
+        self.backend, self.calls, self.at = backend, 0, at
+
+    def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise ExpertUnavailable(layer, [3])
+        return self.backend.run(layer, hidden, top_k_index, top_k_weights)
+
+
+def test_an_error_leaves_generate_and_the_model_goes_on(converted: Path, prompt: Tensor) -> None:
+    directory = ConvertedDirectory(converted)
+    model, _ = open_local(converted)
+    wanted = generate(model, prompt)
+    attach_backend(model, Failing(LocalExperts(directory.manifest, directory, weights_tier(1 << 30)), at=8))
+    with pytest.raises(ExpertUnavailable, match=r"layer 1: no live peer for expert\(s\) 3"):
+        generate(model, prompt)
+    assert torch.equal(generate(model, prompt), wanted)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(("damage", "error"), [(_flip, CorruptShard), (_cut, CorruptShard), (Path.unlink, NotHeld)])
+def test_a_damaged_expert_is_never_used(
+    own_copy: Path, prompt: Tensor, damage: Callable[[Path], None], error: type[Exception]
+) -> None:
+    directory = ConvertedDirectory(own_copy)
+    shard = directory.manifest.experts[ExpertKey(directory.manifest.model.moe_layers[0], 2)]
+    model, _ = open_local(own_copy)
+    damage(own_copy / shard.file)
+    with pytest.raises(error, match=shard.hash if error is NotHeld else shard.file):
+        logits(model, prompt)
+
+
+def test_tensors_that_make_no_expert_are_the_manifests_fault(own_copy: Path) -> None:
+    directory = ConvertedDirectory(own_copy)
+    manifest = directory.manifest
+    transposed = replace(manifest, model=replace(manifest.model, ffn=replace(manifest.model.ffn, transposed=True)))
+    with pytest.raises(ManifestError, match="experts are transposed"):
+        ExpertLoader(transposed, directory).load(ExpertKey(manifest.model.moe_layers[0], 0), torch.float32)
+
+
+def test_unknown_mathematics_is_the_manifests_fault(converted: Path) -> None:
+    with pytest.raises(ManifestError, match="expertFfn: unknown activation 'snake'"):
+        spec_of(ExpertFfn(Gate.CONCATENATED, "snake"))
+    manifest = Manifest.from_bytes((converted / MANIFEST_NAME).read_bytes())
+    assert spec_of(manifest.model.ffn).activation == "silu"

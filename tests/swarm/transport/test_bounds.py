@@ -1,0 +1,75 @@
+"""The pure parts: which addresses and records of strangers are used at all."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moehive.protocol.errors import ConfigError
+from moehive.protocol.limits import MAX_ADDRESSES, MAX_RECORD_BYTES
+from moehive.swarm.identity import Identity
+from moehive.swarm.transport.addresses import bootstrap_peers, dialable
+from moehive.swarm.transport.base import Record
+from moehive.swarm.transport.records import checked_record
+
+A, B = Identity.from_seed(bytes(32)).peer, Identity.from_seed(bytes([1] * 32)).peer
+TCP = "/ip4/127.0.0.1/tcp/1"
+NOW = 1_000_000.0
+
+
+@pytest.mark.parametrize(
+    ("hints", "used"),
+    [
+        ([TCP], [TCP]),
+        ([f"{TCP}/p2p/{A}"], [TCP]),
+        ([f"{TCP}/p2p/{B}"], []),
+        ([TCP, f"{TCP}/p2p/{A}"], [TCP]),
+        ([f"{TCP}/p2p/{B}/p2p-circuit/p2p/{A}"], []),
+        (["", "nonsense", "/" + "x" * 300], []),
+        (
+            [f"/ip4/1.2.3.4/tcp/{port}" for port in range(100)],
+            [f"/ip4/1.2.3.4/tcp/{port}" for port in range(MAX_ADDRESSES)],
+        ),
+    ],
+)
+def test_hints(hints: list[str], used: list[str]) -> None:
+    assert dialable(A, hints) == used
+
+
+@settings(max_examples=25)
+@given(st.lists(st.text(max_size=50), max_size=5))
+def test_any_hints(hints: list[str]) -> None:
+    assert all(address.startswith("/") and "/p2p/" not in address for address in dialable(A, hints))
+
+
+def test_bootstrap_addresses_are_grouped_by_peer() -> None:
+    found = bootstrap_peers([f"{TCP}/p2p/{A}", f"/dns4/host/tcp/2/p2p/{A}", f"{TCP}/p2p/{B}"])
+    assert found == {A: [TCP, "/dns4/host/tcp/2"], B: [TCP]}
+
+
+@pytest.mark.parametrize("address", ["", TCP, f"{TCP}/p2p/", f"{TCP}/p2p/x", f"p2p/{A}", f"/p2p/{A}"])
+def test_bootstrap_address_without_peer_or_place(address: str) -> None:
+    with pytest.raises(ConfigError, match="bootstrap address"):
+        bootstrap_peers([address])
+
+
+@pytest.mark.parametrize(
+    ("subkey", "value", "expires", "taken"),
+    [
+        ("s" * 64, b"", NOW + 600, True),
+        ("s", bytes(MAX_RECORD_BYTES), NOW - 1, True),
+        ("s" * 65, b"", NOW, False),
+        (b"s", b"", NOW, False),
+        (None, b"", NOW, False),
+        ("s", "text", NOW, False),
+        ("s", bytes(MAX_RECORD_BYTES + 1), NOW, False),
+        ("s", b"", NOW + 661, False),
+        ("s", b"", math.inf, False),
+        ("s", b"", math.nan, False),
+        ("s", b"", "soon", False),
+    ],
+)
+def test_records(subkey: Any, value: Any, expires: Any, taken: bool) -> None:
+    assert checked_record(subkey, value, expires, NOW) == (Record(value, expires) if taken else None)
