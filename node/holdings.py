@@ -27,22 +27,28 @@ class Holdings:
         self.manifest = manifest
         self._source = source
         self._on_change = on_change
-        self._verified: dict[ShardHash, ShardEntry] = {}
+        self._verified: dict[ShardHash, ShardEntry] = {}  # held: announced and computed with
+        self._seed: set[ShardHash] = set()  # beyond that verified, and supplied to others
 
     @property
     def experts(self) -> frozenset[ExpertKey]:
         """Experts that can be computed and served."""
-        return frozenset(shard.expert_key for shard in self._verified.values() if shard.expert_key is not None)
+        return frozenset(shard.expert_key for shard in list(self._verified.values()) if shard.expert_key is not None)
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of those experts' shards."""
-        return sum(shard.size for shard in self._verified.values() if shard.expert_key is not None)
+        return sum(shard.size for shard in list(self._verified.values()) if shard.expert_key is not None)
 
     @property
     def skeleton(self) -> bool:
         """Whether dense part and assets are all here."""
         return all(shard.hash in self._verified for shard in self.manifest.skeleton)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard of the model can be fetched here."""
+        return all(shard.hash in self._verified or shard.hash in self._seed for shard in self.manifest.shards)
 
     def holds(self, layer: int, expert: int) -> bool:
         """Whether an expert can be computed here."""
@@ -62,6 +68,18 @@ class Holdings:
                 self._verified[shard.hash] = shard
         self._on_change()
 
+    def verify_seed(self) -> None:
+        """Hash every other shard of the model, so that all of it can be supplied; stops at the first that is wrong."""
+        for shard in self.manifest.shards:
+            if shard.hash not in self._verified:
+                try:
+                    self._source.chunk_list(shard.hash)
+                except StorageError as error:
+                    _log.error("not offered as a seed of the whole model", file=shard.file, reason=str(error))
+                    return
+                self._seed.add(shard.hash)
+        self._on_change()
+
     def add(self, shard: ShardEntry) -> None:
         """Hold a shard that was just fetched, hence verified."""
         self._verified[shard.hash] = shard
@@ -70,8 +88,9 @@ class Holdings:
     def drop(self, object_hash: ShardHash) -> None:
         """No longer hold an object: it was found corrupt or is gone."""
         shard = self._verified.pop(object_hash, None)
-        if shard is not None:
-            _log.error("shard found corrupt: no longer announced", file=shard.file)
+        if shard is not None or object_hash in self._seed:
+            self._seed.discard(object_hash)
+            _log.error("shard found corrupt: no longer announced", file=shard.file if shard else object_hash)
             self._on_change()
 
     # --- serving --------------------------------------------------------------------------------------------------
@@ -85,7 +104,8 @@ class Holdings:
         return self._guarded(object_hash, lambda: self._source.read_range(object_hash, offset, length))
 
     def _guarded(self, object_hash: ShardHash, read: Callable[[], T]) -> T | None:
-        if object_hash not in self._verified and object_hash != ShardHash(self.manifest.model_id):
+        held = object_hash in self._verified or object_hash in self._seed
+        if not held and object_hash != ShardHash(self.manifest.model_id):
             return None
         try:
             return read()

@@ -63,7 +63,9 @@ def _renderers(stream: TextIO, as_console: bool) -> list[Processor]:
     import structlog
 
     if as_console:
-        return [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback)]
+        return [
+            structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ]
     return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
 
 

@@ -19,6 +19,7 @@ from .errors import ProtocolViolation
 from .ids import is_hash
 
 Check = Callable[[Any], Any]
+_LIST_MARKS = frozenset(bytes([mark]) for mark in (*range(0x90, 0xA0), 0xDC, 0xDD))  # msgpack's fixarray, array 16, 32
 
 
 class Message:
@@ -66,35 +67,43 @@ def decode(kind: type[M], meta: bytes) -> M:
         raise ProtocolViolation(f"{kind.__name__}: {error}") from error
 
 
-def unpack_map(data: bytes, limit: int) -> dict[Any, Any]:
-    """One msgpack map of at most `limit` bytes, with texts (or bytes) as keys, none twice. Raises ProtocolViolation."""
+def unpack_map(data: bytes, limit: int) -> dict[str, Any]:
+    """A msgpack map of at most `limit` bytes, from texts to scalars and lists of scalars. Raises ProtocolViolation."""
     if len(data) > limit:
         raise ProtocolViolation(f"{len(data)} bytes where at most {limit} are allowed")
     try:
-        # msgpack allocates a list when it is declared, and lists nest, so the length of each must be limited as well.
-        # Other keys than texts and bytes have predictable hashes, which can be chosen to collide.
-        value = msgpack.unpackb(
-            data,
-            raw=False,
-            use_list=True,
-            strict_map_key=True,
-            object_pairs_hook=_without_repetition,
-            max_array_len=limits.MAX_LIST_ITEMS,
-            max_map_len=limits.MAX_MAP_ITEMS,
-            max_ext_len=0,
-        )
+        return _read_map(data)
     except (ValueError, TypeError, RecursionError, OverflowError, msgpack.UnpackException) as error:
         raise ProtocolViolation(f"malformed msgpack: {type(error).__name__}") from error
-    if not isinstance(value, dict):
-        raise ProtocolViolation("a msgpack map is expected")
-    return value
 
 
-def _without_repetition(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):  # readers would differ in which one counts
-        raise ValueError("a key is there twice")
+def _read_map(data: bytes) -> dict[str, Any]:
+    # Not msgpack.unpackb: it allocates a list when it is declared, and lists nest, so that 7 KiB can claim 80 MiB.
+    # Here we read the outer map and its lists ourselves; what else is a container gets the limit of 0.
+    size = max(1, len(data))  # msgpack reads 0 as 4 GiB
+    reader = msgpack.Unpacker(raw=False, max_buffer_size=size, max_array_len=0, max_map_len=0, max_ext_len=0)
+    reader.feed(data)
+    fields: dict[str, Any] = {}
+    for _ in range(_at_most(limits.MAX_MAP_ITEMS, reader.read_map_header())):
+        name = reader.unpack()
+        if not isinstance(name, str) or name in fields:  # readers would differ in which of two counts
+            raise ValueError("names must be distinct texts")
+        fields[name] = _read_value(reader, data)
+    if reader.tell() != len(data):
+        raise ValueError("bytes behind the map")
     return fields
+
+
+def _read_value(reader: msgpack.Unpacker, data: bytes) -> Any:
+    if data[reader.tell() : reader.tell() + 1] not in _LIST_MARKS:
+        return reader.unpack()
+    return [reader.unpack() for _ in range(_at_most(limits.MAX_LIST_ITEMS, reader.read_array_header()))]
+
+
+def _at_most(limit: int, count: int) -> int:
+    if count > limit:
+        raise ValueError(f"{count} items where at most {limit} are allowed")
+    return count
 
 
 # --- checks -------------------------------------------------------------------------------------------------------

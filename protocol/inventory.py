@@ -31,6 +31,7 @@ _CHECKS = {
     "expires": number(0, 1e11),
     "addresses": texts(limits.MAX_ADDRESS_CHARS, limits.MAX_ADDRESSES),
     "skeleton": boolean,
+    "complete": boolean,
     "layers": integers(0, 1 << 16, limits.MAX_LIST_ITEMS),
     "experts": integer(0, 1 << 16),
     "bitmap": blob(0, limits.MAX_RECORD_BYTES),
@@ -48,6 +49,7 @@ class Inventory:
     expires: float
     held: frozenset[ExpertKey]
     skeleton: bool = False  # dense part, shared experts and assets can be fetched here
+    complete: bool = False  # every shard of the model can be fetched here, whatever is held to be computed with
     addresses: tuple[str, ...] = ()
     rows_per_second: float = 0.0  # capacity class: (token, expert) rows; 0 where not known
 
@@ -65,6 +67,7 @@ def encode_inventory(inventory: Inventory, sign: Callable[[bytes], bytes]) -> by
             "expires": inventory.expires,
             "addresses": list(inventory.addresses),
             "skeleton": inventory.skeleton,
+            "complete": inventory.complete,
             "layers": layers,
             "experts": experts,
             "bitmap": _to_bitmap(inventory.held, layers, experts),
@@ -96,6 +99,7 @@ def decode_inventory(record: bytes, *, now: float) -> Inventory:
         expires=fields["expires"],
         held=frozenset(_from_bitmap(peer, fields["bitmap"], fields["layers"], fields["experts"])),
         skeleton=fields["skeleton"],
+        complete=fields["complete"],
         addresses=fields["addresses"],
         rows_per_second=fields["rows_per_second"],
     )

@@ -18,7 +18,7 @@ MAX_SAFETENSORS_HEADER = 100 << 20  # the limit of the safetensors library itsel
 MAX_META_BYTES = 64 << 10  # msgpack header of one message; the largest lists 384 experts and their row counts
 MAX_PAYLOAD_BYTES = 64 << 20  # one frame of tensor rows or of file bytes; larger work is split by the sender
 MAX_DETAIL_CHARS = 256  # free text in a refusal
-MAX_LIST_ITEMS = 4096  # of one msgpack list: layers of an announcement; the decoder allocates a declared list at once
+MAX_LIST_ITEMS = 4096  # of one msgpack list: layers of an announcement
 MAX_MAP_ITEMS = 32  # of one msgpack map: fields of a message
 
 # --- sessions ----------------------------------------------------------------------------------------------------

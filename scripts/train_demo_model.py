@@ -431,8 +431,8 @@ tags:
 A very small Qwen3-MoE language model that writes text in the manner of Shakespeare's plays. It
 exists so that a swarm can be shown and tested on any computer without a download.
 
-`scripts/train_demo_model.py` trained it and wrote this card; every number was measured on the
-weights as saved.
+`scripts/train_demo_model.py` trained it and wrote this card; the results and the sample come from
+the weights as saved.
 
 ## Architecture
 
@@ -474,12 +474,13 @@ rest ({held_out_tokens:,} tokens) is the held-out text.
 
 ## Training
 
-{tokens_millions:.1f} million tokens ({epochs:.1f} passes over the training text) in {minutes:.0f} minutes on
-{threads}, {speed:,.0f} tokens per second including evaluation; {steps:,} steps of
-{batch:,} tokens in windows of {windows}. The weights kept are those after step {best_step:,}. AdamW in
-float32, peak learning rate {learning_rate:g}, weight decay {weight_decay:g}, linear warmup and
-cosine decay, gradients clipped to norm 1, load-balancing loss with coefficient {balance:g} computed
-for every layer by itself, seed {seed}.
+{tokens_millions:.1f} million tokens ({epochs:.1f} passes over the training text) in {minutes:.0f} minutes on {threads}
+({speed:,.0f} tokens per second including evaluation). {steps:,} steps of
+{batch:,} tokens in windows of {windows}, on a schedule of {schedule} that ends early
+when the held-out loss no longer falls; the weights kept are those after step {best_step:,}. AdamW in float32,
+peak learning rate {learning_rate:g}, weight decay {weight_decay:g}, linear warmup and cosine decay, gradients
+clipped to norm 1, load-balancing loss with coefficient {balance:g} computed for every layer by itself,
+seed {seed}.
 
 ## Intended use and limitations
 
@@ -551,6 +552,7 @@ def training_facts(corpus: Corpus, record: TrainingRecord, options: Options) -> 
         "threads": "one processor core" if options.threads == 1 else f"{options.threads} processor cores",
         "steps": record.steps,
         "best_step": record.best_step,
+        "schedule": f"{options.minutes:g} minutes" if options.minutes else f"{options.steps:,} steps",
         "batch": TOKENS_PER_STEP,
         "windows": " or ".join(str(length) for length in sorted(set(WINDOW_LENGTHS))),
         "learning_rate": options.learning_rate,

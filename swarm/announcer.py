@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import structlog
 
+from moehive.protocol import limits
 from moehive.protocol.ids import ExpertKey, ModelId
 from moehive.protocol.inventory import Inventory, directory_key, encode_inventory
 
@@ -17,6 +19,7 @@ from .transport.base import Record, Transport
 
 RENEW_EVERY = 30.0  # seconds
 LIFETIME = 75.0  # a little over twice that: one lost renewal does not lose the peer
+COLLECT = 1.0  # changes within this time go into one announcement
 PUT_TIMEOUT = 15.0
 _log = structlog.get_logger(__name__)
 
@@ -37,21 +40,31 @@ class Announcer:
         self._identity = identity
         self._key = directory_key(secret, model)
         self._wall_clock = wall_clock
+        self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._claim = Inventory(peer=identity.peer, model=model, issued=0.0, expires=0.0, held=frozenset())
 
-    def hold(self, held: frozenset[ExpertKey], *, skeleton: bool) -> None:
-        """Set what the next announcement claims: only what is verified and can be served."""
-        self._claim = replace(self._claim, held=held, skeleton=skeleton, addresses=tuple(self._transport.addresses)[:8])
+    def hold(self, held: frozenset[ExpertKey], *, skeleton: bool, complete: bool = False) -> None:
+        """Set what is claimed from now on: only what is verified and can be served (see Inventory). From any thread."""
+        addresses = tuple(self._transport.addresses)[: limits.MAX_ADDRESSES]
+        self._claim = replace(self._claim, held=held, skeleton=skeleton, complete=complete, addresses=addresses)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._changed.set)
 
     async def run(self) -> None:
-        """Announce for ever."""
+        """Announce for ever: at every change, and often enough not to expire."""
+        self._loop = asyncio.get_running_loop()
         while True:
+            self._changed.clear()
             try:
                 if not await self.announce():
                     _log.warning("no peer stored the announcement; trying again")
             except TimeoutError:
                 _log.warning("announcing timed out; trying again")
-            await asyncio.sleep(RENEW_EVERY)
+            await asyncio.sleep(COLLECT)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RENEW_EVERY):
+                    await self._changed.wait()
 
     async def announce(self) -> bool:
         """Store a fresh announcement; False when nobody took it. Raises TimeoutError."""
@@ -61,7 +74,7 @@ class Announcer:
 
     async def withdraw(self) -> None:
         """Replace the announcement by an empty one, so that nobody asks us any more."""
-        self._claim = replace(self._claim, held=frozenset(), skeleton=False)
+        self._claim = replace(self._claim, held=frozenset(), skeleton=False, complete=False)
         try:
             await self.announce()
         except TimeoutError:

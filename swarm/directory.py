@@ -13,6 +13,7 @@ import structlog
 from moehive.protocol.errors import FalseClaim, PeerError
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.protocol.inventory import Inventory, decode_inventory, directory_key
+from moehive.protocol.manifest import ShardEntry
 
 from .standings import Standings
 from .transport.base import Record, Transport
@@ -40,10 +41,14 @@ class Holders:
         """Peers that announce an expert, in a stable order."""
         return self._by_expert.get(key, ())
 
-    @property
-    def skeleton(self) -> tuple[PeerId, ...]:
-        """Peers that announce the dense part and the assets."""
-        return tuple(peer for peer, inventory in self.inventories.items() if inventory.skeleton)
+    def suppliers(self, shard: ShardEntry) -> tuple[PeerId, ...]:
+        """Peers that announce that a shard can be fetched from them: holders, and seeds of the whole model."""
+        key = shard.expert_key
+        return tuple(
+            peer
+            for peer, inventory in self.inventories.items()
+            if inventory.complete or (inventory.skeleton if key is None else key in inventory.held)
+        )
 
     @property
     def replicas(self) -> Mapping[ExpertKey, int]:

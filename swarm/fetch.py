@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -34,6 +34,7 @@ RETRY_AFTER = 0.25  # seconds before looking again while nobody can go on
 _log = structlog.get_logger(__name__)
 
 Sources = Mapping[PeerId, Sequence[str]]  # peer -> addresses
+FindSources = Callable[[], Awaitable[Sources]]
 Progress = Callable[[int], None]  # bytes that have just been verified
 
 
@@ -56,7 +57,7 @@ class Fetcher:
     async def fetch(
         self,
         object_hash: ShardHash,
-        sources: Callable[[], Sources],
+        sources: FindSources,
         *,
         name: str = "",
         progress: Progress | None = None,
@@ -73,7 +74,7 @@ class Fetcher:
             if path is not None:
                 return path
             try:
-                return await self._from_any(object_hash, sources(), name or object_hash, progress)
+                return await self._from_any(object_hash, await sources(), name or object_hash, progress)
             except PartialBusy:  # another process of this machine is fetching it into the same store
                 await asyncio.sleep(RETRY_AFTER)
             except ShardUnavailable:

@@ -6,15 +6,14 @@ Owns the connections, the standing of other peers, and one directory per model i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from importlib.metadata import version
 from types import TracebackType
 from typing import Self
 
 from moehive.protocol.errors import ModelUnavailable, PeerError
-from moehive.protocol.ids import ModelId, PeerId, ShardHash
+from moehive.protocol.ids import ModelId, ShardHash
 from moehive.protocol.inventory import decode_inventory
 from moehive.protocol.manifest import Manifest, ShardEntry
 from moehive.protocol.messages import EXPERT, PEER, SHARD
@@ -73,7 +72,7 @@ class Member:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._stack.__aexit__(kind, error, trace)
+        await self._stack.aclose()  # without the error of the body, which the task group would wrap into a group
 
     def _cancel_tasks(self) -> None:
         for task in self._running:
@@ -124,13 +123,16 @@ class Member:
             await fetcher.fetch(shard.hash, holders, name=shard.file, progress=progress, timeout=timeout)
 
     @staticmethod
-    def sources(directory: Directory, shard: ShardEntry | None = None) -> Sources:
-        """Peers that announce a shard (None: the manifest, which all of them have), with their addresses."""
+    async def sources(directory: Directory, shard: ShardEntry | None = None) -> Sources:
+        """Peers that announce a shard (None: the manifest, which all of them have), with their addresses.
+
+        Looks the directory up again where nobody is known.
+        """
         holders = directory.holders
-        if shard is None:
-            peers: Iterable[PeerId] = holders.inventories
-        elif shard.expert_key is not None:
-            peers = holders.of(shard.expert_key)
-        else:
-            peers = holders.skeleton
+        peers = tuple(holders.inventories) if shard is None else holders.suppliers(shard)
+        if not peers:
+            with suppress(TimeoutError):  # then still nobody is known
+                await directory.refresh()
+            holders = directory.holders
+            peers = tuple(holders.inventories) if shard is None else holders.suppliers(shard)
         return {peer: holders.addresses(peer) for peer in peers}

@@ -6,7 +6,7 @@ Nothing outside the functions of those modules imports torch: `moehive --help` a
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,7 @@ from .inspect import inspect
 from .node import node
 from .places import show_id, show_paths
 
-_COMMANDS = {
+_COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "demo": demo,
     "convert": convert,
     "inspect": inspect,

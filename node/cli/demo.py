@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from moehive.node.demo import bundled_checkpoint
 from moehive.node.demo.processes import NodeProcess, RunningNode, start_node, stop_together
@@ -20,6 +20,7 @@ from moehive.protocol.units import format_size
 
 from .arguments import Flag, Positive
 from .errors import FAILED
+from .generate import quiet_libraries
 from .output import progress_bar, say, table
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from .generation import Generated, Sampling
 
-_ANSWERS = "rows"  # equal to transformers bit for bit, also where tokens are sampled
+_ANSWERS: Final = "rows"  # equal to transformers bit for bit, also where tokens are sampled
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -62,12 +63,8 @@ def demo(
         shares = share_experts(manifest.model.num_experts, nodes)
         say(f"[2/4] Starting {nodes} node(s), each a process with some of the experts")
         first = stack.enter_context(start_node("node-1", directory, directory / "model", spec_of(shares[0]), None))
-        _quiet_libraries()  # imports transformers, while the first node does its own imports
-        from .generation import Sampling
-
-        sampling = Sampling(max_tokens, seed)
+        reference, sampling = _generate_plainly(checkpoint, prompt, max_tokens, seed)  # while the first node starts
         processes, running = _start_others(stack, first, shares, directory)
-        reference = _generate_plainly(checkpoint, prompt, sampling)
         result, stats = _generate_in_swarm(running[0], manifest, directory, prompt, sampling)
         say("\n" + _report(processes, running, manifest, result, stats))
         same = result.tokens == reference.tokens
@@ -86,9 +83,7 @@ def _convert(checkpoint: Path, destination: Path) -> Manifest:
 
     started = time.monotonic()
     with progress_bar("converting") as move:
-        manifest = convert(
-            checkpoint, destination, name="demo", progress=lambda done, total, _: move(done, total)
-        )
+        manifest = convert(checkpoint, destination, name="demo", progress=lambda done, total, _: move(done, total))
     size = format_size(sum(shard.size for shard in manifest.shards))
     model = manifest.model
     say(
@@ -101,12 +96,15 @@ def _convert(checkpoint: Path, destination: Path) -> Manifest:
 def _start_others(
     stack: ExitStack, first: NodeProcess, shares: Sequence[tuple[int, ...]], directory: Path
 ) -> tuple[list[NodeProcess], list[RunningNode]]:
+    from moehive.swarm.transport.engine import import_hivemind
+
     running = [first.wait_until_ready()]
     _say_node(first, running[0])
     processes = [first]
     for number, share in enumerate(shares[1:], start=2):
         node = start_node(f"node-{number}", directory, directory / "model", spec_of(share), running[0].ticket)
         processes.append(stack.enter_context(node))
+    import_hivemind()  # takes seconds, which the nodes need anyway
     for node in processes[1:]:
         running.append(node.wait_until_ready())
         _say_node(node, running[-1])
@@ -117,15 +115,19 @@ def _say_node(node: NodeProcess, said: RunningNode) -> None:
     say(f"      {node.name}  {said.peer}  holds {said.held} of {said.experts} experts")
 
 
-def _generate_plainly(checkpoint: Path, prompt: str, sampling: Sampling) -> Generated:
+def _generate_plainly(checkpoint: Path, prompt: str, max_tokens: int, seed: int) -> tuple[Generated, Sampling]:
     """What transformers makes of the original checkpoint, with nothing of ours in between."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .generation import continue_text
+    from .generation import Sampling, continue_text
 
+    quiet_libraries()
+    torch.set_num_threads(1)  # as the nodes: they share these cores, and one thread adds in a fixed order
+    sampling = Sampling(max_tokens, seed)  # otherwise as the model's generation_config.json recommends
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, experts_implementation="eager")
-    return continue_text(model, AutoTokenizer.from_pretrained(checkpoint), prompt, sampling, lambda text: None)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return continue_text(model, tokenizer, prompt, sampling, lambda text: None), sampling
 
 
 def _generate_in_swarm(
@@ -211,12 +213,3 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _quiet_libraries() -> None:
-    import torch
-
-    from .generate import quiet_libraries
-
-    quiet_libraries()
-    torch.set_num_threads(1)  # as the nodes: they share these cores, and one thread adds in a fixed order

@@ -43,7 +43,10 @@ _HINTS: tuple[tuple[type[MoehiveError], str], ...] = (
     (DiskFull, "make room, or raise --disk where the budget is meant"),
     (CorruptShard, "`moehive inspect DIR` lists every damaged file; convert or fetch it again"),
     (BudgetTooSmall, "see --ram and --disk"),
-    (ModelUnavailable, "check the id with `moehive inspect DIR`, and that a node serves it: `moehive node DIR --join TICKET`"),
+    (
+        ModelUnavailable,
+        "`moehive inspect DIR` shows the id of a model; a node has to serve it: `moehive node DIR --join TICKET`",
+    ),
     (ShardUnavailable, "a node that holds it has to be running: `moehive node DIR --join TICKET` where the model is"),
     (TransportError, "if it happens again, MOEHIVE_DEBUG=1 shows more"),
     (UnsupportedModel, "docs/features.md lists the families that work"),
@@ -90,7 +93,7 @@ def _usage_message(error: CycloptsError) -> str:
 def _report(error: Exception, message: str, code: int, stderr: TextIO) -> int:
     if os.environ.get("MOEHIVE_DEBUG"):
         traceback.print_exception(error, file=stderr)
-    print(f"moehive: {message}", file=stderr, flush=True)  # noqa: T201 - the output of a command
+    print(f"moehive: {message}", file=stderr, flush=True)
     return code
 
 

@@ -43,8 +43,8 @@ class GenerateOptions:
     """Model id, or a directory that `moehive convert` wrote."""
 
     join: TicketText | None = None
-    """Join ticket of a swarm, as `moehive node` printed it; peers then compute the experts. Without it they are read from
-    the directory --model. MOEHIVE_GENERATE_JOIN keeps it out of the list of processes."""
+    """Join ticket of a swarm, as `moehive node` printed it; peers then compute the experts. Without it they are read
+    from the directory --model. In MOEHIVE_GENERATE_JOIN it stays out of the list of processes."""
 
     max_tokens: Positive = 128
     """Most tokens to generate."""
@@ -63,14 +63,19 @@ class GenerateOptions:
     """Numbers to compute in; auto is the checkpoint's own."""
 
     answers: Literal["sum", "rows"] = "sum"
-    """What peers send back: one sum for each token (fast), or every expert's row, added up here in transformers' own order
-    (bit for bit its result)."""
+    """What peers send back: one sum for each token (fast), or every expert's row, added up here in transformers' own
+    order (bit for bit its result)."""
+
+    threads: Positive | None = None
+    """Threads that compute here. By default one for each core."""
 
     chat: Flag = False
     """Put the prompt through the model's chat template, as one message of a user."""
 
 
-def generate(prompt: str, /, options: GenerateOptions, *, quiet: Flag = False, json: Flag = False) -> None:
+def generate(
+    prompt: str | None = None, /, *, options: GenerateOptions, quiet: Flag = False, json: Flag = False
+) -> None:
     """Continue a prompt; the text appears on stdout while it is made.
 
     Then a summary on stderr: tokens per second, and which peer computed how much.
@@ -78,20 +83,21 @@ def generate(prompt: str, /, options: GenerateOptions, *, quiet: Flag = False, j
     Parameters
     ----------
     prompt:
-        The text to continue; - reads it from stdin.
+        The text to continue. Without it, stdin is read to its end.
     quiet:
         No summary.
     json:
         Print one JSON object at the end instead of text and summary.
     """
     check_options(options)
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = _read_prompt() if prompt is None else prompt
     seed = secrets.randbelow(_MAX_SEED + 1) if options.seed is None else options.seed
     quiet_libraries()
     from .generation import Sampling, continue_text
 
     sampling = Sampling(options.max_tokens, seed, options.temperature, options.top_k)
     sampling.arguments()  # a contradiction is refused before anything is loaded
+    _set_threads(options.threads)
     with _loaded(options) as (model, tokenizer, stats):
         write = _silent if json else _write
         try:
@@ -102,6 +108,12 @@ def generate(prompt: str, /, options: GenerateOptions, *, quiet: Flag = False, j
         say_json(result_json(result, seed, stats))
     elif not quiet:
         note(summary(result, seed, stats))
+
+
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        raise ConfigError('there is no prompt: moehive generate --model MODEL "Once upon a time"')
+    return sys.stdin.read()
 
 
 def check_options(options: GenerateOptions) -> None:
@@ -228,6 +240,13 @@ def _no_bytes(count: int) -> None:
     pass
 
 
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def _torch_dtype(name: str) -> torch.dtype | None:
     import torch
 
@@ -239,5 +258,5 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     configure_logs("console", "warning")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose tokens. None leaves it to the model's generation_config.json, which is greedy where there is none."""
+    """How to choose tokens. None leaves it to the model's generation_config.json; without one it is greedy."""
 
     max_tokens: int
     seed: int
@@ -86,7 +86,7 @@ def continue_text(
     length = inputs["input_ids"].shape[1]
     tokens = tuple(output[0, length:].tolist())
     return Generated(
-        text=str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        text=str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
         tokens=tokens,
         prompt_tokens=length,
         first_token_seconds=(streamer.first_token or started) - started,
@@ -95,6 +95,7 @@ def continue_text(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> dict[str, Tensor]:
+    encoded: Any  # a BatchEncoding; what the chat template gives is typed as anything that it can give
     if chat:
         if not tokenizer.chat_template:
             raise ConfigError("this model's tokenizer has no chat template: leave --chat out")
@@ -111,12 +112,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> dict
 
 def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """A padding token for `generate`, which insists on one though a single sequence is never padded."""
-    configured = model.generation_config.pad_token_id if model.generation_config else None
+    configured = model.generation_config.pad_token_id
     candidates = (configured, tokenizer.pad_token_id, 0)
     return next(int(token) for token in candidates if isinstance(token, int))
 
 
-class _Streamer(TextStreamer):  # type: ignore[misc]
+class _Streamer(TextStreamer):
     """Text as soon as it can be decoded, without the prompt; remembers when the first token came."""
 
     def __init__(
@@ -131,7 +132,7 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
         """Take the prompt [1, T] first, then each token [1]."""
         if not self.next_tokens_are_prompt and self.first_token is None:
             self.first_token = self._clock()
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Pass on what will not change any more."""

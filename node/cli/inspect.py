@@ -87,6 +87,6 @@ def _mean(spread: Spread) -> str:
 
 def _verdict(report: InspectionReport) -> str:
     if report.ok:
-        return "  every byte is what the manifest says" if report.verified else "  sizes and headers fit; bytes not verified"
+        return "  every byte is as converted" if report.verified else "  sizes and headers fit; bytes were not verified"
     faults = [f"  {fault.file}: {fault.reason}" for fault in report.faults]
     return "\n".join((f"  WRONG, in {len(faults)} place(s):", *faults, "  convert it again to repair it"))

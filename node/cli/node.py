@@ -41,15 +41,15 @@ class NodeOptions:
     """The options of `moehive node`."""
 
     experts: Annotated[str, Parameter(metavar="SPEC")] = "auto"
-    """Which experts to hold: all, none, auto (fill the memory, rarest in the swarm first), or ranges such as 0-3:0-7,5:*
-    (layers:experts)."""
+    """Which experts to hold: all, none, auto (fill the memory, rarest in the swarm first), or ranges of
+    layers:experts such as 0-3:0-7,5:*."""
 
     join: TicketText | None = None
     """Join ticket of a swarm, as another node printed it. Without it this node founds a swarm of its own."""
 
     listen: ListenAddresses = ("/ip4/127.0.0.1/tcp/0",)
-    """Address to accept peers at, HOST:PORT or a multiaddr; may be repeated. By default any free port of 127.0.0.1, which
-    only this machine reaches; 0.0.0.0:4001 accepts peers from everywhere."""
+    """Address to accept peers at, HOST:PORT or a multiaddr; may be repeated. By default any free port of 127.0.0.1,
+    which only this machine reaches; 0.0.0.0:4001 accepts peers from everywhere."""
 
     announce: AnnounceAddresses = ()
     """Address under which others reach this node, where it is not the one it listens at (port forwarding); may be

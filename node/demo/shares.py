@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from moehive.protocol.errors import ConfigError
 
 
@@ -12,10 +14,12 @@ def share_experts(experts: int, nodes: int) -> list[tuple[int, ...]]:
     experts.
     """
     if nodes > experts:
-        raise ConfigError(f"--nodes {nodes}: the demo model has {experts} experts in a layer, so at most {experts} nodes")
+        raise ConfigError(
+            f"--nodes {nodes}: the demo model has {experts} experts in a layer, so at most {experts} nodes"
+        )
     starts = [node * experts // nodes for node in range(nodes + 1)]
     shares = []
-    for first, following in zip(starts, starts[1:], strict=False):
+    for first, following in pairwise(starts):
         own = range(first, following)
         overlap = {following % experts} - set(own)
         shares.append((*own, *sorted(overlap)))

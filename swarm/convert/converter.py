@@ -80,6 +80,10 @@ class Converter:
         """Convert, or continue, or find that nothing is left to do. Raises as `convert` does."""
         _check_apart(self._source, self._destination)
         plan = plan_conversion(read_checkpoint(self._source), self._name)
+        with storage_errors(self._destination, self._disk):
+            return self._carry_out(plan)
+
+    def _carry_out(self, plan: ConversionPlan) -> Outcome:
         existing = survey(self._destination, plan)
         counter = Counter(plan.size, self._progress)
         with SourceFiles(self._source) as source:
@@ -138,15 +142,13 @@ class Converter:
         directories = sorted({(self._destination / file.file).parent for file in missing})
         for directory in directories:
             make_directory(directory, self._disk)
-        with storage_errors(self._destination, self._disk):
-            journal = os.open(self._destination / JOURNAL_NAME, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        journal = os.open(self._destination / JOURNAL_NAME, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
             roots = dict(self._map(lambda file: self._write(file, source, counter, journal), missing))
         finally:
             os.close(journal)
-        with storage_errors(self._destination, self._disk):
-            for directory in directories:  # the manifest must not outlive a name that it lists
-                sync_directory(directory)
+        for directory in directories:  # the manifest must not outlive a name that it lists
+            sync_directory(directory)
         return roots
 
     def _write(self, file: PlannedFile, source: SourceFiles, counter: Counter, journal: int) -> tuple[str, ShardHash]:

@@ -48,11 +48,19 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": Family("Qwen3MoeForCausalLM"),
     "qwen3_next": Family("Qwen3NextForCausalLM"),
     # converted and checked tensor by tensor
+    "afmoe": Family("AfmoeForCausalLM"),
+    "deepseek_v32": Family("DeepseekV32ForCausalLM"),
     "dots1": Family("Dots1ForCausalLM"),
     "ernie4_5_moe": Family("Ernie4_5_MoeForCausalLM", experts=("moe_num_experts",), top_k=("moe_k",)),
     "exaone_moe": Family("ExaoneMoeForCausalLM"),
     "flex_olmo": Family("FlexOlmoForCausalLM", **_OLMOE_LIKE),
+    "glm_moe_dsa": Family("GlmMoeDsaForCausalLM"),
+    "hy_v3": Family("HYV3ForCausalLM"),
+    "jamba": Family("JambaForCausalLM", **_OLMOE_LIKE),
     "mellum": Family("MellumForCausalLM"),
+    "mimo_v2_flash": Family("MiMoV2FlashForCausalLM"),
+    "minimax": Family("MiniMaxForCausalLM", **_MIXTRAL_LIKE),
+    "qwen3_5_moe_text": Family("Qwen3_5MoeForCausalLM"),
     "solar_open": Family("SolarOpenForCausalLM"),
 }
 

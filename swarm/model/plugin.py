@@ -56,7 +56,12 @@ class MoehiveQuantizer(HfQuantizer):
     """Loads the dense part of a converted directory, and no expert."""
 
     requires_calibration = False
-    _directory: ConvertedDirectory
+
+    def __init__(self, quantization_config: MoehiveConfig, **kwargs: Any) -> None:
+        # The dense part is plain floating point. Called pre-quantised, renamed tensors would keep the stored dtype in
+        # transformers 5.8, whatever dtype was asked for.
+        super().__init__(quantization_config, **(kwargs | {"pre_quantized": False}))
+        self._directory: ConvertedDirectory
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Verify the files that are about to be loaded; take the experts off the skeleton.

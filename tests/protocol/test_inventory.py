@@ -27,6 +27,7 @@ BODY: dict[str, Any] = {
     "expires": NOW + 90,
     "addresses": ["/ip4/127.0.0.1/tcp/1"],
     "skeleton": True,
+    "complete": False,
     "layers": [0, 2],
     "experts": 3,
     "bitmap": bytes([0b00_101_001]),
@@ -52,6 +53,7 @@ inventories = st.builds(
     expires=st.floats(NOW + 1, NOW + limits.MAX_RECORD_LIFETIME),
     held=st.frozensets(expert_keys, max_size=60),
     skeleton=st.booleans(),
+    complete=st.booleans(),
     addresses=st.lists(printable(60), max_size=limits.MAX_ADDRESSES).map(tuple),
     rows_per_second=st.floats(0, 1e12),
 )
@@ -125,6 +127,7 @@ def test_a_signed_field_of_any_value_is_read_or_refused(name: str, value: object
         {"addresses": ["a" * (limits.MAX_ADDRESS_CHARS + 1)]},
         {"addresses": ["\x1b[2J"]},
         {"skeleton": 1},
+        {"complete": 1},
         {"layers": [-1]},
         {"layers": [True]},
         {"layers": list(range(5000))},

@@ -14,8 +14,18 @@ from torch import Tensor
 
 from moehive.protocol.chunks import CHUNK_SIZE, object_root
 from moehive.protocol.errors import CorruptShard, ManifestError, StorageError
-from moehive.protocol.manifest import ITEM_SIZE, ShardEntry, ShardType, TensorEntry
-from moehive.swarm.model.reading import read_verified, verify_files
+from moehive.protocol.ids import ExpertKey
+from moehive.protocol.manifest import (
+    ITEM_SIZE,
+    ExpertFfn,
+    Gate,
+    Manifest,
+    ModelFacts,
+    ShardEntry,
+    ShardType,
+    TensorEntry,
+)  # fmt: skip
+from moehive.swarm.model.reading import read_verified, tensor_table, verify_files
 from moehive.swarm.model.tensors import ALIGNMENT, TORCH_DTYPE, empty_bytes, short_name, tensors_of
 
 
@@ -125,3 +135,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for read in (lambda: read_verified(tmp_path / "gone", entry), lambda: verify_files(tmp_path, [entry])):
         with pytest.raises(StorageError, match=r"cannot read .*gone: No such file"):
             read()
+
+
+def test_shards_of_equal_bytes_keep_their_own_tensors() -> None:
+    facts = ModelFacts("m", "t", "A", "F32", 4, 4, 2, 1, (0,), ExpertFfn(Gate.CONCATENATED, "silu"))
+    shards = tuple(
+        ShardEntry(f"{i}.safetensors", ShardType.EXPERT, 8, object_root(bytes(8)), ExpertKey(0, i)) for i in range(2)
+    )
+    tensors = {f"experts.{i}.w1.weight": TensorEntry(i, 0, 8, (2,), "F32") for i in range(2)}
+    manifest = Manifest(facts, shards, tensors)
+    assert [list(tensor_table(manifest, entry)) for entry in shards] == [[name] for name in tensors]

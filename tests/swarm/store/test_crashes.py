@@ -283,5 +283,5 @@ class StoreUnderFire(RuleBasedStateMachine):
         assert visible(self.fs.after_power_cut()) == CONTENT
 
 
-StoreUnderFire.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+StoreUnderFire.TestCase.settings = settings(stateful_step_count=30)
 TestStoreUnderFire = StoreUnderFire.TestCase

@@ -119,7 +119,7 @@ class ManyThreads(RuleBasedStateMachine):
         assert [sum(c.hits for c in counts), sum(c.misses for c in counts)] == self.uses
 
 
-ManyThreads.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+ManyThreads.TestCase.settings = settings(stateful_step_count=40)
 TestManyThreads = ManyThreads.TestCase
 
 

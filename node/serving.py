@@ -1,0 +1,108 @@
+"""A joined node at work: holds its part of one model, serves the three protocols, announces itself, leaves cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from operator import attrgetter
+
+import structlog
+import torch
+
+from moehive.kernels.expert_ffn import ExpertWeights
+from moehive.protocol.errors import CorruptShard
+from moehive.protocol.ids import ExpertKey
+from moehive.protocol.manifest import Manifest
+from moehive.protocol.messages import EXPERT, PEER, SHARD
+from moehive.swarm.announcer import Announcer
+from moehive.swarm.member import Member
+from moehive.swarm.memory import default_ram_budget
+from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.rpc.server import stream_handler
+from moehive.swarm.store.base import ObjectSource
+from moehive.swarm.tasks import task_group
+
+from .acquisition import Acquisition
+from .holdings import Holdings
+from .services import ExpertService, PeerService, ShardService
+from .settings import NodeSettings
+from .worker import ComputeWorker
+
+_log = structlog.get_logger(__name__)
+
+
+class Serving:
+    """What a node does once it has joined and knows its model."""
+
+    def __init__(
+        self, settings: NodeSettings, member: Member, manifest: Manifest, source: ObjectSource, announcer: Announcer
+    ) -> None:
+        self._settings = settings
+        self._member = member
+        self._announcer = announcer
+        self.holdings = Holdings(manifest, source, on_change=self._claim)
+        self._loader = ExpertLoader(manifest, source)
+        ram_budget = settings.ram if settings.ram is not None else default_ram_budget()
+        self._tier = weights_tier(ram_budget)
+        self._acquisition = Acquisition(settings, member, source, self.holdings, ram_budget)
+        self._worker = ComputeWorker(self._lease, self._loader.spec, settings.queue)
+        self._experts = ExpertService(self.holdings, self._worker)
+        self._shards = ShardService(self.holdings)
+        self._peers = PeerService(self.holdings, self._worker, self._shards, lambda: announcer.record().value)
+
+    async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
+        """Hold, serve, announce; leave when `stop` is set."""
+        async with task_group() as tasks:
+            working = [tasks.create_task(self._worker.run(), name="compute")]
+            working.append(tasks.create_task(self._hold(on_ready), name="hold"))
+            await stop.wait()
+            await self._leave()
+            for task in working:
+                task.cancel()
+
+    async def _hold(self, on_ready: Callable[[], None]) -> None:
+        """Get what is to be held, announce it, and go on doing so."""
+        await self._serve()
+        left = await self._acquisition.first_pass()
+        await self._announcer.announce()
+        on_ready()
+        async with task_group() as tasks:
+            tasks.create_task(self._announcer.run(), name="announce")
+            tasks.create_task(self._acquisition.keep_trying(left), name="fetch the rest")
+            tasks.create_task(self._acquisition.verify_all(), name="verify the rest")
+
+    def _claim(self) -> None:
+        self._announcer.hold(self.holdings.experts, skeleton=self.holdings.skeleton, complete=self.holdings.complete)
+
+    def _lease(self, layer: int, expert: int, dtype: torch.dtype) -> AbstractContextManager[ExpertWeights]:
+        key = ExpertKey(layer, expert)
+        load, hint = partial(self._load, key, dtype), self._loader.nbytes(dtype)
+        return self._tier.lease((key, dtype), load, attrgetter("nbytes"), size_hint=hint)
+
+    def _load(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
+        try:
+            return self._loader.load(key, dtype)
+        except CorruptShard:
+            self.holdings.drop(self.holdings.manifest.experts[key].hash)
+            raise
+
+    async def _serve(self) -> None:
+        member = self._member
+        for spec, service in ((PEER, self._peers), (SHARD, self._shards), (EXPERT, self._experts)):
+            handler = stream_handler(spec, member.secret, member.transport.peer, member.agent, service)
+            await member.transport.serve(spec.name, handler)
+
+    async def _leave(self) -> None:
+        """Accept nothing new, withdraw, drain."""
+        _log.info("leaving the swarm")
+        self._experts.draining = True
+        for spec in (EXPERT, SHARD, PEER):
+            await self._member.transport.stop_serving(spec.name)
+        await self._announcer.withdraw()
+        try:
+            async with asyncio.timeout(self._settings.drain_timeout):
+                await self._worker.drain()
+        except TimeoutError:
+            _log.warning("left with requests unanswered", seconds=self._settings.drain_timeout)

@@ -1,0 +1,242 @@
+"""What a request for one token's experts costs over the network, against what nobody can do without.
+
+    python scripts/bench/expert_request.py [--dtype bfloat16] [--threads 1] [--rounds 8] [--json FILE]
+
+One token of Qwen3-30B-A3B's shape (hidden 2048, experts of 768, top-8, all eight on one node). Four processes on this
+machine: this one as the client, a `moehive node`, an echo server on the same transport, and one that only computes.
+They take turns; whoever does not have the turn sleeps.
+
+    echo      as many bytes there and back over a stream of HivemindTransport, answered at once
+    ffn       the same experts on the same row, in a process of its own
+    request   ExpertCaller.run on the client's event loop: plan, frame, admit, queue, compute, answer
+    layer     SwarmExperts.run from another thread, as a transformers model calls it
+
+The ratio of a round is the median of `request` over the sum of the medians of `echo` and `ffn`; 1.5 is the limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from _client import Client, joined, running_node
+from _common import (
+    Child,
+    Rounds,
+    arguments,
+    conditions,
+    p50,
+    p99,
+    print_head,
+    print_table,
+    questions,
+    repeat,
+    write_json,
+)  # fmt: skip
+from _layer import EXPERTS, HIDDEN, Token, compute, load_weights, make_model, make_tokens
+
+from moehive.protocol.codec import encode
+from moehive.protocol.frames import HEADER
+from moehive.protocol.ids import ModelId
+from moehive.protocol.messages import ExpertsDone
+from moehive.swarm.dispatch.backend import SwarmExperts
+from moehive.swarm.dispatch.request import build_request
+from moehive.swarm.identity import Identity
+from moehive.swarm.transport.base import Stream
+from moehive.swarm.transport.hivemind import HivemindTransport
+
+ECHO = "/moehive-bench/echo/1.0.0"
+CALLS = 40  # of each kind in one round
+IN_FLIGHT = 32
+MAX_RATIO, GOAL = 1.5, 1.3
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Seconds of each call, and requests per second with many in flight."""
+
+    echo: list[float]
+    ffn: list[float]
+    request: list[float]
+    layer: list[float]
+    in_flight: float
+
+    @property
+    def ratio(self) -> float:
+        """What this benchmark is about."""
+        return p50(self.request) / (p50(self.echo) + p50(self.ffn))
+
+
+def main() -> None:
+    """Start everything, take turns, print."""
+    parser = arguments(__doc__)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--threads", type=int, default=1, help="of the node and of the process that only computes")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    dtype = getattr(torch, options.dtype)
+    facts = conditions(
+        layer=f"hidden {HIDDEN}, ffn 768, top-8 of {EXPERTS} experts on one node, {options.dtype}",
+        threads=f"{options.threads} for computing; client, node, echo server and their daemons share the machine",
+    )
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        converted = make_model(Path(directory))
+        ticket = stack.enter_context(running_node(converted, Path(directory) / "node", threads=options.threads))
+        echo = stack.enter_context(Child(serve_echo))
+        ffn = stack.enter_context(Child(serve_ffn, converted, dtype, options.threads))
+        client = stack.enter_context(joined(ticket, converted))
+        bench = Bench(client, make_tokens(64, dtype), ffn, echo.answer())
+        bench.once()  # loads the experts, opens the connections
+        rounds = repeat(options.rounds, bench.once)
+    report(facts, rounds)
+    write_json(options.json, facts, {"rounds": [asdict(each) for each in rounds.results], "noise": str(rounds)})
+
+
+class Bench:
+    """The client's side: one round of everything."""
+
+    def __init__(self, client: Client, tokens: Sequence[Token], ffn: Child, echo: tuple[str, str]) -> None:
+        self._client = client
+        self._tokens = cycle(tokens)
+        self._ffn = ffn
+        self._experts = SwarmExperts(client.caller, client.portal.start_task_soon, EXPERTS, form="sum")
+        self._stream = client.portal.call(client.transport.open, echo[0], ECHO, echo[1:])
+
+    def once(self) -> Round:
+        """Every kind of call, one after the other."""
+        call, tokens = self._client.portal.call, list(islice(self._tokens, CALLS))
+        return Round(
+            echo=call(timed, lambda token: self._echo(sizes(token)), tokens),
+            ffn=self._ffn.ask(CALLS),
+            request=call(timed, self._request, tokens),
+            layer=self._layers(tokens),
+            in_flight=call(self._many, tokens),
+        )
+
+    async def _request(self, token: Token) -> None:
+        await self._client.caller.run(token.call, token.assignments)
+
+    async def _echo(self, size: tuple[int, int]) -> None:
+        await self._stream.write(HEADER.pack(1, 0, 0, *size, 0), bytes(size[0] - HEADER.size))
+        await read_exactly(self._stream, size[1])
+
+    def _layers(self, tokens: Sequence[Token]) -> list[float]:
+        seconds = []
+        for token in tokens:
+            started = time.perf_counter()
+            self._experts.run(0, token.hidden, token.index, token.weights)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    async def _many(self, tokens: Sequence[Token]) -> float:
+        """Requests per second with IN_FLIGHT in flight all the time."""
+        left = iter(list(tokens) * 8)
+
+        async def worker() -> None:
+            for token in left:
+                await self._request(token)
+
+        started = time.perf_counter()
+        await asyncio.gather(*(worker() for _ in range(IN_FLIGHT)))
+        return 8 * len(tokens) / (time.perf_counter() - started)
+
+
+async def timed(once: Callable[[Token], Awaitable[None]], tokens: Sequence[Token]) -> list[float]:
+    """Seconds of each call, one after the other."""
+    seconds = []
+    for token in tokens:
+        started = time.perf_counter()
+        await once(token)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def sizes(token: Token) -> tuple[int, int]:
+    """Bytes of the request's frame and of its answer's."""
+    request = build_request(ModelId("0" * 64), token.call, token.assignments, 20.0)
+    sent = len(encode(request.message)) + request.message.request_bytes
+    return HEADER.size + sent, HEADER.size + len(encode(ExpertsDone(waited=0.1, computed=0.1))) + token.hidden.nbytes
+
+
+# --- the other processes ----------------------------------------------------------------------------------------------
+
+
+def serve_ffn(pipe: Connection, converted: Path, dtype: torch.dtype, threads: int) -> None:
+    """Compute as many tokens as asked; answer with the seconds of each."""
+    torch.set_num_threads(threads)
+    experts, tokens = load_weights(converted, dtype), cycle(make_tokens(64, dtype))
+    for count in questions(pipe):
+        seconds = []
+        for token in islice(tokens, count):
+            started = time.perf_counter()
+            compute(token, experts)
+            seconds.append(time.perf_counter() - started)
+        pipe.send(seconds)
+
+
+def serve_echo(pipe: Connection) -> None:
+    """Say where we are, then answer streams until the parent goes."""
+    asyncio.run(_serve_echo(pipe))
+
+
+async def _serve_echo(pipe: Connection) -> None:
+    async with HivemindTransport(Identity.ephemeral()) as transport:
+        await transport.serve(ECHO, answer_echoes)
+        pipe.send((transport.peer, *transport.addresses))
+        await asyncio.to_thread(lambda: list(questions(pipe)))
+
+
+async def answer_echoes(stream: Stream) -> None:
+    """Each request says its own size and the answer's."""
+    while header := await read_exactly(stream, HEADER.size):
+        *_, asked, answered, _ = HEADER.unpack(header)
+        body = await read_exactly(stream, asked - HEADER.size)
+        await stream.write(bytes(body[:answered]).ljust(answered, b"\\0"))
+
+
+async def read_exactly(stream: Stream, size: int) -> bytes:
+    """`size` bytes, or nothing when the stream ends."""
+    data = bytearray()
+    while len(data) < size:
+        piece = await stream.read(size - len(data))
+        if not piece:
+            return b""
+        data += piece
+    return bytes(data)
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def report(facts: dict[str, Any], rounds: Rounds) -> None:
+    """The table, the ratio, and the price of the threads."""
+    print_head("Expert request of one token", facts)
+    kinds = ("echo", "ffn", "request", "layer")
+    pooled = {kind: [value * 1e6 for each in rounds.results for value in getattr(each, kind)] for kind in kinds}
+    base = p50(pooled["echo"]) + p50(pooled["ffn"])
+    rows = [
+        (kind, p50(pooled[kind]), p99(pooled[kind]), p50(pooled[kind]) / base, p50(pooled[kind]) - base)
+        for kind in kinds
+    ]
+    print_table(("", "p50 us", "p99 us", "of echo + ffn", "above it, us"), rows)
+    ratios = [each.ratio for each in rounds.results]
+    verdict = "ok" if p50(ratios) <= MAX_RATIO else "MISSED"
+    print(
+        f"ratio: {p50(ratios):.2f}x (rounds {min(ratios):.2f} to {max(ratios):.2f}); at most {MAX_RATIO}x: {verdict}, "
+    )
+    print(f"goal {GOAL}x: {'reached' if p50(ratios) <= GOAL else 'not reached'}")
+    print(f"{IN_FLIGHT} in flight: {p50([each.in_flight for each in rounds.results]):.0f} requests/s")
+    print(f"{rounds}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
