@@ -65,6 +65,8 @@ class ExpertService:
             raise Refusal(RefusalCode.NOT_HELD, f"experts {absent[:8]} of layer {message.layer} are not held here")
         if message.hidden != manifest.model.hidden_size:
             raise Refusal(RefusalCode.BAD_REQUEST, f"the model's hidden size is {manifest.model.hidden_size}")
+        if message.rows > message.tokens * manifest.model.top_k:
+            raise Refusal(RefusalCode.BAD_REQUEST, f"a token has at most {manifest.model.top_k} experts in this model")
 
 
 class ShardService:

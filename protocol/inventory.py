@@ -23,8 +23,10 @@ from .ids import ExpertKey, ModelId, PeerId, verify_signature
 VERSION = 1
 _DOMAIN = b"moehive inventory v1\0"
 _SIGNATURE_BYTES = 64
+SWARM_TAG_BYTES = 16
 _CHECKS = {
     "v": integer(VERSION, VERSION),
+    "swarm": blob(SWARM_TAG_BYTES, SWARM_TAG_BYTES),
     "peer": text(64),
     "model": hash_text,
     "issued": number(0, 1e11),
@@ -52,6 +54,7 @@ class Inventory:
     complete: bool = False  # every shard of the model can be fetched here, whatever is held to be computed with
     addresses: tuple[str, ...] = ()
     rows_per_second: float = 0.0  # capacity class: (token, expert) rows; 0 where not known
+    swarm: bytes = bytes(SWARM_TAG_BYTES)  # `swarm_tag`: a record of one swarm says nothing in another
 
 
 def encode_inventory(inventory: Inventory, sign: Callable[[bytes], bytes]) -> bytes:
@@ -61,6 +64,7 @@ def encode_inventory(inventory: Inventory, sign: Callable[[bytes], bytes]) -> by
     body = msgpack.packb(
         {
             "v": VERSION,
+            "swarm": inventory.swarm,
             "peer": inventory.peer,
             "model": inventory.model,
             "issued": inventory.issued,
@@ -102,7 +106,13 @@ def decode_inventory(record: bytes, *, now: float) -> Inventory:
         complete=fields["complete"],
         addresses=fields["addresses"],
         rows_per_second=fields["rows_per_second"],
+        swarm=fields["swarm"],
     )
+
+
+def swarm_tag(secret: bytes) -> bytes:
+    """Names a swarm in its records without telling its secret."""
+    return blake3(b"moehive swarm tag v1", key=secret).digest(length=SWARM_TAG_BYTES)
 
 
 def directory_key(secret: bytes, model: ModelId, bucket: int = 0) -> bytes:

@@ -12,7 +12,7 @@ import structlog
 
 from moehive.protocol import limits
 from moehive.protocol.ids import ExpertKey, ModelId
-from moehive.protocol.inventory import Inventory, directory_key, encode_inventory
+from moehive.protocol.inventory import Inventory, directory_key, encode_inventory, swarm_tag
 
 from .identity import Identity
 from .transport.base import Record, Transport
@@ -42,7 +42,9 @@ class Announcer:
         self._wall_clock = wall_clock
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._claim = Inventory(peer=identity.peer, model=model, issued=0.0, expires=0.0, held=frozenset())
+        self._claim = Inventory(
+            peer=identity.peer, model=model, issued=0.0, expires=0.0, held=frozenset(), swarm=swarm_tag(secret)
+        )
 
     def hold(self, held: frozenset[ExpertKey], *, skeleton: bool, complete: bool = False) -> None:
         """Set what is claimed from now on: only what is verified and can be served (see Inventory). From any thread."""

@@ -12,7 +12,7 @@ import structlog
 
 from moehive.protocol.errors import FalseClaim, PeerError
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
-from moehive.protocol.inventory import Inventory, decode_inventory, directory_key
+from moehive.protocol.inventory import Inventory, decode_inventory, directory_key, swarm_tag
 from moehive.protocol.manifest import ShardEntry
 
 from .standings import Standings
@@ -75,6 +75,7 @@ class Directory:
     ) -> None:
         self._transport = transport
         self._key = directory_key(secret, model)
+        self._tag = swarm_tag(secret)
         self._model = model
         self._standings = standings
         self._wall_clock = wall_clock
@@ -104,14 +105,15 @@ class Directory:
             try:
                 self._accept(subkey, record)
             except PeerError as error:
-                error.peer = error.peer or subkey
+                # Names a peer only where its signature proves its fault: anybody can file nonsense under a name.
+                _log.warning("announcement refused", filed_under=subkey, reason=error.reason)
                 self._standings.blame(error)
         self._publish()
 
     def _accept(self, subkey: str, record: Record) -> None:
         inventory = decode_inventory(record.value, now=self._wall_clock())
-        if inventory.peer != subkey or inventory.model != self._model:
-            # Not the signer's fault: somebody filed another peer's or model's genuine record here.
+        if (inventory.peer, inventory.model, inventory.swarm) != (subkey, self._model, self._tag):
+            # Not the signer's fault: somebody filed a genuine record of another peer, model or swarm here.
             _log.warning("announcement filed under another name", filed_under=subkey, signer=inventory.peer)
             return
         known = self._known.get(inventory.peer)

@@ -43,7 +43,10 @@ def make_model(directory: Path) -> Path:
     source.mkdir(parents=True)
     (source / "config.json").write_text(json.dumps(_CONFIG))
     generator = torch.Generator().manual_seed(0)
-    tensors = {"model.embed_tokens.weight": torch.zeros(256, HIDDEN, dtype=torch.bfloat16)}
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(256, HIDDEN, dtype=torch.bfloat16),
+        "model.layers.0.input_layernorm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
+    }
     for expert in range(EXPERTS):
         for name, shape in _PROJECTIONS.items():
             weight = torch.randn(shape, generator=generator) * 0.02

@@ -86,28 +86,29 @@ class Connection:
         self, message: Message, payload: Buffers = (), *, timeout: float
     ) -> AsyncGenerator[Answer, None]:
         """One request, several answers; `timeout` seconds for each. Raises PeerError."""
-        async with self._slots:
-            if self.broken is not None:
-                raise self.broken
-            request_id, buffers = self._session.send_request(message, payload)
-            queue: asyncio.Queue[Answer | PeerError] = asyncio.Queue()
-            self._waiting[request_id] = queue
-            try:
+        await self._slots.acquire()  # given back in `_deliver`: a cancelled request counts until the peer confirms
+        if self.broken is not None:
+            self._slots.release()
+            raise self.broken
+        request_id, buffers = self._session.send_request(message, payload)
+        queue: asyncio.Queue[Answer | PeerError] = asyncio.Queue()
+        self._waiting[request_id] = queue
+        try:
+            async with asyncio.timeout(timeout):
+                await self._write(buffers)
+            more = True
+            while more:
                 async with asyncio.timeout(timeout):
-                    await self._write(buffers)
-                more = True
-                while more:
-                    async with asyncio.timeout(timeout):
-                        answer = await queue.get()
-                    if isinstance(answer, PeerError):
-                        raise answer
-                    more = answer.more
-                    yield answer
-            except TimeoutError as error:
-                raise PeerTimeout(f"no answer within {timeout:.1f} s", peer=self.peer) from error
-            finally:
-                if self._waiting.pop(request_id, None) is not None and self.broken is None:
-                    await self._write(self._session.send_cancel(request_id))
+                    answer = await queue.get()
+                if isinstance(answer, PeerError):
+                    raise answer
+                more = answer.more
+                yield answer
+        except TimeoutError as error:
+            raise PeerTimeout(f"no answer within {timeout:.1f} s", peer=self.peer) from error
+        finally:
+            if self._waiting.pop(request_id, None) is not None and self.broken is None:
+                await self._write(self._session.send_cancel(request_id))
 
     async def _write(self, buffers: Buffers) -> None:
         if not buffers:
@@ -141,18 +142,25 @@ class Connection:
                 self._deliver(request_id, Answer(message, payload, more), final=not more)
             case RequestRefused(0, error):  # the whole stream
                 self._fail(error)
+            case RequestRefused(0, error):  # the whole stream
+                self._fail(error)
             case RequestRefused(request_id, error):
                 self._deliver(request_id, error, final=True)
             case _:
                 self._fail(PeerUnreachable("the peer closed the connection", peer=self.peer))
 
     def _deliver(self, request_id: int, answer: Answer | PeerError, *, final: bool) -> None:
+        if final:
+            self._slots.release()
         queue = self._waiting.pop(request_id, None) if final else self._waiting.get(request_id)
         if queue is not None:  # else: nobody waits any more, the answer crossed the cancellation
             queue.put_nowait(answer)
 
     def _fail(self, error: PeerError) -> None:
-        self.broken = self.broken or error
+        if self.broken is None:
+            self.broken = error
+            for _ in range(limits.MAX_REQUESTS_IN_FLIGHT):
+                self._slots.release()  # whoever waits for a turn learns that there will be none
         waiting, self._waiting = self._waiting, {}
         for queue in waiting.values():
             queue.put_nowait(error)

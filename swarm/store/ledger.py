@@ -7,6 +7,7 @@ Nothing here needs to survive a crash.
 
 from __future__ import annotations
 
+import errno
 import re
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from .layout import StoreLayout
 
 _FAN_OUT = re.compile(r"[0-9a-f]{2}")
 _COUNTER_BYTES = 8
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +100,20 @@ class Ledger:
             self._make_directory(directory)
 
     def _make_directory(self, path: Path) -> None:
-        """Also sync the entry of a directory that exists: whoever made it may have been killed before doing so."""
-        if path in self._durable:
+        """Create a directory and its parents, durably; once per process.
+
+        The entries of those that exist are synced too: whoever made them may have been killed before doing so. Only
+        directories of others, which we may neither write nor sync, are taken as they are.
+        """
+        if path in self._durable or path == path.parent:
             return
+        self._make_directory(path.parent)
+        created = self._fs.mkdir(path)
         try:
-            created = self._fs.mkdir(path)
-        except FileNotFoundError:
-            self._make_directory(path.parent)
-            created = self._fs.mkdir(path)
-        if created or path != self._layout.root:  # the parent of a root that we did not make may be closed to us
             self._fs.fsync_dir(path.parent)
+        except OSError as error:
+            if created or error.errno not in _NOT_OURS:
+                raise
         self._durable.add(path)
 
     def _refresh(self, fd: int, change: bool) -> None:

@@ -21,6 +21,7 @@ NOW = 1_800_000_000.0
 DOMAIN = b"moehive inventory v1\0"
 BODY: dict[str, Any] = {
     "v": 1,
+    "swarm": bytes(16),
     "peer": peer(1),
     "model": MODEL,
     "issued": NOW,
@@ -56,6 +57,7 @@ inventories = st.builds(
     complete=st.booleans(),
     addresses=st.lists(printable(60), max_size=limits.MAX_ADDRESSES).map(tuple),
     rows_per_second=st.floats(0, 1e12),
+    swarm=st.binary(min_size=16, max_size=16),
 )
 
 

@@ -1,71 +1,71 @@
-"""A Qwen3-MoE checkpoint of random bytes, made without torch or transformers: for tests of bytes, files and memory."""
+"""Checkpoints of every family in the forms that parity tests compare, each made once."""
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from shutil import copytree
 
-from moehive.protocol.safetensors_header import TensorSpec, build_header
-
-
-def write_checkpoint(
-    directory: Path,
-    *,
-    hidden: int = 32,
-    intermediate: int = 16,
-    experts: int = 4,
-    layers: int = 2,
-    files: int = 2,
-    seed: int = 0,
-    **config: Any,
-) -> Path:
-    """Write the checkpoint to `directory` (created); tensors are dealt to `files` in turn. `config` adds to config.json."""
-    directory.mkdir(parents=True)
-    facts = {
-        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": hidden, "dtype": "bfloat16",
-        "moe_intermediate_size": intermediate, "num_experts": experts, "num_experts_per_tok": 2,
-        "num_hidden_layers": layers, "hidden_act": "silu",
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(facts | config))
-    tensors = list(_tensors(hidden, intermediate, experts, layers))
-    names = [f"model-{number:05d}-of-{files:05d}.safetensors" for number in range(1, files + 1)]
-    noise = random.Random(seed)
-    for number, name in enumerate(names):
-        write_safetensors(directory / name, tensors[number::files], noise)
-    weight_map = {tensor.name: names[index % files] for index, tensor in enumerate(tensors)}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return directory
+from support import families
 
 
-def write_safetensors(path: Path, tensors: Sequence[TensorSpec], noise: random.Random) -> None:
-    """One file of random bytes."""
-    with path.open("wb") as file:
-        file.write(build_header(tensors))
-        for tensor in tensors:
-            file.write(noise.randbytes(tensor.size))
+@dataclass
+class Checkpoints:
+    """Directories by family: `source` as on the hub, `reference` what plain transformers loads in fp32, `converted` ours.
+
+    "demo" is the bundled model.
+    """
+
+    root: Path
+    _made: dict[tuple[str, str], Path] = field(default_factory=dict)
+
+    def source(self, family: str) -> Path:
+        """As published."""
+        if family == "demo":
+            from moehive.node import demo
+
+            return Path(demo.__file__).parent / "model"
+        return self._once(family, "source", lambda path: families.save_checkpoint(family, path))
+
+    def converted(self, family: str) -> Path:
+        """What `moehive convert` makes of it."""
+        from moehive.swarm.convert import convert
+
+        return self._once(family, "converted", lambda path: convert(self.source(family), path))
+
+    def reference(self, family: str) -> Path:
+        """What plain transformers can load, with the same values."""
+        if family == "deepseek_v3_fp8":  # transformers 5.23 takes the wrong block size for ragged weights
+            return self._once(family, "twin", lambda path: _fp32_twin(self.source(family), path))
+        if family == "kimi_k2":  # else transformers would run the checkpoint's own code
+            return self._once(family, "native", lambda path: _native_kimi(self.source(family), path))
+        return self.source(family)
+
+    def _once(self, family: str, kind: str, make: Callable[[Path], object]) -> Path:
+        path = self._made.get((family, kind))
+        if path is None:
+            path = self._made[family, kind] = self.root / family / kind
+            path.parent.mkdir(exist_ok=True)
+            make(path)
+        return path
 
 
-def _tensors(hidden: int, intermediate: int, experts: int, layers: int) -> Sequence[TensorSpec]:
-    out = [
-        TensorSpec("model.embed_tokens.weight", "BF16", (64, hidden)),
-        TensorSpec("model.norm.weight", "BF16", (hidden,)),
-    ]
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        out.append(TensorSpec(f"{prefix}.input_layernorm.weight", "BF16", (hidden,)))
-        out.append(TensorSpec(f"{prefix}.mlp.gate.weight", "BF16", (experts, hidden)))
-        for expert in range(experts):
-            stem = f"{prefix}.mlp.experts.{expert}"
-            out.append(TensorSpec(f"{stem}.down_proj.weight", "BF16", (hidden, intermediate)))
-            out.append(TensorSpec(f"{stem}.gate_proj.weight", "BF16", (intermediate, hidden)))
-            out.append(TensorSpec(f"{stem}.up_proj.weight", "BF16", (intermediate, hidden)))
-    return out
+def _native_kimi(source: Path, path: Path) -> None:
+    copytree(source, path)
+    families.edit_config(path, model_type="deepseek_v3", auto_map=None)
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory, by its relative name."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+def _fp32_twin(source: Path, path: Path) -> None:
+    """An FP8 checkpoint's exact values: in fp32, where a weight times its scale is not rounded to bf16."""
+    tensors = families.load_tensors(source)
+    scales = {key: tensors.pop(f"{key}_scale_inv") for key in list(tensors) if f"{key}_scale_inv" in tensors}
+    copytree(source, path)
+    families.write_tensors(
+        path,
+        {
+            key: tensor.float() * families.spread_scale(scales[key], tensor.shape) if key in scales else tensor
+            for key, tensor in tensors.items()
+        },
+    )
+    families.edit_config(path, quantization_config=None)

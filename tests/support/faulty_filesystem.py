@@ -27,7 +27,7 @@ class PowerCut(BaseException):
 class _File:
     data: bytearray = field(default_factory=bytearray)
     durable: bytearray = field(default_factory=bytearray)
-    pending: list[Callable[[bytearray, Random], None]] = field(default_factory=list)
+    pending: list[Callable[[bytearray, Random | None], None]] = field(default_factory=list)
     locked_by: int | None = None
 
 
@@ -64,6 +64,7 @@ class FaultyFileSystem:
         self._fds: Iterator[int] = itertools.count(3)
         self._cut_at: int | None = None
         self._faults: dict[int, int] = {}
+        self._named_fault: tuple[str, str, int] | None = None
         self._dead = False
 
     # --- what tests ask for ---------------------------------------------------------------------------------------
@@ -75,6 +76,10 @@ class FaultyFileSystem:
     def fail_at(self, step: int, code: int) -> None:
         """Let the call at this value of `steps` raise OSError(code)."""
         self._faults[step] = code
+
+    def fail_next(self, call: str, detail: str, code: int) -> None:
+        """Let the next `call` whose argument ends with `detail` raise OSError(code)."""
+        self._named_fault = (call, detail, code)
 
     def heal(self) -> None:
         """Forget faults that have not happened."""
@@ -217,7 +222,9 @@ class FaultyFileSystem:
         except OSError:
             self._keep_some(node)
             raise
-        node.durable, node.pending = bytearray(node.data), []
+        for change in node.pending:  # and not what an earlier, failed call forgot
+            change(node.durable, None)
+        node.pending = []
 
     def fsync_dir(self, path: Path) -> None:
         self._step("fsync_dir", path)
@@ -253,6 +260,8 @@ class FaultyFileSystem:
         self.log.append(f"{call} {detail}")
         self.steps += 1
         code = self._faults.pop(self.steps - 1, None)
+        if self._named_fault and call == self._named_fault[0] and str(detail).endswith(self._named_fault[1]):
+            code, self._named_fault = self._named_fault[2], None
         if code is not None:
             raise OSError(code, os.strerror(code))
 

@@ -32,7 +32,8 @@ def assert_experts_equal(manifest: Manifest, directory: Path, source: Tensors) -
     for key, shard in manifest.experts.items():
         tensors = load_file(directory / shard.file)
         table = manifest.tensors_of[shard.hash]
-        assert list(tensors) and set(tensors) == set(table)
+        assert tensors
+        assert set(tensors) == set(table)
         for name, tensor in tensors.items():
             prefix, expert, rest = name.rpartition(f".experts.{key.expert}.")
             expected = source[name] if name in source else source[f"{prefix}.experts.{rest}"][key.expert]

@@ -112,12 +112,26 @@ def test_any_call_may_fail_and_the_next_attempt_succeeds(code: int) -> None:
 @pytest.mark.parametrize("capacity", [0, 7, 8, CHUNK_SIZE, CHUNK_SIZE + 14])
 def test_a_full_disk_is_said_before_anything_is_fetched(capacity: int) -> None:
     fs = FaultyFileSystem(HOME, capacity=capacity)
-    with pytest.raises(DiskFull), make_store(fs).open_partial(LISTS[2].root, LISTS[2]):
+    store = make_store(fs)
+    with pytest.raises(DiskFull), store.open_partial(LISTS[2].root, LISTS[2]):
         pytest.fail("the space was not reserved")
     assert fs.files(ROOT / "partial") == {}
     fs.capacity = BUDGET
-    download(make_store(fs), 2)
+    assert store.usage().used_bytes == 0
+    download(store, 2)
     assert set(visible(fs)) == {LISTS[2].root}
+
+
+def test_a_commit_that_could_not_sync_its_directory_can_be_repeated() -> None:
+    fs = FaultyFileSystem(HOME)
+    store = make_store(fs)
+    with store.open_partial(LISTS[2].root, LISTS[2]) as partial:
+        fill(partial, 2)
+        fs.fail_next("fsync_dir", f"{LISTS[2].root[:2]}", errno.EIO)
+        with pytest.raises(StorageError):
+            partial.commit()
+        partial.commit()
+    assert set(visible(fs.after_power_cut())) == {LISTS[2].root}
 
 
 # --- a state machine --------------------------------------------------------------------------------------------------

@@ -147,6 +147,15 @@ def test_a_lowered_budget_takes_effect_when_entries_are_released() -> None:
     assert list(held.entries) == [2]
 
 
+def test_what_is_evicted_is_freed_at_once() -> None:
+    held = Residency[int, list[int]](10, Lru())
+    held.reserve(1, 1)
+    entry = held.publish(1, [], 1, 1)
+    held.release(entry)
+    assert held.evict(1)
+    assert not hasattr(entry, "value"), "whoever still has the entry would keep its memory"
+
+
 def test_a_release_too_many_is_our_bug() -> None:
     held = Residency[int, str](10, Lru())
     held.reserve(1, 1)

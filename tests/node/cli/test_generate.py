@@ -1,0 +1,91 @@
+"""`moehive generate` from a local directory, and what it refuses at once."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import pytest
+import structlog
+
+from moehive.protocol.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_they_were():
+    root, ours = logging.getLogger(), logging.getLogger("moehive")
+    before = root.handlers, root.level, ours.level
+    yield
+    root.handlers, root.level, ours.level = before
+    logging.captureWarnings(False)
+    structlog.reset_defaults()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--model", "ab" * 32), "add --join TICKET"),
+        (("--model", "nothing-here"), "neither a converted directory nor a model id"),
+        (("--model", "ab" * 32, "--join", "moehive1"), "join ticket"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_loaded(moehive, arguments, said):
+    outcome = moehive("generate", "hello", *arguments)
+
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
+def test_text_on_stdout_and_the_summary_on_stderr(moehive, converted):
+    outcome = moehive("generate", "ROMEO:", "--model", converted, "--max-tokens", 8, "--temperature", 0)
+
+    assert outcome.code == 0
+    assert outcome.out.strip()
+    assert outcome.out.endswith("\n")
+    assert "8 tokens in" in outcome.err
+
+
+def test_json_holds_the_same_text_and_a_seed_repeats_it(moehive, converted, monkeypatch):
+    arguments = ("--model", converted, "--max-tokens", 8, "--seed", 5)
+    streamed = moehive("generate", "ROMEO:", *arguments, "--quiet")
+    monkeypatch.setattr("sys.stdin", io.StringIO("ROMEO:"))
+    said = json.loads(moehive("generate", *arguments, "--json").out)
+
+    assert streamed.err == ""
+    assert said["text"] == streamed.out.removesuffix("\n")
+    assert (len(said["tokens"]), said["seed"], said["swarm"]) == (8, 5, None)
+    assert said["seconds"] >= said["firstTokenSeconds"] > 0
+
+
+def test_what_cannot_be_generated_from_is_refused(moehive, converted):
+    arguments = ("--model", converted, "--max-tokens", 1)
+
+    assert "the prompt is empty" in moehive("generate", "", *arguments).err
+    assert "no chat template" in moehive("generate", "x", *arguments, "--chat").err
+    assert moehive("generate", "x", *arguments, "--temperature", 0, "--top-k", 3).code == 2
+
+
+def test_what_the_options_for_sampling_mean():
+    from moehive.node.cli.generation import Sampling
+
+    assert Sampling(5, 0).arguments() == {"max_new_tokens": 5}
+    assert Sampling(5, 0, temperature=0).arguments()["do_sample"] is False
+    assert Sampling(5, 0, temperature=0.5).arguments() == {"max_new_tokens": 5, "do_sample": True, "temperature": 0.5}
+    assert Sampling(5, 0, top_k=3).arguments() == {"max_new_tokens": 5, "do_sample": True, "top_k": 3}
+    with pytest.raises(ConfigError, match="--top-k"):
+        Sampling(5, 0, temperature=0, top_k=3).arguments()
+
+
+def test_the_summary_names_every_peer_with_its_share():
+    from moehive.node.cli.generate import peer_table
+    from moehive.protocol.ids import PeerId
+    from moehive.swarm.dispatch.stats import DispatchStats
+
+    stats = DispatchStats()
+    stats.of(PeerId("a")).answered(0.002, rows=30, sent=1, received=1)
+    stats.of(PeerId("b")).answered(0.004, rows=90, sent=1, received=1)
+
+    rows = [line.split() for line in peer_table(stats).splitlines()[1:]]
+
+    assert rows == [["a", "30", "25", "%", "2.0", "ms", "0"], ["b", "90", "75", "%", "4.0", "ms", "0"]]

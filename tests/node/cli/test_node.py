@@ -1,0 +1,147 @@
+"""`moehive node` without a network: what it refuses at once, its signals, what it prints."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import signal
+
+import pytest
+
+from moehive.node.cli import node as command
+from moehive.node.settings import NodeReady
+from moehive.protocol.ids import ModelId, PeerId
+from moehive.protocol.ticket import Ticket
+
+TICKET = Ticket(b"s" * 32, ("/ip4/127.0.0.1/tcp/1/p2p/12D3KooWGCAncnjR5gaAy1sgXyYG4PAjJiT2ryg3nFiG1w7ofi6L",))
+READY = NodeReady(
+    peer=PeerId("12D3KooWx"),
+    model=ModelId("ab" * 32),
+    model_name="demo",
+    held=24,
+    experts=48,
+    held_bytes=3 << 20,
+    skeleton=True,
+    addresses=("/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWx",),
+    ticket=TICKET,
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "said"),
+    [
+        ("nothing-here", (), "neither a converted directory nor a model id"),
+        ("ab" * 32, (), "add --join TICKET"),
+        ("ab" * 32, ("--join", "moehive1abc"), "copy it again"),
+        ("ab" * 32, ("--join", str(TICKET)[:-1]), "copy it again"),
+        ("ab" * 32, ("--join", "hello"), "starts with 'moehive1'"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_started(moehive, model, arguments, said):
+    outcome = moehive("node", model, *arguments)
+
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
+def test_an_unconverted_checkpoint_comes_with_the_command_that_converts_it(moehive, checkpoint):
+    outcome = moehive("node", checkpoint)
+
+    assert outcome.code == 2
+    assert f"run: moehive convert {checkpoint}" in outcome.err
+
+
+def test_two_nodes_cannot_run_with_one_identity(moehive, home, converted):
+    moehive("id")
+    with (home / "data" / "identity.key").open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        outcome = moehive("node", converted)
+
+    assert outcome.code == 2
+    assert "--identity FILE" in outcome.err
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+class Daemon:
+    """Leaves when it is told to, or never."""
+
+    def __init__(self, *, obedient: bool) -> None:
+        self.running = asyncio.Event()
+        self.told = asyncio.Event()
+        self._obedient = obedient
+
+    async def run(self, stop: asyncio.Event) -> None:
+        self.running.set()
+        await stop.wait()
+        self.told.set()
+        if not self._obedient:
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_the_first_signal_leaves_cleanly(number):
+    daemon = Daemon(obedient=True)
+    serving = asyncio.create_task(command._serve(daemon))
+    await daemon.running.wait()
+
+    os.kill(os.getpid(), number)
+
+    assert await asyncio.wait_for(serving, 5) == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+async def test_the_second_signal_leaves_at_once(number, code, monkeypatch):
+    last_resort = []
+    monkeypatch.setattr(command, "_exit_soon", last_resort.append)
+    daemon = Daemon(obedient=False)
+    serving = asyncio.create_task(command._serve(daemon))
+    await daemon.running.wait()
+
+    os.kill(os.getpid(), number)
+    await asyncio.wait_for(daemon.told.wait(), 5)
+    os.kill(os.getpid(), number)
+
+    assert await asyncio.wait_for(serving, 5) == code
+    assert last_resort == [code]
+
+
+async def test_the_daemons_error_comes_through():
+    class Broken:
+        async def run(self, stop: asyncio.Event) -> None:
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        await command._serve(Broken())
+
+
+# --- what it prints -------------------------------------------------------------------------------------------------
+
+
+def test_ready_for_people():
+    lines = command.describe_ready(READY).splitlines()
+
+    assert f"ticket: {TICKET}" in lines
+    text = "\n".join(lines)
+    for fact in (READY.peer, READY.model, "24 of 48 experts (3.0 MiB) and the dense part", READY.addresses[0]):
+        assert fact in text
+    assert "--listen 0.0.0.0:4001" in text
+
+
+def test_ready_for_programs():
+    said = json.loads(json.dumps(command.ready_json(READY)))
+
+    assert Ticket.parse(said.pop("ticket")) == TICKET
+    assert said == {
+        "peer": "12D3KooWx",
+        "modelId": "ab" * 32,
+        "modelName": "demo",
+        "expertsHeld": 24,
+        "expertsTotal": 48,
+        "bytesHeld": 3 << 20,
+        "skeleton": True,
+        "addresses": ["/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWx"],
+    }

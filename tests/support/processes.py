@@ -1,0 +1,250 @@
+"""Nodes as processes of their own, for tests and benchmarks. Nothing outlives the `Nodes` context.
+
+    with Nodes(directory) as nodes:
+        first = nodes.start(converted, "--experts", "all")
+        others = [nodes.start(converted, "--experts", "0-3:*", "--join", first.ticket) for _ in range(2)]
+        others[0].ready()                       # they start beside each other
+        others[0].kill()                        # SIGKILL; also: stop(), freeze(), thaw()
+
+Each node runs the code of `moehive node --json` in a session of its own, forked from a process that has done the
+imports. It has its own MOEHIVE_HOME and TMPDIR, so what it leaves behind can be seen, and one thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from support.sessions import kill_session, members
+
+START_TIMEOUT = 60.0  # seconds, imports included
+READY_TIMEOUT = 30.0
+STOP_TIMEOUT = 15.0
+_LOG_TAIL = 30  # lines
+_TESTS = Path(__file__).parents[1]
+
+
+class NodeFailed(AssertionError):
+    """A node did not do what was expected of it in time; the message ends with its log."""
+
+
+class NodeProcess:
+    """One started node. Made by `Nodes.start`."""
+
+    def __init__(self, nodes: Nodes, name: str, home: Path, arguments: Iterable[str]) -> None:
+        self.name = name
+        self.home = home
+        self._nodes = nodes
+        self._said = b""
+        self._code: int | None = None
+        home.mkdir(parents=True)
+        self.temporary.mkdir()
+        os.mkfifo(home / "stdout")
+        self._stdout = os.open(home / "stdout", os.O_RDONLY | os.O_NONBLOCK)
+        self.pid = nodes.fork(
+            arguments=["node", *arguments],
+            environment={**os.environ, "MOEHIVE_HOME": str(home), "TMPDIR": str(self.temporary)},
+            stdout=str(home / "stdout"),
+            stderr=str(home / "log"),
+        )
+
+    # --- what it says -----------------------------------------------------------------------------------------------
+
+    def ready(self, timeout: float = READY_TIMEOUT) -> Mapping[str, Any]:
+        """What it printed when it was ready (see `moehive node --json`)."""
+        deadline = time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self._stdout, select.POLLIN)
+        while b"\n" not in self._said:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise self._failed(f"is not ready after {timeout:g} s")
+            data = os.read(self._stdout, 1 << 16)
+            if not data:
+                raise self._failed(f"ended with {self.wait()} before it was ready")
+            self._said += data
+        answer: dict[str, Any] = json.loads(self._said)
+        return answer
+
+    @property
+    def peer(self) -> str:
+        """Its peer id."""
+        return str(self.ready()["peer"])
+
+    @property
+    def ticket(self) -> str:
+        """A join ticket that names it."""
+        return str(self.ready()["ticket"])
+
+    @property
+    def log(self) -> str:
+        """What it wrote to stderr so far."""
+        path = self.home / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    @property
+    def temporary(self) -> Path:
+        """Where its temporary files lie: empty again after it has left cleanly."""
+        return self.home / "t"
+
+    # --- what is done to it -----------------------------------------------------------------------------------------
+
+    def interrupt(self) -> None:
+        """SIGINT, as Ctrl-C: leave cleanly. Does not wait."""
+        os.kill(self.pid, signal.SIGINT)
+
+    def stop(self, timeout: float = STOP_TIMEOUT) -> None:
+        """Have it leave cleanly: exit code 0, no process and no file left."""
+        self.interrupt()
+        code = self.wait(timeout)
+        left = [*map(str, members(self.pid)), *map(str, self.temporary.iterdir())]
+        if code != 0 or left:
+            raise self._failed(f"left with exit code {code}, leaving behind {left or 'nothing'}")
+
+    def kill(self) -> None:
+        """SIGKILL to the node alone: its p2pd lives on for some seconds, as it would anywhere."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def freeze(self) -> None:
+        """SIGSTOP: it accepts connections and answers nothing."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def wait(self, timeout: float = STOP_TIMEOUT) -> int:
+        """Wait for its end; the exit code, negative for a signal."""
+
+        def ended() -> bool:
+            self._code = self._nodes.exit_code(self.pid)
+            return self._code is not None
+
+        if self._code is None and not eventually(ended, timeout):
+            raise self._failed(f"runs after {timeout:g} s")
+        assert self._code is not None
+        return self._code
+
+    def close(self) -> None:
+        """End it and its children, whatever state it is in."""
+        kill_session(self.pid)
+        self.wait()
+        with suppress(OSError):
+            os.close(self._stdout)
+
+    def _failed(self, what: str) -> NodeFailed:
+        tail = "\n    ".join(self.log.splitlines()[-_LOG_TAIL:])
+        return NodeFailed(f"{self.name} (process {self.pid}) {what}; the end of its log:\n    {tail}")
+
+
+class Nodes:
+    """Starts nodes; a context manager. Leaving ends them all."""
+
+    def __init__(self) -> None:
+        # Not pytest's directory: the path of a unix socket has 107 characters.
+        self.directory = Path(tempfile.mkdtemp(prefix="moehive-nodes-"))
+        self._numbers = itertools.count()
+        self._living: list[NodeProcess] = []
+        self._parent: subprocess.Popen[bytes] | None = None
+        self._forks = False  # whether the parent has said that it is ready
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self._parent = subprocess.Popen(
+            [sys.executable, "-P", "-m", "support.preforked"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env={**os.environ, "PYTHONPATH": str(_TESTS), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C is for us
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._parent is not None
+        try:
+            self.end_all()
+        finally:
+            self._parent.communicate(timeout=STOP_TIMEOUT)  # it kills what is left
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def start(self, model: Path | str, *options: str) -> NodeProcess:
+        """Start `moehive node MODEL OPTIONS`; returns at once."""
+        name = f"node-{next(self._numbers)}"
+        arguments = [str(model), "--json", "--threads", "1", "--ram", "256MiB", "--log-format", "json", *options]
+        node = NodeProcess(self, name, self.directory / name, arguments)
+        self._living.append(node)
+        return node
+
+    def swarm(self, model: Path | str, *experts: str) -> list[NodeProcess]:
+        """A swarm of one node for each of `experts`, all ready; the first one founds it."""
+        founder = self.start(model, "--experts", experts[0])
+        others = [self.start(model, "--experts", spec, "--join", founder.ticket) for spec in experts[1:]]
+        for node in others:
+            node.ready()
+        return [founder, *others]
+
+    def end_all(self) -> None:
+        """End all nodes at once, whatever state they are in."""
+        ending, self._living = self._living, []
+        for node in ending:
+            kill_session(node.pid)
+        for node in ending:
+            node.close()
+
+    # --- for NodeProcess --------------------------------------------------------------------------------------------
+
+    def fork(self, **order: Any) -> int:
+        """Process id of a new node."""
+        return int(self._ask(order)["pid"])
+
+    def exit_code(self, pid: int) -> int | None:
+        """None while it runs. Not to be asked again once it is known."""
+        code: int | None = self._ask({"wait": pid})["code"]
+        return code
+
+    def _ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._parent is not None
+        assert self._parent.stdin is not None
+        with self._lock:
+            if not self._forks:
+                self._forks = bool(self._answer()["ready"])
+            self._parent.stdin.write(json.dumps(order).encode() + b"\n")
+            return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._parent is not None
+        assert self._parent.stdout is not None
+        poll = select.poll()
+        poll.register(self._parent.stdout, select.POLLIN)
+        line = self._parent.stdout.readline() if poll.poll(START_TIMEOUT * 1000) else b""
+        if not line:
+            raise NodeFailed("the process that starts nodes does not answer; see what it wrote to stderr")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def eventually(condition: Callable[[], bool], timeout: float) -> bool:
+    """Whether `condition` becomes true within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.01)
+    return True
