@@ -33,18 +33,16 @@ def add_token_row(out: Tensor, row: Tensor, position: int, top_k_weights: Tensor
 
 
 def weighted_sum(
-    outputs: Iterable[tuple[Assignment, Tensor]], top_k_weights: Tensor, *, hidden_size: int, dtype: torch.dtype
+    outputs: Iterable[tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Sum of the experts' rows times their weights: [T, H] of `dtype`, accumulated in fp32, rounded once at the end.
+    """Sum of experts' rows times their weights: [T, H] = `shape` of `dtype`, accumulated in fp32, rounded once at the end.
 
-    `outputs` are (assignment, rows [R, H]) with experts ascending; `top_k_weights` is [T, K]. Tokens that none of these
-    experts serves get zeros.
+    `outputs` are, for one expert after the other, (token [R] int64, rows [R, H], weights [R]). They are added in the
+    order given. Tokens that no row belongs to get zeros.
     """
-    total = torch.zeros(top_k_weights.shape[0], hidden_size, dtype=torch.float32, device=top_k_weights.device)  # [T, H]
-    weights = top_k_weights.float()  # [T, K]
-    for assignment, rows in _ascending(outputs):
-        weighted = rows.float() * weights[assignment.token, assignment.position, None]  # [R, H]
-        total.index_add_(0, assignment.token, weighted)
+    total = torch.zeros(shape, dtype=torch.float32)  # [T, H]
+    for token, rows, weights in outputs:
+        total.index_add_(0, token, rows.float() * weights.float()[:, None])
     return total.to(dtype)
 
 

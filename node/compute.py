@@ -6,16 +6,18 @@ because their callers rely on the product over just their rows (transformers' bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from moehive.kernels.combine import weighted_sum
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
 from moehive.protocol.messages import RunExperts
-from moehive.swarm.dispatch.request import DTYPES, parse_request
+from moehive.swarm.dispatch.request import parse_request
 
 # (layer, expert, dtype) -> the weights, held while the context lasts
 LeaseExpert = Callable[[int, int, torch.dtype], AbstractContextManager[ExpertWeights]]
@@ -64,34 +66,30 @@ def _run_rows(work: Work, lease: LeaseExpert, spec: FfnSpec) -> Tensor:
 
 def _run_merged(batch: Sequence[Work], lease: LeaseExpert, spec: FfnSpec) -> list[Tensor]:
     """Weighted sums, [T, H] of each request: accumulated in fp32 in ascending expert order, rounded once."""
-    layer, dtype = batch[0].message.layer, DTYPES[batch[0].message.dtype]
+    tokens = [work.message.tokens for work in batch]
+    if tokens == [1]:
+        return [_run_token(batch[0], lease, spec)]
+    layer, dtype = batch[0].message.layer, batch[0].hidden.dtype
     hidden = batch[0].hidden if len(batch) == 1 else torch.cat([work.hidden for work in batch])  # [sum T, H]
-    total = torch.zeros(hidden.shape, dtype=torch.float32)  # [sum T, H]
-    for expert, (token, row_weights) in sorted(_rows_by_expert(batch).items()):
-        with lease(layer, expert, dtype) as weights:
-            rows = expert_ffn(hidden[token], weights, spec)  # [R, H]
-        total.index_add_(0, token, rows.float() * row_weights[:, None])
-    return list(torch.split(total.to(dtype), [work.message.tokens for work in batch]))
+
+    def outputs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for expert, (token, row_weights) in sorted(_rows_by_expert(batch).items()):
+            with lease(layer, expert, dtype) as weights:
+                rows = expert_ffn(hidden[token], weights, spec)  # [R, H]
+            yield token, rows, row_weights
+
+    total = weighted_sum(outputs(), (hidden.shape[0], hidden.shape[1]), dtype)  # [sum T, H]
+    return list(torch.split(total, [work.message.tokens for work in batch]))
 
 
-def _rows_by_expert(batch: Sequence[Work]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Per expert: token indices [R] into the merged batch, and fp32 weights [R]."""
-    pieces: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    offset = 0
-    for work in batch:
-        assert work.weights is not None
-        row_weights = work.weights.float()
-        start = 0
-        for expert, count in zip(work.message.experts, work.message.counts, strict=True):
-            part = slice(start, start + count)
-            pieces.setdefault(expert, []).append((work.token[part] + offset, row_weights[part]))
-            start += count
-        offset += work.message.tokens
-    return {expert: _cat(found) for expert, found in pieces.items()}
-
-
-def _cat(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(pieces) == 1:
-        return pieces[0]
-    tokens, weights = zip(*pieces, strict=True)
-    return torch.cat(tokens), torch.cat(weights)
+def _rows_by_expert(batch: Sequence[Work], tokens: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each expert, ascending: token indices [R] into the merged batch, and fp32 weights [R]."""
+    starts = accumulate(tokens, initial=0)
+    token = torch.cat([work.token + start for work, start in zip(batch, starts, strict=False)])  # [sum R]
+    row_weights = torch.cat([work.weights.float() for work in batch if work.weights is not None])  # [sum R]
+    experts = torch.tensor([expert for work in batch for expert in work.message.experts])
+    counts = torch.tensor([count for work in batch for count in work.message.counts])
+    expert, order = torch.sort(experts.repeat_interleave(counts), stable=True)  # [sum R]
+    found, sizes = torch.unique_consecutive(expert, return_counts=True)
+    parts = sizes.tolist()
+    yield from zip(found.tolist(), token[order].split(parts), row_weights[order].split(parts), strict=True)

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 import wrapt
 
 if TYPE_CHECKING:
+    from .client import Swarm as Swarm
+    from .client import join as join
     from .loading import load_expert as load_expert
     from .loading import open_local as open_local
 
 # name -> module below this package; imported when first used
-_EXPORTS: Final = {"load_expert": "loading", "open_local": "loading"}
+_EXPORTS: Final = {"Swarm": "client", "join": "client", "load_expert": "loading", "open_local": "loading"}
 
-__all__ = ["load_expert", "open_local"]
+__all__ = ["Swarm", "join", "load_expert", "open_local"]
 
 
 def __getattr__(name: str) -> Any:

@@ -123,7 +123,9 @@ class Directory:
     def _publish(self) -> None:
         now = self._wall_clock()
         self._known = {peer: inventory for peer, inventory in self._known.items() if inventory.expires > now}
-        usable = {peer: i for peer, i in self._known.items() if not self._standings.banned(peer)}
+        # An announcement of nothing is a farewell; it is remembered, so that an older one does not come back.
+        offering = {peer: i for peer, i in self._known.items() if i.held or i.skeleton}
+        usable = {peer: i for peer, i in offering.items() if not self._standings.banned(peer)}
         if usable != self.holders.inventories:
             self.holders = Holders(usable)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 from cyclopts import Parameter, Token, validators
@@ -11,24 +13,25 @@ from cyclopts import Parameter, Token, validators
 from moehive.protocol.errors import ConfigError
 from moehive.protocol.units import format_size, parse_size
 
+_MAX_PORT = 65535
+_IPV6_PORT = re.compile(r"\[([^\[\]]+)\]:([0-9]{1,5})")
+_HOST_PORT = re.compile(r"([^\[\]:]+):([0-9]{1,5})")
+_DNS_NAME = re.compile(r"[A-Za-z0-9.-]+")
+
 
 def multiaddr(text: str, *, names: bool = False) -> str:
     """A TCP multiaddr of HOST:PORT; a multiaddr stays as it is. `names` also allows DNS names. Raises ValueError."""
     if text.startswith("/"):
         return text
-    host, colon, port = text.rpartition(":")
-    form = f"{text!r} is not an address; write for example 0.0.0.0:4001, [::]:4001 or /ip4/0.0.0.0/tcp/4001"
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(form)
-    try:
-        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-    except ValueError as error:
-        if names and host.replace("-", "").replace(".", "").isalnum():
-            return f"/dns/{host}/tcp/{port}"
-        raise ValueError(form) from error
-    if (address.version == 6) != host.startswith("["):
-        raise ValueError(form)
-    return f"/ip{address.version}/{address}/tcp/{port}"
+    six, other = _IPV6_PORT.fullmatch(text), _HOST_PORT.fullmatch(text)
+    match = six or other
+    if match is not None and int(match[2]) <= _MAX_PORT:
+        with suppress(ipaddress.AddressValueError):
+            address = ipaddress.IPv6Address(match[1]) if six else ipaddress.IPv4Address(match[1])
+            return f"/ip{address.version}/{address}/tcp/{match[2]}"
+        if names and other and _DNS_NAME.fullmatch(match[1]):
+            return f"/dns/{match[1]}/tcp/{match[2]}"
+    raise ValueError(f"{text!r} is not an address; write for example 0.0.0.0:4001, [::]:4001 or /ip4/0.0.0.0/tcp/4001")
 
 
 def _size(kind: type[int], tokens: Sequence[Token]) -> int:

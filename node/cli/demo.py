@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from moehive.node.demo import bundled_checkpoint
-from moehive.node.demo.processes import NodeProcess, RunningNode, start_node, stop_together
+from moehive.node.demo.interrupts import Interrupts
+from moehive.node.demo.processes import NodeGroup, NodeProcess, RunningNode
 from moehive.node.demo.shares import share_experts, spec_of
 from moehive.protocol.units import format_size
 
@@ -30,7 +29,9 @@ if TYPE_CHECKING:
     from .generation import Generated, Sampling
 
 _ANSWERS: Final = "rows"  # equal to transformers bit for bit, also where tokens are sampled
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_NEXT = """  everything is stopped and removed again
+
+With a model of your own: moehive convert CHECKPOINT DIR, then moehive node DIR. More: moehive --help"""
 
 
 def demo(
@@ -55,23 +56,22 @@ def demo(
     keep:
         Leave the converted model and the nodes' logs where they are, and say where.
     """
-    with ExitStack() as stack:
-        stack.enter_context(_stoppable())
+    with Interrupts() as interrupts, ExitStack() as stack:
         checkpoint = stack.enter_context(bundled_checkpoint())
-        directory = stack.enter_context(_working_directory(keep=keep))
+        with interrupts.held():
+            directory = stack.enter_context(_working_directory(keep=keep))
         manifest = _convert(checkpoint, directory / "model")
         shares = share_experts(manifest.model.num_experts, nodes)
         say(f"[2/4] Starting {nodes} node(s), each a process with some of the experts")
-        first = stack.enter_context(start_node("node-1", directory, directory / "model", spec_of(shares[0]), None))
-        reference, sampling = _generate_plainly(checkpoint, prompt, max_tokens, seed)  # while the first node starts
-        processes, running = _start_others(stack, first, shares, directory)
-        result, stats = _generate_in_swarm(running[0], manifest, directory, prompt, sampling)
-        say("\n" + _report(processes, running, manifest, result, stats))
+        with NodeGroup(directory, directory / "model", interrupts.held) as group:
+            group.start(spec_of(shares[0]), None)
+            # While the first node starts: torch and transformers take seconds here, too.
+            reference, sampling = _generate_plainly(checkpoint, prompt, max_tokens, seed)
+            running = _start_others(group, shares)
+            result, stats = _generate_in_swarm(running[0], manifest, directory, prompt, sampling)
         same = result.tokens == reference.tokens
-        say(_verdict(same, result, reference))
-        stop_together(processes)
-    if keep:
-        say(f"  kept: {directory}")
+        say(f"\n{_report(group.nodes, running, result, stats)}\n{_verdict(same, result, reference)}")
+        say(f"  the logs of the nodes and the converted model are in {directory}" if keep else _NEXT)
     return None if same else FAILED
 
 
@@ -93,22 +93,19 @@ def _convert(checkpoint: Path, destination: Path) -> Manifest:
     return manifest
 
 
-def _start_others(
-    stack: ExitStack, first: NodeProcess, shares: Sequence[tuple[int, ...]], directory: Path
-) -> tuple[list[NodeProcess], list[RunningNode]]:
+def _start_others(group: NodeGroup, shares: Sequence[tuple[int, ...]]) -> list[RunningNode]:
+    """Start a node for each of the other shares; wait until all are ready."""
     from moehive.swarm.transport.engine import import_hivemind
 
+    (first,) = group.nodes
     running = [first.wait_until_ready()]
     _say_node(first, running[0])
-    processes = [first]
-    for number, share in enumerate(shares[1:], start=2):
-        node = start_node(f"node-{number}", directory, directory / "model", spec_of(share), running[0].ticket)
-        processes.append(stack.enter_context(node))
+    others = [group.start(spec_of(share), running[0].ticket) for share in shares[1:]]
     import_hivemind()  # takes seconds, which the nodes need anyway
-    for node in processes[1:]:
+    for node in others:
         running.append(node.wait_until_ready())
         _say_node(node, running[-1])
-    return processes, running
+    return running
 
 
 def _say_node(node: NodeProcess, said: RunningNode) -> None:
@@ -152,11 +149,7 @@ def _generate_in_swarm(
 
 
 def _report(
-    processes: Sequence[NodeProcess],
-    running: Sequence[RunningNode],
-    manifest: Manifest,
-    result: Generated,
-    stats: DispatchStats,
+    nodes: Sequence[NodeProcess], running: Sequence[RunningNode], result: Generated, stats: DispatchStats
 ) -> str:
     total = sum(peer.rows for peer in stats.peers.values()) + stats.local_rows
     rows = [
@@ -168,7 +161,7 @@ def _report(
             f"{100 * stats.of(said.peer).rows / total:.0f} %",
             f"{stats.of(said.peer).latency * 1e3:.1f}" if stats.of(said.peer).requests else "-",
         )
-        for node, said in zip(processes, running, strict=True)
+        for node, said in zip(nodes, running, strict=True)
     ]
     here = ("this client", "", 0, f"{stats.local_rows:,}", f"{100 * stats.local_rows / total:.0f} %", "")
     header = ("", "peer", "experts held", "rows computed", "share", "latency ms")
@@ -196,20 +189,3 @@ def _working_directory(*, keep: bool) -> Iterator[Path]:
     finally:
         if not keep:
             shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let the first Ctrl-C, SIGTERM or SIGHUP end what is being done, and no later one what is being cleaned up."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for other in _SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -127,16 +127,37 @@ def environment_of(ours: Mapping[str, str], home: Path) -> dict[str, str]:
     return kept | {"MOEHIVE_HOME": str(home), "OMP_NUM_THREADS": "1"}
 
 
-def start_node(name: str, directory: Path, model: Path, experts: str, ticket: Ticket | None) -> NodeProcess:
-    """A node (not entered yet) that serves `experts` of the converted directory `model` on a loopback address."""
-    joining = () if ticket is None else ("--join", str(ticket))
-    arguments = (str(model), "--experts", experts, "--ram", "256MiB", "--threads", "1", "--log-format", "console")
-    return NodeProcess(name, directory / name, (*arguments, *joining))
+class NodeGroup:
+    """Nodes of one swarm that serve the converted directory `model`; a context manager, on leaving all of them leave.
 
+    `shield` makes a context in which this thread is not interrupted: no process is started without being known here.
+    """
 
-def stop_together(nodes: Sequence[NodeProcess]) -> None:
-    """Ask all of them to leave, then wait for all."""
-    for node in nodes:
-        node.ask_to_leave()
-    for node in nodes:
-        node.wait_until_gone()
+    def __init__(
+        self, directory: Path, model: Path, shield: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self.nodes: list[NodeProcess] = []
+        self._directory = directory
+        self._model = model
+        self._shield = shield
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with ExitStack() as stack:
+            for node in self.nodes:
+                stack.push(node.__exit__)
+                node.ask_to_leave()  # all at once: then they do not wait for each other
+
+    def start(self, experts: str, ticket: Ticket | None) -> NodeProcess:
+        """A node that holds `experts`, in the swarm of `ticket` or a new one."""
+        name = f"node-{len(self.nodes) + 1}"
+        joining = () if ticket is None else ("--join", str(ticket))
+        options = ("--experts", experts, "--ram", "256MiB", "--threads", "1", "--log-format", "console")
+        with self._shield():
+            node = NodeProcess(name, self._directory / name, (str(self._model), *options, *joining)).__enter__()
+            self.nodes.append(node)
+        return node

@@ -59,16 +59,12 @@ def _pieces(tensors: Mapping[str, SourceTensor], quantization: Quantization | No
 def _dequantized(name: str, tensor: SourceTensor, scale: SourceTensor | None, block: tuple[int, int] | None) -> Piece:
     shape = tensor.span.shape
     if block is None or scale is None:
-        raise CheckpointError(
-            f"{name} is {tensor.span.dtype}, but it has no {_SCALE.strip('_')} or config.json no block size"
-        )
+        raise CheckpointError(f"{name} is fp8, but it has no scales, or config.json has no weight_block_size")
     if tensor.span.dtype != "F8_E4M3" or len(shape) != 2:
         raise CheckpointError(f"{name}: an F8_E4M3 matrix is expected, not {tensor.span.dtype} {list(shape)}")
     found, expected = (scale.span.dtype, scale.span.shape), ("F32", scale_shape(shape, block))
     if found != expected:
-        raise CheckpointError(
-            f"{name}{_SCALE} is {found[0]} {list(found[1])}, expected is {expected[0]} {list(expected[1])}"
-        )
+        raise CheckpointError(f"{name}{_SCALE}: dtype and shape are {found}, expected are {expected}")
     return Piece(TensorSpec(name, "BF16", shape), _span(tensor), BlockScale(_span(scale), block))
 
 

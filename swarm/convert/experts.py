@@ -88,9 +88,7 @@ def _pieces(name: str, parsed: ExpertTensor, tensor: SourceTensor, num_experts: 
         yield parsed.expert, Piece(spec, Span(tensor.file, span.offset, span.size))
         return
     if not span.shape or span.shape[0] != num_experts:
-        raise CheckpointError(
-            f"{name}: shape {list(span.shape)} does not begin with the {num_experts} experts of config.json"
-        )
+        raise CheckpointError(f"{name}: shape {list(span.shape)}, but config.json says {num_experts} experts")
     size = span.size // num_experts
     for expert in range(num_experts):
         spec = TensorSpec(parsed.name_of(expert), span.dtype, span.shape[1:])
@@ -102,24 +100,21 @@ def _check_complete(experts: Mapping[ExpertKey, Parts], num_experts: int) -> Non
     odd = {ExpertKey(layer, expert) for layer in layers for expert in range(num_experts)} ^ set(experts)
     if odd:
         key = min(odd)
-        state = "is one more than" if key in experts else "is missing of"
-        raise CheckpointError(
-            f"layer {key.layer}: expert {key.expert} {state} the {num_experts} experts of config.json"
-        )
+        state = "is too many" if key in experts else "is missing"
+        raise CheckpointError(f"layer {key.layer}: expert {key.expert} {state}; config.json says {num_experts} experts")
 
 
 def _check_alike(experts: Mapping[ExpertKey, Parts], shape: ExpertShape) -> None:
     dtypes: dict[Part, str] = {}
     for key, parts in sorted(experts.items()):
         expected = shape.parts(fused=any(role is Role.GATE_UP for role, _ in parts))
-        for part in sorted(set(parts) ^ set(expected)):
-            _refuse_part(key, part, parts, shape)
+        odd = set(parts) ^ set(expected)
+        if odd:  # a kind that nobody knows says more than what is missing in its place
+            _refuse_part(key, min(odd, key=lambda part: (part[1] in _DTYPES, part[1], part[0])), parts, shape)
         for part, piece in parts.items():
             spec = piece.spec
             if spec.shape != expected[part]:
-                raise CheckpointError(
-                    f"{spec.name}: shape {list(spec.shape)}, config.json asks for {list(expected[part])}"
-                )
+                raise CheckpointError(f"{spec.name}: shape {list(spec.shape)}, expected is {list(expected[part])}")
             wanted = ("F8_E4M3",) if part[1] == "weight" and _is_fp8(shape) else _DTYPES[part[1]]
             if spec.dtype not in wanted:
                 raise CheckpointError(f"{spec.name}: dtype {spec.dtype}, one of {', '.join(wanted)} is expected")

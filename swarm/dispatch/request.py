@@ -62,6 +62,8 @@ class ExpertRequest:
 def build_request(model: ModelId, call: LayerInput, part: Sequence[Assignment], deadline: float) -> ExpertRequest:
     """The request for these rows of these experts; hidden states of tokens that none of them needs are not sent."""
     token = torch.cat([assignment.token for assignment in part])  # [R]
+    position = torch.cat([assignment.position for assignment in part])  # [R]
+    weights = call.top_k_weights[token, position] if call.form == "sum" else None  # [R]
     hidden, tokens = call.hidden, None
     if call.hidden.shape[0] > 1:
         tokens, token = torch.unique(token, return_inverse=True)  # [T'], [R]
@@ -70,8 +72,7 @@ def build_request(model: ModelId, call: LayerInput, part: Sequence[Assignment], 
         else:
             hidden = call.hidden.index_select(0, tokens)  # [T', H]
     payload = [tensor_bytes(hidden), tensor_bytes(token.to(torch.int32))]
-    if call.form == "sum":
-        weights = torch.cat([call.top_k_weights[a.token, a.position] for a in part])  # [R]
+    if weights is not None:
         payload.append(tensor_bytes(weights))
     message = RunExperts(
         model=model,

@@ -69,7 +69,8 @@ def test_weighted_sum_is_the_same_sum_accumulated_in_fp32() -> None:
     module = eager_module(FfnSpec(), torch.bfloat16)
     hidden, index, weights = routing(23, torch.bfloat16, torch.float32)
     rows = outputs(module, FfnSpec(), hidden, index)
-    found = weighted_sum(rows, weights, hidden_size=HIDDEN, dtype=torch.bfloat16)
+    terms = [(group.token, out, weights[group.token, group.position]) for group, out in rows]
+    found = weighted_sum(terms, (23, HIDDEN), torch.bfloat16)
     exact = torch.zeros(23, HIDDEN, dtype=torch.float64)
     for group, out in rows:
         exact.index_add_(0, group.token, out.double() * weights[group.token, group.position, None].double())
@@ -81,8 +82,7 @@ def test_weighted_sum_is_the_same_sum_accumulated_in_fp32() -> None:
 
 
 def test_weighted_sum_leaves_unserved_tokens_at_zero() -> None:
-    some = Assignment(2, torch.tensor([1]), torch.tensor([0]))
-    found = weighted_sum([(some, torch.ones(1, 4))], torch.full((3, 1), 0.5), hidden_size=4, dtype=torch.float32)
+    found = weighted_sum([(torch.tensor([1]), torch.ones(1, 4), torch.tensor([0.5]))], (3, 4), torch.float32)
     assert found.tolist() == [[0.0] * 4, [0.5] * 4, [0.0] * 4]
 
 

@@ -37,7 +37,7 @@ class Checkpoints:
     def reference(self, family: str) -> Path:
         """What plain transformers can load, with the same values."""
         if family == "deepseek_v3_fp8":  # transformers 5.23 takes the wrong block size for ragged weights
-            return self._once(family, "twin", lambda path: _fp32_twin(self.source(family), path))
+            return self._once(family, "twin", lambda path: _plain_twin(self.source(family), path))
         if family == "kimi_k2":  # else transformers would run the checkpoint's own code
             return self._once(family, "native", lambda path: _native_kimi(self.source(family), path))
         return self.source(family)
@@ -56,16 +56,13 @@ def _native_kimi(source: Path, path: Path) -> None:
     families.edit_config(path, model_type="deepseek_v3", auto_map=None)
 
 
-def _fp32_twin(source: Path, path: Path) -> None:
-    """An FP8 checkpoint's exact values: in fp32, where a weight times its scale is not rounded to bf16."""
+def _plain_twin(source: Path, path: Path) -> None:
+    """An FP8 checkpoint in what its conversion computes with: experts exactly, in fp32; the dense part in bf16."""
     tensors = families.load_tensors(source)
     scales = {key: tensors.pop(f"{key}_scale_inv") for key in list(tensors) if f"{key}_scale_inv" in tensors}
+    for key, scale in scales.items():
+        exact = tensors[key].float() * families.spread_scale(scale, tensors[key].shape)
+        tensors[key] = exact if ".experts." in key else exact.bfloat16()
     copytree(source, path)
-    families.write_tensors(
-        path,
-        {
-            key: tensor.float() * families.spread_scale(scales[key], tensor.shape) if key in scales else tensor
-            for key, tensor in tensors.items()
-        },
-    )
+    families.write_tensors(path, tensors)
     families.edit_config(path, quantization_config=None)

@@ -109,6 +109,10 @@ class NodeProcess:
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Have it leave cleanly: exit code 0, no process and no file left."""
         self.interrupt()
+        self.expect_clean_end(timeout)
+
+    def expect_clean_end(self, timeout: float = STOP_TIMEOUT) -> None:
+        """It ends with code 0 and leaves no process and no temporary file behind."""
         code = self.wait(timeout)
         left = [*map(str, members(self.pid)), *map(str, self.temporary.iterdir())]
         if code != 0 or left:

@@ -39,7 +39,7 @@ def test_version(moehive):
     ("arguments", "said"),
     [
         (("nod",), 'Did you mean "node"?'),
-        (("node",), "MODEL"),
+        (("node",), "--model requires"),
         (("convert", "a"), "DESTINATION"),
         (("convert", "a", "b", "c"), "'c'"),
         (("node", "m", "--rma", "1"), "Did you mean --ram?"),

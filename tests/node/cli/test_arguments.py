@@ -22,8 +22,8 @@ def test_addresses(text, address):
 
 @pytest.mark.parametrize(
     "text",
-    ["", ":", ":4001", "4001", "1.2.3.4", "1.2.3.4:", "1.2.3.4:65536", "1.2.3.4:-1", "1.2.3:4", "::1:4001", "[1.2.3.4]:1",
-     "[::1:1", "1.2.3.4:٣", "example.org:1"],
+    ["", ":", ":4001", "4001", "1.2.3.4", "1.2.3.4:", "1.2.3.4:65536", "1.2.3.4:-1", "1.2.3:4", "::1:4001",
+     "[1.2.3.4]:1", "[::1:1", "::1]:1", "1.2.3.4:٣", "example.org:1"],
 )  # fmt: skip
 def test_what_is_no_address_is_refused_with_an_example(text):
     with pytest.raises(ValueError, match=r"write for example 0\.0\.0\.0:4001"):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from moehive.node.demo.processes import start_node
+from moehive.node.demo.processes import NodeGroup
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
 
@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
 def test_a_client_generates_with_a_node_that_then_leaves_cleanly(converted, tmp_path, moehive):
     model_id = json.loads(moehive("inspect", converted, "--no-verify", "--json").out)["modelId"]
     arguments = [sys.executable, "-P", "-m", "moehive.node.cli", "generate", "ROMEO:", "--model", model_id, "--json"]
-    with start_node("node", tmp_path, converted, "all", None) as node:
+    with NodeGroup(tmp_path, converted) as group:
+        node = group.start("all", None)
         ticket = str(node.wait_until_ready().ticket)
         environment = os.environ | {"MOEHIVE_GENERATE_JOIN": ticket, "MOEHIVE_GENERATE_MAX_TOKENS": "4"}
         client = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=90, check=False)

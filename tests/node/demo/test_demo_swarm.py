@@ -54,6 +54,10 @@ def nobody_is_left(processes: list[psutil.Process]) -> bool:
     return not psutil.wait_procs(processes, timeout=20)[1]
 
 
+def left_behind(temporary: Path) -> list[Path]:
+    return list(temporary.glob("moehive-*"))  # torch makes a directory of its own there
+
+
 @pytest.fixture
 def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("t")
@@ -75,7 +79,7 @@ def test_the_demo_generates_what_transformers_does_and_leaves_nothing(temporary)
     assert re.search(r"^  this client +0 +0 +0 %", output, re.MULTILINE)
     assert len(processes) >= 7  # three nodes, and a daemon of each and of the client
     assert nobody_is_left(processes)
-    assert list(temporary.iterdir()) == []
+    assert left_behind(temporary) == []
 
 
 def test_ctrl_c_stops_everything(temporary):
@@ -88,4 +92,4 @@ def test_ctrl_c_stops_everything(temporary):
     assert process.returncode == 130
     assert processes
     assert nobody_is_left(processes)
-    assert list(temporary.iterdir()) == []
+    assert left_behind(temporary) == []

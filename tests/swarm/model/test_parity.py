@@ -43,8 +43,8 @@ def behaviour(model: Any, prompt: Tensor) -> list[Tensor]:
 def assert_equal(reference: Path, converted: Path, prompt: Tensor, dtype: torch.dtype) -> None:
     plain = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype, experts_implementation="eager")
     model, _ = moehive.swarm.open_local(converted, dtype=dtype)
-    # The dense weights are mapped from two files at two alignments, and fp32 GEMV rounds by alignment. That is the files'
-    # matter; how our experts lie in memory is ours, and stays as it is.
+    # The dense weights are mapped from two files at two alignments, and fp32 GEMV rounds by alignment. That is the
+    # files' matter; how our experts lie in memory is ours, and stays as it is.
     for parameter in (*plain.parameters(), *model.parameters()):
         parameter.data = parameter.data.clone()
     wanted, found = behaviour(plain, prompt), behaviour(model, prompt)
