@@ -35,7 +35,7 @@ def add_token_row(out: Tensor, row: Tensor, position: int, top_k_weights: Tensor
 def weighted_sum(
     outputs: Iterable[tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Sum of experts' rows times their weights: [T, H] = `shape` of `dtype`, accumulated in fp32, rounded once at the end.
+    """Sum of experts' rows times their weights: `shape` [T, H] of `dtype`, accumulated in fp32, rounded once.
 
     `outputs` are, for one expert after the other, (token [R] int64, rows [R, H], weights [R]). They are added in the
     order given. Tokens that no row belongs to get zeros.

@@ -73,13 +73,23 @@ def _run_merged(batch: Sequence[Work], lease: LeaseExpert, spec: FfnSpec) -> lis
     hidden = batch[0].hidden if len(batch) == 1 else torch.cat([work.hidden for work in batch])  # [sum T, H]
 
     def outputs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for expert, (token, row_weights) in sorted(_rows_by_expert(batch).items()):
+        for expert, token, row_weights in _rows_by_expert(batch, tokens):
             with lease(layer, expert, dtype) as weights:
                 rows = expert_ffn(hidden[token], weights, spec)  # [R, H]
             yield token, rows, row_weights
 
     total = weighted_sum(outputs(), (hidden.shape[0], hidden.shape[1]), dtype)  # [sum T, H]
-    return list(torch.split(total, [work.message.tokens for work in batch]))
+    return list(torch.split(total, tokens))
+
+
+def _run_token(work: Work, lease: LeaseExpert, spec: FfnSpec) -> Tensor:
+    """`_run_merged` for one token, [1, H]: without index tensors, which would cost more than the sum."""
+    assert work.weights is not None
+    total = torch.zeros(work.hidden.shape, dtype=torch.float32)  # [1, H]
+    for expert, weight in zip(work.message.experts, work.weights.tolist(), strict=True):
+        with lease(work.message.layer, expert, work.hidden.dtype) as weights:
+            total.add_(expert_ffn(work.hidden, weights, spec).float(), alpha=weight)
+    return total.to(work.hidden.dtype)
 
 
 def _rows_by_expert(batch: Sequence[Work], tokens: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -92,4 +102,6 @@ def _rows_by_expert(batch: Sequence[Work], tokens: Sequence[int]) -> Iterator[tu
     expert, order = torch.sort(experts.repeat_interleave(counts), stable=True)  # [sum R]
     found, sizes = torch.unique_consecutive(expert, return_counts=True)
     parts = sizes.tolist()
-    yield from zip(found.tolist(), token[order].split(parts), row_weights[order].split(parts), strict=True)
+    yield from zip(
+        found.tolist(), torch.split(token[order], parts), torch.split(row_weights[order], parts), strict=True
+    )

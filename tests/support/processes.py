@@ -51,15 +51,15 @@ class NodeProcess:
         self._nodes = nodes
         self._said = b""
         self._code: int | None = None
-        home.mkdir(parents=True)
-        self.temporary.mkdir()
-        os.mkfifo(home / "stdout")
-        self._stdout = os.open(home / "stdout", os.O_RDONLY | os.O_NONBLOCK)
+        self._files = home / name  # of this process; the home may have been another one's
+        self.temporary.mkdir(parents=True)
+        os.mkfifo(self._files / "stdout")
+        self._stdout = os.open(self._files / "stdout", os.O_RDONLY | os.O_NONBLOCK)
         self.pid = nodes.fork(
             arguments=["node", *arguments],
             environment={**os.environ, "MOEHIVE_HOME": str(home), "TMPDIR": str(self.temporary)},
-            stdout=str(home / "stdout"),
-            stderr=str(home / "log"),
+            stdout=str(self._files / "stdout"),
+            stderr=str(self._files / "log"),
         )
 
     # --- what it says -----------------------------------------------------------------------------------------------
@@ -92,13 +92,13 @@ class NodeProcess:
     @property
     def log(self) -> str:
         """What it wrote to stderr so far."""
-        path = self.home / "log"
+        path = self._files / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     @property
     def temporary(self) -> Path:
         """Where its temporary files lie: empty again after it has left cleanly."""
-        return self.home / "t"
+        return self._files / "tmp"
 
     # --- what is done to it -----------------------------------------------------------------------------------------
 
@@ -188,11 +188,11 @@ class Nodes:
             self._parent.communicate(timeout=STOP_TIMEOUT)  # it kills what is left
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def start(self, model: Path | str, *options: str) -> NodeProcess:
-        """Start `moehive node MODEL OPTIONS`; returns at once."""
-        name = f"node-{next(self._numbers)}"
+    def start(self, model: Path | str, *options: str, home: Path | None = None) -> NodeProcess:
+        """Start `moehive node MODEL OPTIONS`; returns at once. `home`: of a node that has ended, to be its successor."""
+        name = f"node{next(self._numbers)}"
         arguments = [str(model), "--json", "--threads", "1", "--ram", "256MiB", "--log-format", "json", *options]
-        node = NodeProcess(self, name, self.directory / name, arguments)
+        node = NodeProcess(self, name, home or self.directory / name, arguments)
         self._living.append(node)
         return node
 

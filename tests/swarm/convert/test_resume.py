@@ -107,6 +107,16 @@ def test_a_complete_destination_with_a_damaged_file_is_repaired(tmp_path: Path) 
     assert contents(destination) == before
 
 
+def test_partial_files_are_removed_whatever_they_were_to_become(tmp_path: Path) -> None:
+    source, destination = write_checkpoint(tmp_path / "source"), tmp_path / "converted"
+    expected = convert(source, destination)
+    before = contents(destination)
+    for name in (".partial-manifest.json", "experts/00000/.partial-99999.safetensors"):
+        (destination / name).write_bytes(b"half")
+    assert convert(source, destination) == expected
+    assert contents(destination) == before
+
+
 def test_an_unfinished_conversion_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
     from moehive.protocol.errors import DestinationError
 
