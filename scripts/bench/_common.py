@@ -163,10 +163,10 @@ def _cell(value: object) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
+def arguments(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8, help="how often to take turns")
+    parser.add_argument("--rounds", type=int, default=rounds, help="how often to take turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     return parser
 

@@ -109,8 +109,8 @@ def _check_alike(experts: Mapping[ExpertKey, Parts], shape: ExpertShape) -> None
     for key, parts in sorted(experts.items()):
         expected = shape.parts(fused=any(role is Role.GATE_UP for role, _ in parts))
         odd = set(parts) ^ set(expected)
-        if odd:  # a kind that nobody knows says more than what is missing in its place
-            _refuse_part(key, min(odd, key=lambda part: (part[1] in _DTYPES, part[1], part[0])), parts, shape)
+        if odd:
+            _refuse_part(key, min(odd, key=_least_expected), parts, shape)
         for part, piece in parts.items():
             spec = piece.spec
             if spec.shape != expected[part]:
@@ -120,6 +120,11 @@ def _check_alike(experts: Mapping[ExpertKey, Parts], shape: ExpertShape) -> None
                 raise CheckpointError(f"{spec.name}: dtype {spec.dtype}, one of {', '.join(wanted)} is expected")
             if dtypes.setdefault(part, spec.dtype) != spec.dtype:
                 raise CheckpointError(f"{spec.name}: dtype {spec.dtype}, other experts have {dtypes[part]}")
+
+
+def _least_expected(part: Part) -> tuple[bool, str, int]:
+    """Order of complaints: a kind that nobody knows says more than what is missing in its place."""
+    return part[1] in _DTYPES, part[1], _ROLE_ORDER[part[0]]
 
 
 def _refuse_part(key: ExpertKey, part: Part, parts: Parts, shape: ExpertShape) -> None:

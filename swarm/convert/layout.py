@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moehive.protocol.ids import ExpertKey
-from moehive.protocol.manifest import ModelFacts, ShardType, TensorEntry
+from moehive.protocol.manifest import ITEM_SIZE, ModelFacts, ShardType, TensorEntry
 from moehive.protocol.safetensors_header import TensorSpec, build_header
 
 MTP_GROUP = "mtp"
@@ -103,9 +103,9 @@ def tensor_file(
     """
     offset, aligned = 0, True
     for piece in pieces:
-        aligned &= offset % _item_size(piece.spec) == 0
+        aligned &= offset % ITEM_SIZE[piece.spec.dtype] == 0
         offset += piece.spec.size
-    ordered = tuple(pieces if aligned else sorted(pieces, key=lambda piece: -_item_size(piece.spec)))
+    ordered = tuple(pieces if aligned else sorted(pieces, key=lambda piece: -ITEM_SIZE[piece.spec.dtype]))
     size = len(build_header([piece.spec for piece in ordered])) + offset
     return PlannedFile(file, kind, size, ordered, expert_key=expert_key, group=group)
 
@@ -125,10 +125,3 @@ def merge_spans(spans: Iterable[Span]) -> list[Span]:
 def weight_map(files: Iterable[PlannedFile]) -> Mapping[str, str]:
     """Tensor name -> file: what `model.safetensors.index.json` tells transformers."""
     return {piece.spec.name: file.file for file in files for piece in file.pieces}
-
-
-def _item_size(spec: TensorSpec) -> int:
-    count = 1
-    for length in spec.shape:
-        count *= length
-    return max(spec.size // count, 1) if count else 1
