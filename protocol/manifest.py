@@ -9,7 +9,6 @@ companions) belong to tensor parallelism.
 
 from __future__ import annotations
 
-import enum
 import json
 import math
 import re
@@ -22,114 +21,32 @@ from . import limits
 from .chunks import CHUNK_SIZE, object_root
 from .errors import ManifestError
 from .ids import ExpertKey, ModelId, ShardHash, is_hash
-from .manifest_json import Reader, drop_none
+from .json_reader import Reader
+from .manifest_json import model_json, read_model, read_shard, read_tensor, shard_json, tensor_json
+from .manifest_parts import (
+    ITEM_SIZE,
+    ExpertFfn,
+    Gate,
+    Layout,
+    ModelFacts,
+    Quantization,
+    ShardEntry,
+    ShardingStrategy,
+    ShardType,
+    TensorEntry,
+)
+
+__all__ = [
+    "ITEM_SIZE", "MANIFEST_NAME", "ExpertFfn", "Gate", "Layout", "Manifest", "ModelFacts", "Quantization", "ShardEntry",
+    "ShardType", "ShardingStrategy", "TensorEntry", "is_safe_path",
+]  # fmt: skip
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "moehive"
 VERSION = 1
 HASH_ALGORITHM = "blake3-chunked"
 
-# Bytes per element, by safetensors dtype name.
-ITEM_SIZE: Mapping[str, int] = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
-}  # fmt: skip
-
 _SAFE_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
-
-
-class ShardingStrategy(enum.StrEnum):
-    """How tensors are grouped into shards."""
-
-    EXPERT = "expert"
-    LAYER = "layer"
-    FIXED = "fixed"
-
-
-class ShardType(enum.StrEnum):
-    """What a shard holds."""
-
-    DENSE = "dense"
-    EXPERT = "expert"
-    SHARED = "shared"  # always-on experts: part of the dense skeleton, kept apart so that they can be pinned
-    ASSET = "asset"  # configuration, tokenizer
-    ADAPTER = "adapter"
-
-
-class Layout(enum.StrEnum):
-    """Orientation of a weight on disk."""
-
-    ROW = "row"
-    COLUMN = "column"
-
-
-class Gate(enum.StrEnum):
-    """How the first projection of an expert is combined with its gate (reference: transformers `_apply_gate`)."""
-
-    CONCATENATED = "concatenated"  # [gate; up] halves: act(gate) * up
-    CLAMPED_INTERLEAVED = "clamped-interleaved"  # GPT-OSS: (up + 1) * gate * sigmoid(alpha * gate), both clamped
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertFfn:
-    """The mathematics of one expert, enough for a peer that never sees the model's Python class."""
-
-    gate: Gate
-    activation: str  # transformers' ACT2FN name, e.g. "silu"
-    transposed: bool = False  # weights are [in, out] and applied as x @ W
-    bias: bool = False
-    alpha: float | None = None  # clamped-interleaved only
-    limit: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """How the experts' weights are stored; None in the manifest means plain floating point."""
-
-    method: str  # "fp8-block" (F8_E4M3 weight, fp32 `weight_scale_inv` per block) or "mxfp4"
-    block: tuple[int, int] | None = None  # rows, columns of one fp8 block
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What peers and planners need to know without reading config.json."""
-
-    name: str  # for people; not unique
-    model_type: str  # transformers' model_type after conversion
-    architecture: str
-    dtype: str  # safetensors name of the dtype the checkpoint computes in, e.g. "BF16"
-    hidden_size: int
-    intermediate_size: int  # of one routed expert
-    num_experts: int  # routed experts per MoE layer
-    top_k: int
-    moe_layers: tuple[int, ...]  # decoder layers with routed experts, ascending
-    ffn: ExpertFfn
-    quantization: Quantization | None = None
-    mtp_layers: tuple[int, ...] = ()  # multi-token-prediction layers; their shards carry group "mtp"
-
-
-@dataclass(frozen=True, slots=True)
-class ShardEntry:
-    """One file: a safetensors file, or an asset."""
-
-    file: str  # relative to the converted directory
-    type: ShardType
-    size: int  # bytes
-    hash: ShardHash
-    expert_key: ExpertKey | None = None
-    group: str | None = None  # "mtp": not needed for plain generation
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """Where one tensor lies; `offset` counts from the start of the shard file."""
-
-    shard: int
-    offset: int
-    size: int  # bytes
-    shape: tuple[int, ...]
-    dtype: str
-    layout: Layout = Layout.ROW
 
 
 @dataclass(frozen=True)
@@ -277,63 +194,10 @@ def _manifest_json(manifest: Manifest) -> dict[str, Any]:
         "chunkSize": manifest.chunk_size,
         "shardingStrategy": manifest.sharding_strategy.value,
         "defaultWeightLayout": manifest.default_weight_layout.value,
-        "model": _model_json(manifest.model),
-        "shards": [_shard_json(shard) for shard in manifest.shards],
-        "tensors": {
-            name: {
-                "shard": entry.shard,
-                "offset": entry.offset,
-                "size": entry.size,
-                "shape": list(entry.shape),
-                "dtype": entry.dtype,
-                "layout": entry.layout.value,
-            }
-            for name, entry in manifest.tensors.items()
-        },
+        "model": model_json(manifest.model),
+        "shards": [shard_json(shard) for shard in manifest.shards],
+        "tensors": {name: tensor_json(entry) for name, entry in manifest.tensors.items()},
     }
-
-
-def _model_json(model: ModelFacts) -> dict[str, Any]:
-    ffn, quantization = model.ffn, model.quantization
-    return drop_none(
-        {
-            "name": model.name,
-            "modelType": model.model_type,
-            "architecture": model.architecture,
-            "dtype": model.dtype,
-            "hiddenSize": model.hidden_size,
-            "intermediateSize": model.intermediate_size,
-            "numExperts": model.num_experts,
-            "topK": model.top_k,
-            "moeLayers": list(model.moe_layers),
-            "mtpLayers": list(model.mtp_layers),
-            "expertFfn": drop_none(
-                {
-                    "gate": ffn.gate.value,
-                    "activation": ffn.activation,
-                    "transposed": ffn.transposed,
-                    "bias": ffn.bias,
-                    "alpha": ffn.alpha,
-                    "limit": ffn.limit,
-                }
-            ),
-            "quantization": quantization
-            and drop_none({"method": quantization.method, "block": quantization.block and list(quantization.block)}),
-        }
-    )
-
-
-def _shard_json(shard: ShardEntry) -> dict[str, Any]:
-    return drop_none(
-        {
-            "file": shard.file,
-            "type": shard.type.value,
-            "size": shard.size,
-            "hash": shard.hash,
-            "expertKey": str(shard.expert_key) if shard.expert_key else None,
-            "group": shard.group,
-        }
-    )
 
 
 def _read_manifest(reader: Reader) -> Manifest:
@@ -346,73 +210,9 @@ def _read_manifest(reader: Reader) -> Manifest:
         sharding_strategy=reader.choice("shardingStrategy", ShardingStrategy),
         default_weight_layout=reader.choice("defaultWeightLayout", Layout),
         chunk_size=reader.integer("chunkSize"),
-        model=_read_model(reader.child("model")),
-        shards=tuple(_read_shard(shard) for shard in reader.children("shards", limits.MAX_SHARDS)),
-        tensors={name: _read_tensor(entry) for name, entry in reader.named("tensors", limits.MAX_TENSORS)},
+        model=read_model(reader.child("model")),
+        shards=tuple(read_shard(shard) for shard in reader.children("shards", limits.MAX_SHARDS)),
+        tensors={name: read_tensor(entry) for name, entry in reader.named("tensors", limits.MAX_TENSORS)},
     )
     reader.done()
     return manifest
-
-
-def _read_model(reader: Reader) -> ModelFacts:
-    ffn = reader.child("expertFfn")
-    quantization = reader.optional_child("quantization")
-    facts = ModelFacts(
-        name=reader.text("name"),
-        model_type=reader.text("modelType"),
-        architecture=reader.text("architecture"),
-        dtype=reader.text("dtype"),
-        hidden_size=reader.integer("hiddenSize"),
-        intermediate_size=reader.integer("intermediateSize"),
-        num_experts=reader.integer("numExperts"),
-        top_k=reader.integer("topK"),
-        moe_layers=reader.integers("moeLayers"),
-        mtp_layers=reader.integers("mtpLayers"),
-        ffn=ExpertFfn(
-            gate=ffn.choice("gate", Gate),
-            activation=ffn.text("activation"),
-            transposed=ffn.boolean("transposed"),
-            bias=ffn.boolean("bias"),
-            alpha=ffn.optional_number("alpha"),
-            limit=ffn.optional_number("limit"),
-        ),
-        quantization=_read_quantization(quantization) if quantization else None,
-    )
-    ffn.done()
-    reader.done()
-    return facts
-
-
-def _read_quantization(reader: Reader) -> Quantization:
-    method, block = reader.text("method"), reader.optional_integers("block")
-    reader.done()
-    if block is not None and (len(block) != 2 or min(block) < 1):
-        raise ManifestError(f"quantization block {block} is not two positive sizes")
-    return Quantization(method, (block[0], block[1]) if block else None)
-
-
-def _read_shard(reader: Reader) -> ShardEntry:
-    key = reader.optional_text("expertKey")
-    entry = ShardEntry(
-        file=reader.text("file"),
-        type=reader.choice("type", ShardType),
-        size=reader.integer("size"),
-        hash=ShardHash(reader.text("hash")),
-        expert_key=ExpertKey.parse(key) if key is not None else None,
-        group=reader.optional_text("group"),
-    )
-    reader.done()
-    return entry
-
-
-def _read_tensor(reader: Reader) -> TensorEntry:
-    entry = TensorEntry(
-        shard=reader.integer("shard"),
-        offset=reader.integer("offset"),
-        size=reader.integer("size"),
-        shape=reader.integers("shape"),
-        dtype=reader.text("dtype"),
-        layout=reader.choice("layout", Layout),
-    )
-    reader.done()
-    return entry

@@ -1,115 +1,143 @@
-"""Strict reading of untrusted JSON objects: every key has one type, an unknown key is an error."""
+"""The JSON form of a manifest's pieces, written and read back. Names follow mission row F1."""
 
 from __future__ import annotations
 
-import enum
-import math
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from .errors import ManifestError
+from .ids import ExpertKey, ShardHash
+from .json_reader import Reader, drop_none
+from .manifest_parts import (
+    ExpertFfn,
+    Gate,
+    Layout,
+    ModelFacts,
+    Quantization,
+    ShardEntry,
+    ShardType,
+    TensorEntry,
+)
 
-E = TypeVar("E", bound=enum.StrEnum)
-_MAX_INTEGER = 1 << 53  # what every JSON reader agrees on
+
+def tensor_json(entry: TensorEntry) -> dict[str, Any]:
+    """One entry of the tensor table."""
+    return {
+        "shard": entry.shard,
+        "offset": entry.offset,
+        "size": entry.size,
+        "shape": list(entry.shape),
+        "dtype": entry.dtype,
+        "layout": entry.layout.value,
+    }
 
 
-def drop_none(document: dict[str, Any]) -> dict[str, Any]:
-    """Without the keys whose value is None: an absent option is an absent key."""
-    return {key: value for key, value in document.items() if value is not None}
+def model_json(model: ModelFacts) -> dict[str, Any]:
+    """The model's facts."""
+    ffn, quantization = model.ffn, model.quantization
+    return drop_none(
+        {
+            "name": model.name,
+            "modelType": model.model_type,
+            "architecture": model.architecture,
+            "dtype": model.dtype,
+            "hiddenSize": model.hidden_size,
+            "intermediateSize": model.intermediate_size,
+            "numExperts": model.num_experts,
+            "topK": model.top_k,
+            "moeLayers": list(model.moe_layers),
+            "mtpLayers": list(model.mtp_layers),
+            "expertFfn": drop_none(
+                {
+                    "gate": ffn.gate.value,
+                    "activation": ffn.activation,
+                    "transposed": ffn.transposed,
+                    "bias": ffn.bias,
+                    "alpha": ffn.alpha,
+                    "limit": ffn.limit,
+                }
+            ),
+            "quantization": quantization
+            and drop_none({"method": quantization.method, "block": quantization.block and list(quantization.block)}),
+        }
+    )
 
 
-class Reader:
-    """Takes typed values out of one JSON object; `done` complains about what nobody took. Raises ManifestError."""
+def shard_json(shard: ShardEntry) -> dict[str, Any]:
+    """One shard."""
+    return drop_none(
+        {
+            "file": shard.file,
+            "type": shard.type.value,
+            "size": shard.size,
+            "hash": shard.hash,
+            "expertKey": str(shard.expert_key) if shard.expert_key else None,
+            "group": shard.group,
+        }
+    )
 
-    def __init__(self, document: Any, where: str) -> None:
-        if not isinstance(document, dict):
-            raise ManifestError(f"{where}: an object is expected, not {type(document).__name__}")
-        self._rest = dict(document)
-        self._where = where
 
-    def done(self) -> None:
-        """Every key was known."""
-        if self._rest:
-            raise ManifestError(f"{self._where}: unknown key {sorted(self._rest)[0]!r}")
+def read_model(reader: Reader) -> ModelFacts:
+    """Inverse of `model_json`. Raises ManifestError."""
+    ffn = reader.child("expertFfn")
+    quantization = reader.optional_child("quantization")
+    facts = ModelFacts(
+        name=reader.text("name"),
+        model_type=reader.text("modelType"),
+        architecture=reader.text("architecture"),
+        dtype=reader.text("dtype"),
+        hidden_size=reader.integer("hiddenSize"),
+        intermediate_size=reader.integer("intermediateSize"),
+        num_experts=reader.integer("numExperts"),
+        top_k=reader.integer("topK"),
+        moe_layers=reader.integers("moeLayers"),
+        mtp_layers=reader.integers("mtpLayers"),
+        ffn=ExpertFfn(
+            gate=ffn.choice("gate", Gate),
+            activation=ffn.text("activation"),
+            transposed=ffn.boolean("transposed"),
+            bias=ffn.boolean("bias"),
+            alpha=ffn.optional_number("alpha"),
+            limit=ffn.optional_number("limit"),
+        ),
+        quantization=_read_quantization(quantization) if quantization else None,
+    )
+    ffn.done()
+    reader.done()
+    return facts
 
-    def _take(self, key: str, *types: type) -> Any:
-        if key not in self._rest:
-            raise ManifestError(f"{self._where}: {key!r} is missing")
-        return self._typed(key, self._rest.pop(key), *types)
 
-    def _typed(self, key: str, value: Any, *types: type) -> Any:
-        if type(value) not in types:  # exact: a JSON true is not the integer 1
-            raise ManifestError(f"{self._where}: {key!r} has the wrong type {type(value).__name__}")
-        return value
+def _read_quantization(reader: Reader) -> Quantization:
+    method, block = reader.text("method"), reader.optional_integers("block")
+    reader.done()
+    if block is not None and (len(block) != 2 or min(block) < 1):
+        raise ManifestError(f"quantization block {block} is not two positive sizes")
+    return Quantization(method, (block[0], block[1]) if block else None)
 
-    def text(self, key: str) -> str:
-        """A string."""
-        return str(self._take(key, str))
 
-    def optional_text(self, key: str) -> str | None:
-        """A string or absent."""
-        return self.text(key) if key in self._rest else None
+def read_shard(reader: Reader) -> ShardEntry:
+    """Inverse of `shard_json`. Raises ManifestError."""
+    key = reader.optional_text("expertKey")
+    entry = ShardEntry(
+        file=reader.text("file"),
+        type=reader.choice("type", ShardType),
+        size=reader.integer("size"),
+        hash=ShardHash(reader.text("hash")),
+        expert_key=ExpertKey.parse(key) if key is not None else None,
+        group=reader.optional_text("group"),
+    )
+    reader.done()
+    return entry
 
-    def boolean(self, key: str) -> bool:
-        """true or false."""
-        return bool(self._take(key, bool))
 
-    def integer(self, key: str) -> int:
-        """An integer below 2^53 in magnitude."""
-        return self._bounded(key, self._take(key, int))
-
-    def _bounded(self, key: str, value: int) -> int:
-        if abs(value) >= _MAX_INTEGER:
-            raise ManifestError(f"{self._where}: {key!r} is too large")
-        return value
-
-    def optional_number(self, key: str) -> float | None:
-        """A finite number or absent."""
-        if key not in self._rest:
-            return None
-        value = float(self._bounded(key, self._take(key, int, float)))
-        if not math.isfinite(value):
-            raise ManifestError(f"{self._where}: {key!r} is not finite")
-        return value
-
-    def integers(self, key: str) -> tuple[int, ...]:
-        """A list of integers."""
-        return tuple(self._bounded(key, self._typed(key, item, int)) for item in self._take(key, list))
-
-    def optional_integers(self, key: str) -> tuple[int, ...] | None:
-        """A list of integers or absent."""
-        return self.integers(key) if key in self._rest else None
-
-    def choice(self, key: str, choices: type[E]) -> E:
-        """One of the values of an enumeration."""
-        value = self.text(key)
-        try:
-            return choices(value)
-        except ValueError as error:
-            raise ManifestError(
-                f"{self._where}: {key!r} is {value!r}, not one of {[c.value for c in choices]}"
-            ) from error
-
-    def child(self, key: str) -> Reader:
-        """A nested object."""
-        return Reader(self._take(key, dict), f"{self._where}.{key}")
-
-    def optional_child(self, key: str) -> Reader | None:
-        """A nested object or absent."""
-        return self.child(key) if key in self._rest else None
-
-    def children(self, key: str, limit: int) -> Iterator[Reader]:
-        """A list of nested objects."""
-        items = self._take(key, list)
-        self._count(key, len(items), limit)
-        return (Reader(item, f"{self._where}.{key}[{index}]") for index, item in enumerate(items))
-
-    def named(self, key: str, limit: int) -> Iterator[tuple[str, Reader]]:
-        """An object whose values are nested objects."""
-        items = self._take(key, dict)
-        self._count(key, len(items), limit)
-        return ((name, Reader(item, f"{self._where}.{key}.{name}")) for name, item in items.items())
-
-    def _count(self, key: str, count: int, limit: int) -> None:
-        if count > limit:
-            raise ManifestError(f"{self._where}: {key!r} has {count} entries, at most {limit} are read")
+def read_tensor(reader: Reader) -> TensorEntry:
+    """Inverse of `tensor_json`. Raises ManifestError."""
+    entry = TensorEntry(
+        shard=reader.integer("shard"),
+        offset=reader.integer("offset"),
+        size=reader.integer("size"),
+        shape=reader.integers("shape"),
+        dtype=reader.text("dtype"),
+        layout=reader.choice("layout", Layout),
+    )
+    reader.done()
+    return entry

@@ -43,7 +43,7 @@ def _read(path: Path, commands: Collection[str]) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     tables = ", ".join(f"[{command}]" for command in commands)
     for key, value in settings.items():
-        if False:
+        if key not in commands:
             raise ConfigError(f"{path}: unknown key {key!r}; there are tables for commands: {tables}")
         if not isinstance(value, dict):
             raise ConfigError(f"{path}: {key!r} must be a table: write [{key}] and its options below")

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from moehive.protocol.errors import ManifestError
 from moehive.protocol.ids import ModelId, is_hash
-from moehive.protocol.manifest_json import Reader
+from moehive.protocol.json_reader import Reader
 
 from .layout import ConversionPlan, merge_spans
 

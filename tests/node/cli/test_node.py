@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import signal
@@ -54,9 +53,8 @@ def test_an_unconverted_checkpoint_comes_with_the_command_that_converts_it(moehi
 
 
 def test_two_nodes_cannot_run_with_one_identity(moehive, home, converted):
-    moehive("id")
-    with (home / "data" / "identity.key").open("rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    settings = command.settings_of(str(converted), command.NodeOptions(), {"MOEHIVE_HOME": str(home)})
+    with command.sole_use_of_identity(settings):
         outcome = moehive("node", converted)
 
     assert outcome.code == 2

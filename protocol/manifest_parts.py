@@ -1,0 +1,109 @@
+"""The pieces of a manifest: what is known of a model, its files and its tensors. Plain values without rules."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .ids import ExpertKey, ShardHash
+
+# Bytes per element, by safetensors dtype name.
+ITEM_SIZE: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+
+
+class ShardingStrategy(enum.StrEnum):
+    """How tensors are grouped into shards."""
+
+    EXPERT = "expert"
+    LAYER = "layer"
+    FIXED = "fixed"
+
+
+class ShardType(enum.StrEnum):
+    """What a shard holds."""
+
+    DENSE = "dense"
+    EXPERT = "expert"
+    SHARED = "shared"  # always-on experts: part of the dense skeleton, kept apart so that they can be pinned
+    ASSET = "asset"  # configuration, tokenizer
+    ADAPTER = "adapter"
+
+
+class Layout(enum.StrEnum):
+    """Orientation of a weight on disk."""
+
+    ROW = "row"
+    COLUMN = "column"
+
+
+class Gate(enum.StrEnum):
+    """How the first projection of an expert is combined with its gate (reference: transformers `_apply_gate`)."""
+
+    CONCATENATED = "concatenated"  # [gate; up] halves: act(gate) * up
+    CLAMPED_INTERLEAVED = "clamped-interleaved"  # GPT-OSS: (up + 1) * gate * sigmoid(alpha * gate), both clamped
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFfn:
+    """The mathematics of one expert, enough for a peer that never sees the model's Python class."""
+
+    gate: Gate
+    activation: str  # transformers' ACT2FN name, e.g. "silu"
+    transposed: bool = False  # weights are [in, out] and applied as x @ W
+    bias: bool = False
+    alpha: float | None = None  # clamped-interleaved only
+    limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the experts' weights are stored; None in the manifest means plain floating point."""
+
+    method: str  # "fp8-block" (F8_E4M3 weight, fp32 `weight_scale_inv` per block) or "mxfp4"
+    block: tuple[int, int] | None = None  # rows, columns of one fp8 block
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What peers and planners need to know without reading config.json."""
+
+    name: str  # for people; not unique
+    model_type: str  # transformers' model_type after conversion
+    architecture: str
+    dtype: str  # safetensors name of the dtype the checkpoint computes in, e.g. "BF16"
+    hidden_size: int
+    intermediate_size: int  # of one routed expert
+    num_experts: int  # routed experts per MoE layer
+    top_k: int
+    moe_layers: tuple[int, ...]  # decoder layers with routed experts, ascending
+    ffn: ExpertFfn
+    quantization: Quantization | None = None
+    mtp_layers: tuple[int, ...] = ()  # multi-token-prediction layers; their shards carry group "mtp"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One file: a safetensors file, or an asset."""
+
+    file: str  # relative to the converted directory
+    type: ShardType
+    size: int  # bytes
+    hash: ShardHash
+    expert_key: ExpertKey | None = None
+    group: str | None = None  # "mtp": not needed for plain generation
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies; `offset` counts from the start of the shard file."""
+
+    shard: int
+    offset: int
+    size: int  # bytes
+    shape: tuple[int, ...]
+    dtype: str
+    layout: Layout = Layout.ROW
