@@ -6,13 +6,12 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 
-import structlog
-
 from moehive.protocol.errors import ShardUnavailable
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import ShardEntry
 from moehive.swarm.directory import Holders
 from moehive.swarm.fetch import Fetcher
+from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
 from moehive.swarm.policy.placement import fill_budget
 from moehive.swarm.store.base import ObjectSource
@@ -24,7 +23,7 @@ from .settings import NodeSettings
 
 FIRST_TRY = 10.0  # seconds per shard before the node starts without it
 TRY_AGAIN = 30.0  # seconds between attempts to get what nobody could supply
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Acquisition:

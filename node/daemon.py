@@ -11,7 +11,6 @@ from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
-import structlog
 import torch
 from blake3 import blake3
 
@@ -20,6 +19,7 @@ from moehive.protocol.manifest import Manifest
 from moehive.protocol.ticket import Ticket
 from moehive.swarm.announcer import Announcer
 from moehive.swarm.identity import Identity
+from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member, is_genuine
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.store.content import ContentStore
@@ -30,7 +30,7 @@ from .holdings import Holdings
 from .serving import Serving
 from .settings import NodeReady, NodeSettings
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 _JOIN_TIMEOUT = 60.0  # seconds to find a peer with the model, when it has to be fetched
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import structlog
-
 from moehive.protocol.chunks import ChunkList
 from moehive.protocol.errors import CorruptShard, StorageError
 from moehive.protocol.ids import ExpertKey, ShardHash
 from moehive.protocol.manifest import Manifest, ShardEntry
+from moehive.swarm.log import get_logger
 from moehive.swarm.store.base import NotHeld, ObjectSource
 
 T = TypeVar("T")
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Holdings:

@@ -1,8 +1,8 @@
 """Where log events go: lines on stderr, for people on a terminal and as JSON everywhere else.
 
-Our events (structlog) and those of libraries (`logging`) leave through one handler. Libraries are heard from WARNING
-up, whatever level is asked of us. Importing this module configures nothing, and does not import structlog: the command
-line reads the names of formats and levels from here for its help.
+Our events and those of libraries all come as records of `logging` and leave through one handler. Libraries are heard
+from WARNING up, whatever level is asked of us. Importing this module configures nothing, and does not import structlog:
+the command line reads the names of formats and levels from here for its help.
 """
 
 from __future__ import annotations
@@ -46,17 +46,6 @@ def configure_logs(log_format: LogFormat = "auto", level: LogLevel = "info", *, 
     root.setLevel(max(logging.WARNING, _number(level)))
     logging.getLogger(_OURS).setLevel(_number(level))
     logging.captureWarnings(True)
-    structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *shared,
-            structlog.stdlib.PositionalArgumentsFormatter(),
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        wrapper_class=structlog.stdlib.BoundLogger,
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=False,  # loggers made at import follow a later call
-    )
 
 
 def _renderers(stream: TextIO, as_console: bool) -> list[Processor]:

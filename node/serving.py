@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from operator import attrgetter
 
-import structlog
 import torch
 
 from moehive.kernels.expert_ffn import ExpertWeights
@@ -17,6 +16,7 @@ from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import Manifest
 from moehive.protocol.messages import EXPERT, PEER, SHARD
 from moehive.swarm.announcer import Announcer
+from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
 from moehive.swarm.memory import default_ram_budget
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
@@ -30,7 +30,7 @@ from .services import ExpertService, PeerService, ShardService
 from .settings import NodeSettings
 from .worker import ComputeWorker
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Serving:

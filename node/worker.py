@@ -11,18 +11,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import structlog
 from torch import Tensor
 
 from moehive.kernels.expert_ffn import FfnSpec
 from moehive.protocol.errors import LocalError, RefusalCode
+from moehive.swarm.log import get_logger
 from moehive.swarm.rpc.server import Refusal
 
 from .compute import LeaseExpert, Work, run_batch
 from .scheduler import QueueFacts, QueueLimits, Waiting, admit, next_batch
 
 _SMOOTHING = 0.2
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -37,11 +37,12 @@ from .manifest_parts import (
 )
 
 __all__ = [
-    "ITEM_SIZE", "MANIFEST_NAME", "ExpertFfn", "Gate", "Layout", "Manifest", "ModelFacts", "Quantization", "ShardEntry",
-    "ShardType", "ShardingStrategy", "TensorEntry", "is_safe_path",
+    "ITEM_SIZE", "MANIFEST_NAME", "REPORT_NAME", "ExpertFfn", "Gate", "Layout", "Manifest", "ModelFacts", "Quantization",
+    "ShardEntry", "ShardType", "ShardingStrategy", "TensorEntry", "is_safe_path",
 ]  # fmt: skip
 
 MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "conversion.json"  # beside it: what the conversion found, and the model id it wrote
 FORMAT = "moehive"
 VERSION = 1
 HASH_ALGORITHM = "blake3-chunked"
@@ -144,8 +145,8 @@ def is_safe_path(path: str) -> bool:
     No parent, hidden or absolute segments, nothing that a shell or Python would execute.
     """
     segments = path.split("/")
-    plain = all(_SAFE_SEGMENT.fullmatch(segment) for segment in segments)
-    return plain and len(path) <= limits.MAX_FILE_NAME and not path.endswith((".py", ".sh")) and path != MANIFEST_NAME
+    plain = all(_SAFE_SEGMENT.fullmatch(segment) for segment in segments) and len(path) <= limits.MAX_FILE_NAME
+    return plain and not path.endswith((".py", ".sh")) and path not in (MANIFEST_NAME, REPORT_NAME)
 
 
 def _check_model(model: ModelFacts) -> None:

@@ -8,20 +8,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-import structlog
-
 from moehive.protocol import limits
 from moehive.protocol.ids import ExpertKey, ModelId
 from moehive.protocol.inventory import Inventory, directory_key, encode_inventory, swarm_tag
 
 from .identity import Identity
+from .log import get_logger
 from .transport.base import Record, Transport
 
 RENEW_EVERY = 30.0  # seconds
 LIFETIME = 75.0  # a little over twice that: one lost renewal does not lose the peer
 COLLECT = 1.0  # changes within this time go into one announcement
 PUT_TIMEOUT = 15.0
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Announcer:

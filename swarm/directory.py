@@ -8,19 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import structlog
-
 from moehive.protocol.errors import FalseClaim, PeerError
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.protocol.inventory import Inventory, decode_inventory, directory_key, swarm_tag
 from moehive.protocol.manifest import ShardEntry
 
+from .log import get_logger
 from .standings import Standings
 from .transport.base import Record, Transport
 
 REFRESH_EVERY = 10.0  # seconds between look-ups in the background
 LOOKUP_TIMEOUT = 10.0
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)

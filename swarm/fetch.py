@@ -11,13 +11,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
-import structlog
-
 from moehive.protocol.chunks import ChunkList, chunk_range, runs
 from moehive.protocol.errors import IntegrityError, PeerError, ProtocolViolation, ShardUnavailable
 from moehive.protocol.ids import PeerId, ShardHash
 from moehive.protocol.messages import Chunk, ChunkHashes, GetChunkList, GetChunks
 
+from .log import get_logger
 from .rpc.client import Connection
 from .rpc.pool import ConnectionPool
 from .standings import Standings
@@ -31,7 +30,7 @@ REQUESTS_AT_ONCE = 3  # to one source: 24 MiB on their way cover the latency of 
 LIST_TIMEOUT = 20.0
 CHUNK_TIMEOUT = 30.0  # seconds for each 1 MiB; a slower source is left for another one
 RETRY_AFTER = 0.25  # seconds before looking again while nobody can go on
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 Sources = Mapping[PeerId, Sequence[str]]  # peer -> addresses
 FindSources = Callable[[], Awaitable[Sources]]

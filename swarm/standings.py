@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-import structlog
-
 from moehive.protocol.errors import FalseClaim, IntegrityError, PeerError, PeerRefused, ProtocolViolation, RefusalCode
 from moehive.protocol.ids import PeerId
 
+from .log import get_logger
 from .policy.standing import Offence, Standing, after_offence, after_success, is_avoided, is_banned
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 _UNKNOWN = Standing()
 
 
@@ -45,7 +44,7 @@ class Standings:
         """Count a good answer."""
         standing = self._known.get(peer)
         if standing is not None:
-            self._known[peer] = after_success(standing)
+            self._known[peer] = after_success(standing, self._clock())
 
     def usable(self, peers: Iterable[PeerId]) -> list[PeerId]:
         """Those that are not avoided now."""

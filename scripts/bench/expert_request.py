@@ -4,7 +4,8 @@
 
 One token of Qwen3-30B-A3B's shape (hidden 2048, experts of 768, top-8, all eight on one node). Four processes on this
 machine: this one as the client, a `moehive node`, an echo server on the same transport, and one that only computes.
-They take turns; whoever does not have the turn sleeps.
+They take turns call by call, so that each finds the caches as cold as eight experts leave them, as it is in a model;
+whoever does not have the turn sleeps.
 
     echo      as many bytes there and back over a stream of HivemindTransport, answered at once
     ffn       the same experts on the same row, in a process of its own
@@ -57,6 +58,7 @@ from moehive.swarm.transport.hivemind import HivemindTransport
 ECHO = "/moehive-bench/echo/1.0.0"
 CALLS = 12  # of each kind in one round: short rounds, so that a burst of noise spoils few of them
 REQUESTS = 192  # of one round with many in flight
+TOKENS = 60  # different ones; a multiple of CALLS
 IN_FLIGHT = 32
 MAX_RATIO, GOAL = 1.5, 1.3
 
@@ -95,7 +97,7 @@ def main() -> None:
         echo = stack.enter_context(Child(serve_echo))
         ffn = stack.enter_context(Child(serve_ffn, converted, dtype, options.threads))
         client = stack.enter_context(joined(ticket, converted))
-        bench = Bench(client, make_tokens(64, dtype), ffn, echo.answer())
+        bench = Bench(client, make_tokens(TOKENS, dtype), ffn, echo.answer())
         bench.once()  # loads the experts, opens the connections
         rounds = repeat(options.rounds, bench.once)
     report(facts, rounds)
@@ -114,15 +116,15 @@ class Bench:
         self._stream = client.portal.call(client.transport.open, echo[0], ECHO, echo[1:])
 
     def once(self) -> Round:
-        """Every kind of call, one after the other."""
+        """Every kind of call for each token, one after the other; then many at once."""
         call, tokens = self._client.portal.call, list(islice(self._tokens, CALLS))
-        return Round(
-            echo=call(timed, self._echo, tokens),
-            ffn=self._ffn.ask(CALLS),
-            request=call(timed, self._request, tokens),
-            layer=self._layers(tokens),
-            in_flight=call(self._many, tokens),
-        )
+        result = Round([], [], [], [], in_flight=call(self._many, tokens))
+        for token in tokens:
+            result.ffn.append(self._ffn.ask(None))
+            result.echo.append(call(timed, self._echo, token))
+            result.request.append(call(timed, self._request, token))
+            result.layer.append(self._layer(token))
+        return result
 
     async def _request(self, token: Token) -> None:
         await self._client.caller.run(token.call, token.assignments)
@@ -132,13 +134,10 @@ class Bench:
         await self._stream.write(HEADER.pack(1, 0, 0, asked, answered, 0), bytes(asked - HEADER.size))
         await read_exactly(self._stream, answered)
 
-    def _layers(self, tokens: Sequence[Token]) -> list[float]:
-        seconds = []
-        for token in tokens:
-            started = time.perf_counter()
-            self._experts.run(0, token.hidden, token.index, token.weights)
-            seconds.append(time.perf_counter() - started)
-        return seconds
+    def _layer(self, token: Token) -> float:
+        started = time.perf_counter()
+        self._experts.run(0, token.hidden, token.index, token.weights)
+        return time.perf_counter() - started
 
     async def _many(self, tokens: Sequence[Token]) -> float:
         """Requests per second with IN_FLIGHT in flight all the time."""
@@ -153,14 +152,11 @@ class Bench:
         return REQUESTS / (time.perf_counter() - started)
 
 
-async def timed(once: Callable[[Token], Awaitable[None]], tokens: Sequence[Token]) -> list[float]:
-    """Seconds of each call, one after the other."""
-    seconds = []
-    for token in tokens:
-        started = time.perf_counter()
-        await once(token)
-        seconds.append(time.perf_counter() - started)
-    return seconds
+async def timed(once: Callable[[Token], Awaitable[None]], token: Token) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    await once(token)
+    return time.perf_counter() - started
 
 
 def sizes(token: Token) -> tuple[int, int]:
@@ -174,16 +170,14 @@ def sizes(token: Token) -> tuple[int, int]:
 
 
 def serve_ffn(pipe: Connection, converted: Path, dtype: torch.dtype, threads: int) -> None:
-    """Compute as many tokens as asked; answer with the seconds of each."""
+    """Compute a token whenever asked; answer with the seconds it took."""
     torch.set_num_threads(threads)
-    experts, tokens = load_weights(converted, dtype), cycle(make_tokens(64, dtype))
-    for count in questions(pipe):
-        seconds = []
-        for token in islice(tokens, count):
-            started = time.perf_counter()
-            compute(token, experts)
-            seconds.append(time.perf_counter() - started)
-        pipe.send(seconds)
+    experts, tokens = load_weights(converted, dtype), cycle(make_tokens(TOKENS, dtype))
+    for _ in questions(pipe):
+        token = next(tokens)
+        started = time.perf_counter()
+        compute(token, experts)
+        pipe.send(time.perf_counter() - started)
 
 
 def serve_echo(pipe: Connection) -> None:

@@ -17,14 +17,14 @@ from typing import TypeVar
 
 from moehive.protocol.errors import DestinationError, DiskFull
 from moehive.protocol.ids import ShardHash
-from moehive.protocol.manifest import MANIFEST_NAME, Manifest
+from moehive.protocol.manifest import MANIFEST_NAME, REPORT_NAME, Manifest
 
 from .destination import JOURNAL_NAME, Existing, is_finished, journal_head, journal_line, survey, tables
 from .layout import ConversionPlan, PlannedFile
 from .plan import plan_conversion
 from .progress import Counter, Progress, silent
 from .reading import SourceFiles, blocks
-from .report import REPORT_NAME, ConversionReport, SourceLayout
+from .report import ConversionReport, SourceLayout
 from .source import read_checkpoint
 from .writing import BLOCK_SIZE, Block, Disk, make_directory, storage_errors, sync_directory, write_bytes, write_file
 

@@ -20,11 +20,10 @@ from moehive.protocol.chunks import ChunkList, object_root
 from moehive.protocol.errors import DestinationError, ManifestError, StorageError
 from moehive.protocol.ids import ShardHash
 from moehive.protocol.limits import MAX_MANIFEST_BYTES
-from moehive.protocol.manifest import MANIFEST_NAME, Manifest, ShardEntry, TensorEntry
+from moehive.protocol.manifest import MANIFEST_NAME, REPORT_NAME, Manifest, ShardEntry, TensorEntry
 
 from .layout import ConversionPlan, PlannedFile, Span
 from .reading import SourceFiles
-from .report import REPORT_NAME
 from .writing import PARTIAL
 
 JOURNAL_NAME = PARTIAL + "journal"

@@ -16,11 +16,11 @@ from moehive.protocol.chunks import ChunkList
 from moehive.protocol.errors import CheckpointError, ManifestError, StorageError
 from moehive.protocol.ids import ModelId
 from moehive.protocol.limits import MAX_MANIFEST_BYTES
-from moehive.protocol.manifest import MANIFEST_NAME, Manifest, ShardEntry, ShardType, TensorEntry
+from moehive.protocol.manifest import MANIFEST_NAME, REPORT_NAME, Manifest, ShardEntry, ShardType, TensorEntry
 from moehive.protocol.safetensors_header import PREFIX_SIZE, json_length, parse_header
 
 from .progress import Counter, Progress, silent
-from .report import REPORT_NAME, ConversionReport, SourceLayout, Spread
+from .report import ConversionReport, SourceLayout, Spread
 
 READS_PER_EXPERT = 1  # one file, read once from front to back
 _MAX_WORKERS = 8

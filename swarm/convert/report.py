@@ -14,10 +14,10 @@ from typing import Any, Self
 from moehive.protocol.errors import ManifestError
 from moehive.protocol.ids import ModelId, is_hash
 from moehive.protocol.json_reader import Reader
+from moehive.protocol.manifest import REPORT_NAME
 
 from .layout import ConversionPlan, merge_spans
 
-REPORT_NAME = "conversion.json"
 _FORMAT, _VERSION = "moehive-conversion", 1
 
 

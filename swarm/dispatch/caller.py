@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import structlog
-
 from moehive.kernels.routing import Assignment
 from moehive.protocol.errors import (
     ExpertUnavailable,
@@ -23,6 +21,7 @@ from moehive.protocol.errors import (
 )
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.swarm.directory import Directory
+from moehive.swarm.log import get_logger
 from moehive.swarm.rpc.pool import ConnectionPool
 from moehive.swarm.standings import Standings
 
@@ -31,7 +30,7 @@ from .request import ExpertRequest, LayerInput, Part, build_request, split_rows
 from .stats import DispatchStats
 
 _LOOK_AGAIN = 0.25  # seconds between looks at the directory while nobody usable holds an expert
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +121,12 @@ class ExpertCaller:
 
     async def _ask(self, peer: PeerId, request: ExpertRequest, timeout: float) -> Part:
         stats = self.stats.of(peer)
-        connection = await self._pool.connection(peer, self._directory.holders.addresses(peer))
+        deadline = self._clock() + timeout
+        connection = await self._pool.connection(peer, self._directory.holders.addresses(peer), timeout=timeout)
         stats.in_flight += 1
         started = self._clock()
         try:
-            answer = await connection.ask(request.message, request.payload, timeout=timeout)
+            answer = await connection.ask(request.message, request.payload, timeout=max(deadline - started, 0.0))
         finally:
             stats.in_flight -= 1
         if len(answer.payload) != request.message.answer_bytes:

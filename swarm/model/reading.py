@@ -1,22 +1,20 @@
 """Shard files into memory, verified.
 
-Bytes are hashed chunk by chunk while they are read, and handed out only if all match: what is verified is what is
-used, there is no second read. Owns the placement in memory (tensors.py, `empty_bytes`); where files lie is the source's
-matter.
+What is verified is what is used, there is no second read. Owns the placement in memory (tensors.py, `empty_bytes`);
+where files lie is the source's matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 from torch import Tensor
 
-from moehive.protocol.chunks import ChunkList, chunk_count, chunk_hash, chunk_range
-from moehive.protocol.errors import CorruptShard, StorageError
+from moehive.protocol.errors import CorruptShard
 from moehive.protocol.manifest import Manifest, ShardEntry, TensorEntry
 from moehive.swarm.store.base import NotHeld, ObjectSource
+from moehive.swarm.store.reading import hash_file, read_into
 
 from .tensors import empty_bytes, first_offset, tensors_of
 
@@ -48,46 +46,14 @@ def read_verified(path: Path, shard: ShardEntry, aligned_offset: int = 0) -> Ten
 
     Raises CorruptShard, StorageError.
     """
-    try:
-        with path.open("rb", buffering=0) as file:
-            size = file.seek(0, 2)
-            if size != shard.size:  # before allocating
-                raise CorruptShard(f"{path} has {size} bytes, not {shard.size}; fetch or convert it again")
-            file.seek(0)
-            buffer = empty_bytes(size, aligned_offset)
-            found = _read_hashed(file, buffer.numpy().data)
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    if found.root != shard.hash:
-        raise _corrupt(path)
+    buffer = empty_bytes(shard.size, aligned_offset)  # takes no memory before it is written
+    read_into(path, buffer.numpy().data, shard.hash)
     return buffer
 
 
 def verify_files(root: Path, shards: Iterable[ShardEntry]) -> None:
-    """Hash each of `shards`' files below `root`, with one small buffer. Raises CorruptShard, StorageError."""
+    """Hash each of `shards`' files below `root`, one chunk in memory at a time. Raises CorruptShard, StorageError."""
     for shard in shards:
         path = root / shard.file
-        try:
-            with path.open("rb", buffering=0) as file:
-                found = ChunkList.of_file(file)
-        except OSError as error:
-            raise StorageError(f"cannot read {path}: {error.strerror}; fetch or convert it again") from error
-        if found.root != shard.hash:
-            raise _corrupt(path)
-
-
-def _read_hashed(file: BinaryIO, buffer: memoryview) -> ChunkList:
-    """Fill `buffer` and hash it, each chunk while it is in cache; a file that ends early gives other hashes."""
-    hashes = []
-    for index in range(chunk_count(len(buffer))):
-        start, size = chunk_range(index, len(buffer))
-        chunk = buffer[start : start + size]
-        filled = 0
-        while filled < size and (count := file.readinto(chunk[filled:])):  # type: ignore[attr-defined]
-            filled += count
-        hashes.append(chunk_hash(chunk[:filled]))
-    return ChunkList(len(buffer), tuple(hashes))
-
-
-def _corrupt(path: Path) -> CorruptShard:
-    return CorruptShard(f"{path} does not match its hash in the manifest; fetch or convert it again")
+        if hash_file(path).root != shard.hash:
+            raise CorruptShard(f"{path} does not match its hash in the manifest; fetch or convert it again")

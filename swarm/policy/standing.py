@@ -36,15 +36,16 @@ class Standing:
 def after_offence(standing: Standing, offence: Offence, now: float, *, wait: float = 0.0) -> Standing:
     """The standing after an offence; `wait` is how long the peer itself asked us to stay away."""
     if offence is Offence.LIE:
-        until = now + min(FIRST_BAN * 2**standing.lies, MAX_BAN)
+        until = now + _doubled(FIRST_BAN, standing.lies, MAX_BAN)
         return replace(standing, lies=standing.lies + 1, avoid_until=max(until, standing.avoid_until), banned=True)
-    pause = max(min(FIRST_PAUSE * 2**standing.failures, MAX_PAUSE), min(wait, MAX_PAUSE))
-    return replace(standing, failures=standing.failures + 1, avoid_until=max(now + pause, standing.avoid_until))
+    pause = max(_doubled(FIRST_PAUSE, standing.failures, MAX_PAUSE), min(wait, MAX_PAUSE))
+    until = max(now + pause, standing.avoid_until)
+    return replace(standing, failures=standing.failures + 1, avoid_until=until, banned=is_banned(standing, now))
 
 
-def after_success(standing: Standing) -> Standing:
+def after_success(standing: Standing, now: float) -> Standing:
     """The standing after a good answer: failures are forgotten, lies and a running ban are not."""
-    return standing if standing.banned else Standing(lies=standing.lies)
+    return standing if is_banned(standing, now) else Standing(lies=standing.lies)
 
 
 def is_avoided(standing: Standing, now: float) -> bool:
@@ -55,3 +56,7 @@ def is_avoided(standing: Standing, now: float) -> bool:
 def is_banned(standing: Standing, now: float) -> bool:
     """Whether the peer is banned now."""
     return standing.banned and now < standing.avoid_until
+
+
+def _doubled(first: float, times: int, most: float) -> float:
+    return min(first * 2.0 ** min(times, 64), most)  # a peer may be away for thousands of attempts

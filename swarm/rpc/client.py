@@ -86,7 +86,7 @@ class Connection:
         self, message: Message, payload: Buffers = (), *, timeout: float
     ) -> AsyncGenerator[Answer, None]:
         """One request, several answers; `timeout` seconds for each. Raises PeerError."""
-        await self._slots.acquire()  # given back in `_deliver`: a cancelled request counts until the peer confirms
+        await self._take_slot(timeout)  # given back in `_deliver`: a cancelled request counts until the peer confirms
         if self.broken is not None:
             self._slots.release()
             raise self.broken
@@ -109,6 +109,14 @@ class Connection:
         finally:
             if self._waiting.pop(request_id, None) is not None and self.broken is None:
                 await self._write(self._session.send_cancel(request_id))
+
+    async def _take_slot(self, timeout: float) -> None:
+        try:
+            async with asyncio.timeout(timeout):
+                await self._slots.acquire()
+        except TimeoutError as error:
+            reason = f"{limits.MAX_REQUESTS_IN_FLIGHT} requests are unanswered after {timeout:.1f} s"
+            raise PeerTimeout(reason, peer=self.peer) from error
 
     async def _write(self, buffers: Buffers) -> None:
         if not buffers:
@@ -140,8 +148,6 @@ class Connection:
         match event:
             case ReplyReceived(request_id, message, payload, more):
                 self._deliver(request_id, Answer(message, payload, more), final=not more)
-            case RequestRefused(0, error):  # the whole stream
-                self._fail(error)
             case RequestRefused(0, error):  # the whole stream
                 self._fail(error)
             case RequestRefused(request_id, error):

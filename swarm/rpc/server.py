@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-import structlog
-
 from moehive.protocol import limits
 from moehive.protocol.codec import Message
 from moehive.protocol.errors import LocalError, PeerError, PeerUnreachable, ProtocolViolation, RefusalCode
@@ -24,11 +22,12 @@ from moehive.protocol.session import (
     ServerSession,
     State,
 )
+from moehive.swarm.log import get_logger
 from moehive.swarm.transport.base import Handler, Stream
 
 READ_SIZE = 256 << 10
 FRAME_TIMEOUT = 60.0  # seconds in which a frame that has begun must be complete (slow-loris)
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Refusal(Exception):

@@ -6,6 +6,7 @@ wrong is only hidden, for as long as this object lives.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from moehive.protocol.chunks import ChunkList
 from moehive.protocol.errors import ManifestError, StorageError
 from moehive.protocol.ids import ModelId, ShardHash
 from moehive.protocol.limits import MAX_MANIFEST_BYTES
-from moehive.protocol.manifest import MANIFEST_NAME, Manifest
+from moehive.protocol.manifest import MANIFEST_NAME, REPORT_NAME, Manifest
 
 from .filesystem import LOCAL, FileSystem, storage_errors
 from .reading import VerifiedFiles
@@ -29,6 +30,7 @@ class ConvertedDirectory:
         self.root = path
         self._fs = fs
         self.manifest = Manifest.from_bytes(_manifest_bytes(path / MANIFEST_NAME, fs))
+        _check_untouched(path, self.manifest.model_id)
         self._files: Mapping[ShardHash, Path] = {
             ShardHash(self.manifest.model_id): path / MANIFEST_NAME,
             **{shard.hash: path / shard.file for shard in self.manifest.shards},
@@ -80,6 +82,16 @@ class ConvertedDirectory:
             if progress is not None:
                 progress(sizes.get(object_hash, 0))
         return faults
+
+
+def _check_untouched(path: Path, model_id: ModelId) -> None:
+    """The conversion reported which model it wrote: an edited manifest would be another one, consistent in itself."""
+    try:
+        recorded = json.loads((path / REPORT_NAME).read_bytes()).get("modelId")
+    except (OSError, ValueError, AttributeError):
+        return  # laid out from the swarm, where the id came first; or damaged, which `moehive inspect` reports
+    if recorded != model_id:
+        raise ManifestError(f"{path / MANIFEST_NAME} was changed after the conversion; convert again")
 
 
 def _manifest_bytes(path: Path, fs: FileSystem) -> bytes:

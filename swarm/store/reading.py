@@ -21,23 +21,29 @@ from .filesystem import LOCAL, FileSystem, storage_errors
 MAX_CACHED_HASHES = 1 << 17
 
 
-def read_verified(path: Path, size: int, root: ShardHash, *, fs: FileSystem = LOCAL) -> bytearray:
-    """The whole file in one fresh, writable buffer of `size` bytes, verified against `root` before it is returned.
+def read_into(path: Path, buffer: memoryview, root: ShardHash, *, fs: FileSystem = LOCAL) -> None:
+    """The whole file into `buffer`, which has the object's size; verified against `root` before this returns.
 
     Raises CorruptShard where size or bytes differ, StorageError where the file cannot be read.
     """
+    size = len(buffer)
     with storage_errors("read", path):
         found = fs.size(path)
-        if found != size:  # before allocating: a wrong file may be of any size
-            raise CorruptShard(f"{path} has {found} bytes, object {root} has {size}")
-        buffer = bytearray(size)
+        if found != size:  # before the buffer's pages are touched: a wrong file may be of any size
+            raise CorruptShard(f"{path} has {found} bytes, object {root} has {size}; fetch or convert it again")
         fd = fs.open_read(path)
         try:
-            count = fs.readinto(fd, memoryview(buffer))
+            count = fs.readinto(fd, buffer)
         finally:
             fs.close(fd)
     if count != size or object_root(buffer) != root:
         raise CorruptShard(f"{path} does not match its hash {root}; fetch or convert it again")
+
+
+def read_verified(path: Path, size: int, root: ShardHash, *, fs: FileSystem = LOCAL) -> bytearray:
+    """`read_into` a fresh, writable buffer of `size` bytes. Raises CorruptShard, StorageError."""
+    buffer = bytearray(size)
+    read_into(path, memoryview(buffer), root, fs=fs)
     return buffer
 
 

@@ -8,9 +8,9 @@ import logging
 import warnings
 
 import pytest
-import structlog
 
 from moehive.node.logs import configure_logs
+from moehive.swarm.log import get_logger
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,6 @@ def _logs_as_they_were():
     yield
     root.handlers, root.level, ours.level = before
     logging.captureWarnings(False)
-    structlog.reset_defaults()
 
 
 class Terminal(io.StringIO):
@@ -34,7 +33,7 @@ def events(stream: io.StringIO) -> list[dict[str, object]]:
 
 def test_json_lines_where_there_is_no_terminal():
     stream = io.StringIO()
-    log = structlog.get_logger("moehive.somewhere")  # before: loggers are made at import
+    log = get_logger("moehive.somewhere")  # before: loggers are made at import
     configure_logs(stream=stream)
 
     log.info("shard fetched", file="x", number=3)
@@ -61,7 +60,7 @@ def test_the_level_is_kept():
     stream = io.StringIO()
     configure_logs("json", "error", stream=stream)
 
-    structlog.get_logger("moehive.x").warning("quiet")
+    get_logger("moehive.x").warning("quiet")
     logging.getLogger("libp2p").warning("quiet")
 
     assert stream.getvalue() == ""
@@ -84,7 +83,7 @@ def test_lines_for_people_on_a_terminal():
     stream = Terminal()
     configure_logs(stream=stream)
 
-    structlog.get_logger("moehive.x").info("leaving the swarm", seconds=3)
+    get_logger("moehive.x").info("leaving the swarm", seconds=3)
 
     assert "leaving the swarm" in stream.getvalue()
     assert not stream.getvalue().startswith("{")
@@ -97,7 +96,7 @@ def test_exceptions_are_one_line_of_json():
     try:
         raise ZeroDivisionError
     except ZeroDivisionError:
-        structlog.get_logger("moehive.x").exception("a batch failed")
+        get_logger("moehive.x").exception("a batch failed")
 
     (event,) = events(stream)
     assert "ZeroDivisionError" in str(event["exception"])

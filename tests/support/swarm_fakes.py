@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
-from moehive.protocol.ids import ModelId
+from moehive.protocol.ids import ExpertKey, ModelId
+from moehive.swarm.announcer import Announcer
 from moehive.swarm.identity import Identity
 from moehive.swarm.member import Member
+from moehive.swarm.transport.base import Transport
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
 SECRET = b"s" * 32
@@ -24,3 +27,28 @@ async def member(network: MemoryNetwork, number: int, secret: bytes = SECRET) ->
     """A member of the swarm on `network`."""
     async with MemoryTransport(network, identity(number)) as transport, Member(transport, secret) as joined:
         yield joined
+
+
+class Clock:
+    """A clock that stands still until it is told otherwise."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def announce(
+    transport: Transport,
+    by: Identity,
+    held: Iterable[ExpertKey] = (),
+    *,
+    skeleton: bool = False,
+    model: ModelId = MODEL,
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Store an announcement of `by`, signed by it."""
+    announcer = Announcer(transport, by, SECRET, model, wall_clock=clock)
+    announcer.hold(frozenset(held), skeleton=skeleton)
+    assert await announcer.announce()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moehive.protocol.errors import CorruptShard, ExpertUnavailable, ManifestError
 from moehive.protocol.ids import ExpertKey
-from moehive.protocol.manifest import MANIFEST_NAME, ExpertFfn, Gate, Manifest
+from moehive.protocol.manifest import MANIFEST_NAME, REPORT_NAME, ExpertFfn, Gate, Manifest
 from moehive.swarm import open_local
 from moehive.swarm.model.backend import ExpertLoader, ExpertsBackend, LocalExperts, spec_of, weights_tier
 from moehive.swarm.model.seats import attach_backend
@@ -68,6 +68,9 @@ def test_two_swapped_experts_change_the_logits(own_copy: Path, converted: Path, 
     swap = {ExpertKey(layer, 0): ExpertKey(layer, 1), ExpertKey(layer, 1): ExpertKey(layer, 0)}
     shards = tuple(replace(s, expert_key=swap.get(s.expert_key, s.expert_key)) for s in manifest.shards)  # type: ignore[arg-type]
     (own_copy / MANIFEST_NAME).write_bytes(replace(manifest, shards=shards).to_bytes())
+    with pytest.raises(ManifestError, match="changed after the conversion"):
+        open_local(own_copy)
+    (own_copy / REPORT_NAME).unlink()
     wrong, right = (logits(open_local(path, dtype=torch.float32)[0], prompt) for path in (own_copy, converted))
     assert (wrong - right).abs().max() > 0.1
 

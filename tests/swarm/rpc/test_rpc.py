@@ -197,6 +197,7 @@ async def test_more_requests_than_allowed_wait_for_their_turn() -> None:
 
     async with serving(MemoryNetwork(), count) as pool:
         connection = await connection_of(pool)
-        asked = (connection.ask(GetChunkList(hash=MODEL), timeout=10) for _ in range(limits.MAX_REQUESTS_IN_FLIGHT + 20))
-        assert len(await asyncio.gather(*asked)) == limits.MAX_REQUESTS_IN_FLIGHT + 20
+        count_asked = limits.MAX_REQUESTS_IN_FLIGHT + 20
+        asked = (connection.ask(GetChunkList(hash=MODEL), timeout=10) for _ in range(count_asked))
+        assert len(await asyncio.gather(*asked)) == count_asked
         assert most == limits.MAX_REQUESTS_IN_FLIGHT
