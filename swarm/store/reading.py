@@ -5,6 +5,8 @@ Disks rot and people edit files. A hash costs 6 GiB/s on one core, so nothing he
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,6 +31,8 @@ def read_into(path: Path, buffer: memoryview, root: ShardHash, *, fs: FileSystem
     size = len(buffer)
     with storage_errors("read", path):
         found = fs.size(path)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         if found != size:  # before the buffer's pages are touched: a wrong file may be of any size
             raise CorruptShard(f"{path} has {found} bytes, object {root} has {size}; fetch or convert it again")
         fd = fs.open_read(path)

@@ -12,9 +12,9 @@ from support import families
 
 @dataclass
 class Checkpoints:
-    """Directories by family: `source` as on the hub, `reference` what plain transformers loads in fp32, `converted` ours.
+    """Directories by family: `source` as on the hub, `reference` for plain transformers in fp32, `converted` ours.
 
-    "demo" is the bundled model.
+    The family "demo" is the bundled model.
     """
 
     root: Path

@@ -189,7 +189,7 @@ class Nodes:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def start(self, model: Path | str, *options: str, home: Path | None = None) -> NodeProcess:
-        """Start `moehive node MODEL OPTIONS`; returns at once. `home`: of a node that has ended, to be its successor."""
+        """Start `moehive node MODEL OPTIONS`; returns at once. `home` of a node that has ended: be its successor."""
         name = f"node{next(self._numbers)}"
         arguments = [str(model), "--json", "--threads", "1", "--ram", "256MiB", "--log-format", "json", *options]
         node = NodeProcess(self, name, home or self.directory / name, arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from support.swarm_fakes import Clock
 
 from moehive.protocol.errors import (
@@ -21,8 +20,6 @@ from moehive.swarm.policy.standing import FIRST_BAN, FIRST_PAUSE
 from moehive.swarm.standings import Standings
 
 A, B = PeerId("A"), PeerId("B")
-
-
 
 
 @pytest.mark.parametrize("kind", [IntegrityError, FalseClaim, ProtocolViolation])

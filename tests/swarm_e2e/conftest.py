@@ -1,4 +1,4 @@
-"""Real node processes and converted checkpoints, shared by the tests of a session; the nodes are ended after each test."""
+"""Real node processes, which are ended after each test, and converted checkpoints, which are kept for the session."""
 
 from __future__ import annotations
 

@@ -52,8 +52,6 @@ def test_a_node_that_was_killed_while_it_fetched_goes_on_where_it_was(
     some = nodes.start(manifest.model_id, "--experts", "0:0-3", "--no-skeleton", "--join", seed.ticket)
     some.ready()
     some.kill()
-    more = nodes.start(
-        manifest.model_id, "--experts", "all", "--no-skeleton", "--join", seed.ticket, home=some.home
-    )
+    more = nodes.start(manifest.model_id, "--experts", "all", "--no-skeleton", "--join", seed.ticket, home=some.home)
     assert more.ready()["expertsHeld"] == len(manifest.experts)
     assert more.log.count("shard fetched") == len(manifest.experts) - 4

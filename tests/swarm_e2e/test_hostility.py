@@ -69,7 +69,13 @@ def test_a_flipped_byte_at_the_start_is_not_announced(
 
 
 def test_bytes_that_flip_while_a_node_serves_are_dropped_and_asked_for_elsewhere(
-    nodes: Nodes, checkpoints: Checkpoints, cache: Path, tmp_path: Path, manifest: Manifest, damaged: Path, wanted: list[int]
+    nodes: Nodes,
+    checkpoints: Checkpoints,
+    cache: Path,
+    tmp_path: Path,
+    manifest: Manifest,
+    damaged: Path,
+    wanted: list[int],
 ) -> None:
     # Of two peers about which nothing is known yet, the planner asks the one with the greater id.
     keys = sorted((identity(number) for number in (1, 2)), key=lambda key: key.peer)

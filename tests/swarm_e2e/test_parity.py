@@ -1,4 +1,4 @@
-"""Three node processes with some of the experts each, a client with none: transformers' tokens, and transformers' bits."""
+"""Three node processes with some of the experts each, a client with none: transformers' tokens, and its bits."""
 
 from __future__ import annotations
 

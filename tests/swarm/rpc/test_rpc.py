@@ -201,3 +201,17 @@ async def test_more_requests_than_allowed_wait_for_their_turn() -> None:
         asked = (connection.ask(GetChunkList(hash=MODEL), timeout=10) for _ in range(count_asked))
         assert len(await asyncio.gather(*asked)) == count_asked
         assert most == limits.MAX_REQUESTS_IN_FLIGHT
+
+
+async def test_a_peer_that_confirms_nothing_makes_nobody_wait_for_ever() -> None:
+    network = MemoryNetwork()
+    async with serving(network, size_of_hash) as pool:
+        connection = await connection_of(pool)
+        message = GetChunkList(hash=MODEL)
+        with network.stalled(SERVER.peer):
+            asked = [connection.ask(message, timeout=0.02) for _ in range(limits.MAX_REQUESTS_IN_FLIGHT + 1)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            assert {type(answer) for answer in answers} == {PeerTimeout}
+            with pytest.raises(PeerTimeout, match="64 requests are unanswered"):
+                await connection.ask(message, timeout=0.02)
+        assert (await connection.ask(message, timeout=10)).message == ChunkHashes(size=0xABAB)

@@ -275,7 +275,7 @@ def test_read_verified_says_what_is_wrong(tmp_path: Path) -> None:
         read_verified(path, len(DATA) - 1, HASH)
     with pytest.raises(CorruptShard, match="hash"):
         read_verified(path, len(DATA), ABSENT)
-    with pytest.raises(CorruptShard):
+    with pytest.raises(StorageError, match="No such file"):
         read_verified(tmp_path / "nothing", len(DATA), HASH)
     with pytest.raises(NotHeld):
         read_object(ContentStore(tmp_path, 0), HASH, 1)

@@ -1,0 +1,284 @@
+"""Remote experts on the in-memory network: asked of somebody else until every row is answered, or an error in time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support.swarm_fakes import MODEL, SECRET, announce, identity
+from torch import Tensor
+
+from moehive.kernels.routing import Assignment, group_by_expert
+from moehive.protocol import limits
+from moehive.protocol.codec import Message
+from moehive.protocol.errors import ExpertUnavailable, LocalError, PeerTimeout, RefusalCode
+from moehive.protocol.ids import ExpertKey, PeerId
+from moehive.protocol.messages import EXPERT, ExpertsDone, RunExperts
+from moehive.swarm.directory import Directory
+from moehive.swarm.dispatch.caller import CallSettings, ExpertCaller
+from moehive.swarm.dispatch.combine import combine_parts
+from moehive.swarm.dispatch.request import LayerInput, parse_request, tensor_bytes
+from moehive.swarm.identity import Identity
+from moehive.swarm.rpc.pool import ConnectionPool
+from moehive.swarm.rpc.server import Refusal, Reply, RequestHandler, stream_handler
+from moehive.swarm.standings import Standings
+from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
+
+LAYER, EXPERTS, HIDDEN = 3, 8, 4
+# In the order of their ids: of peers about which nothing is known, the planner asks the greatest.
+FIRST, SECOND, THIRD = sorted((identity(n) for n in (1, 2, 3)), key=lambda one: one.peer, reverse=True)
+
+
+async def honest(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+    """Expert e multiplies by e + 1."""
+    assert isinstance(message, RunExperts)
+    await reply(ExpertsDone(waited=0.0, computed=0.0), (tensor_bytes(answer_to(message, payload)),))
+
+
+def answer_to(message: RunExperts, payload: bytearray) -> Tensor:
+    hidden, token, weights = parse_request(message, payload)
+    factor = (torch.tensor(message.experts) + 1.0).repeat_interleave(torch.tensor(message.counts))  # [R]
+    rows = hidden[token] * factor[:, None]  # [R, H]
+    if weights is None:
+        return rows
+    return torch.zeros_like(hidden).index_add_(0, token, rows * weights[:, None])  # [T, H]
+
+
+def refusing(code: RefusalCode, times: int = 10**9, **options: float) -> RequestHandler:
+    """Refuses so many requests, then answers."""
+    left = times
+
+    async def handle(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise Refusal(code, "because", **options)
+        await honest(peer, message, payload, reply)
+
+    return handle
+
+
+async def never(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+    """Takes the request and does not answer."""
+    await asyncio.Event().wait()
+
+
+async def one_row_short(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+    """Answers with fewer bytes than were asked for."""
+    assert isinstance(message, RunExperts)
+    await reply(ExpertsDone(waited=0.0, computed=0.0), (tensor_bytes(answer_to(message, payload)[1:]),))
+
+
+@dataclass
+class World:
+    """A client, and the network on which it finds peers."""
+
+    network: MemoryNetwork
+    client: MemoryTransport
+    standings: Standings
+    directory: Directory
+    pool: ConnectionPool
+
+    def caller(self, *, answer_timeout: float = 5.0, layer_timeout: float = 10.0) -> ExpertCaller:
+        settings = CallSettings(answer_timeout, layer_timeout)
+        return ExpertCaller(MODEL, self.directory, self.pool, self.standings, settings)
+
+    @asynccontextmanager
+    async def peer(self, key: Identity, handle: RequestHandler, experts: Sequence[int]) -> AsyncIterator[PeerId]:
+        """A peer that announces some experts and answers with `handle`."""
+        async with MemoryTransport(self.network, key) as transport:
+            await transport.serve(EXPERT.name, stream_handler(EXPERT, SECRET, transport.peer, "peer", handle))
+            await announce(transport, key, [ExpertKey(LAYER, expert) for expert in experts])
+            await self.directory.refresh()
+            yield transport.peer
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    network = MemoryNetwork()
+    standings = Standings(lambda: 20 * time.monotonic())  # pauses pass twenty times as fast
+    async with (
+        MemoryTransport(network, identity(9)) as client,
+        ConnectionPool(client, EXPERT, SECRET, "client") as pool,
+    ):
+        yield World(network, client, standings, Directory(client, SECRET, MODEL, standings), pool)
+
+
+class Layer:
+    """One call of a layer, with what must come out."""
+
+    def __init__(self, tokens: int = 3, form: str = "sum", experts: Sequence[int] = range(EXPERTS)) -> None:
+        generator = torch.Generator().manual_seed(1)
+        hidden = torch.randn(tokens, HIDDEN, generator=generator)  # [T, H]
+        weights = torch.rand(tokens, len(experts), generator=generator)  # [T, K]
+        index = torch.tensor([list(experts)] * tokens)  # [T, K]
+        self.call = LayerInput(LAYER, hidden, weights, form)
+        self.assignments: list[Assignment] = group_by_expert(index, EXPERTS)
+        self.expected = hidden * (weights * (index + 1)).sum(1, keepdim=True)  # [T, H]
+
+    async def run(self, caller: ExpertCaller) -> Tensor:
+        return combine_parts(self.call, await caller.run(self.call, self.assignments))
+
+    async def check(self, caller: ExpertCaller) -> None:
+        torch.testing.assert_close(await self.run(caller), self.expected)
+
+
+@pytest.mark.parametrize("form", ["sum", "rows"])
+@pytest.mark.parametrize("tokens", [1, 5])
+async def test_every_peer_is_asked_once_for_its_share(world: World, form: str, tokens: int) -> None:
+    layer, caller = Layer(tokens, form), world.caller()
+    async with world.peer(FIRST, honest, range(5)), world.peer(SECOND, honest, range(4, 8)):
+        await layer.check(caller)
+    stats = caller.stats
+    assert {peer: one.requests for peer, one in stats.peers.items()} == {FIRST.peer: 1, SECOND.peer: 1}
+    assert sum(one.rows for one in stats.peers.values()) == tokens * EXPERTS
+    assert (stats.round_trips, stats.retries) == (1, 0)
+    assert all(one.latency > 0 and one.bytes_sent and one.bytes_received for one in stats.peers.values())
+
+
+FAULTS = [
+    pytest.param(refusing(RefusalCode.BUSY), False, id="busy"),
+    pytest.param(refusing(RefusalCode.SHUTTING_DOWN), False, id="leaving"),
+    pytest.param(refusing(RefusalCode.INTERNAL), False, id="broken"),
+    pytest.param(refusing(RefusalCode.DEADLINE), False, id="too slow"),
+    pytest.param(never, False, id="silent"),
+    pytest.param(refusing(RefusalCode.NOT_HELD), True, id="does not hold what it announced"),
+    pytest.param(refusing(RefusalCode.UNKNOWN_MODEL), True, id="does not know the model it announced"),
+    pytest.param(one_row_short, True, id="wrong size"),
+]
+
+
+@pytest.mark.parametrize("form", ["sum", "rows"])
+@pytest.mark.parametrize(("fault", "banned"), FAULTS)
+async def test_another_holder_answers_instead(world: World, form: str, fault: RequestHandler, banned: bool) -> None:
+    layer, caller = Layer(form=form), world.caller(answer_timeout=0.05)
+    async with world.peer(FIRST, fault, range(8)) as bad, world.peer(SECOND, honest, range(8)) as good:
+        await layer.check(caller)
+        assert caller.stats.of(bad).failures == 1
+        assert caller.stats.of(bad).in_flight == 0
+        assert caller.stats.of(good).rows == 3 * EXPERTS
+        assert (caller.stats.round_trips, caller.stats.retries) == (2, 1)
+        assert world.standings.banned(bad) is banned
+        await world.directory.refresh()
+        assert (bad in world.directory.holders.of(ExpertKey(LAYER, 0))) is not banned
+
+
+async def test_only_what_failed_is_asked_again(world: World) -> None:
+    layer, caller = Layer(), world.caller()
+    async with (
+        world.peer(FIRST, honest, range(5)),
+        world.peer(SECOND, refusing(RefusalCode.BUSY), range(5, 8)),
+        world.peer(THIRD, honest, [5, 6, 7]),
+    ):
+        world.standings.blame(PeerTimeout("slow", peer=THIRD.peer))  # so that SECOND is asked first
+        await layer.check(caller)
+    assert caller.stats.of(FIRST.peer).rows == 3 * 5
+    assert caller.stats.of(FIRST.peer).requests == 1
+
+
+async def test_a_connection_that_breaks_under_a_request(world: World) -> None:
+    reached = asyncio.Event()
+
+    async def hang(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+        reached.set()
+        await never(peer, message, payload, reply)
+
+    layer, caller = Layer(), world.caller()
+    async with world.peer(FIRST, hang, range(8)) as dead, world.peer(SECOND, honest, range(8)):
+        asking = asyncio.create_task(layer.check(caller))
+        await reached.wait()
+        with world.network.dropping_connections(dead):
+            await asking
+    assert caller.stats.of(dead).failures == 1
+
+
+async def test_a_peer_that_was_busy_for_a_moment_is_asked_again(world: World) -> None:
+    layer, caller = Layer(), world.caller()
+    async with world.peer(FIRST, refusing(RefusalCode.BUSY, times=2, retry_after=0.1), range(8)):
+        await layer.check(caller)
+    assert caller.stats.retries == 2
+
+
+async def test_a_holder_that_appears_while_we_wait_is_used(world: World) -> None:
+    layer, caller = Layer(), world.caller()
+    asking = asyncio.create_task(layer.check(caller))
+    await asyncio.sleep(0)
+    async with world.peer(FIRST, honest, range(8)):
+        await asking
+
+
+@pytest.mark.parametrize("handle", [never, refusing(RefusalCode.BUSY), refusing(RefusalCode.NOT_HELD)])
+async def test_the_deadline_names_what_is_missing(world: World, handle: RequestHandler) -> None:
+    layer, caller = Layer(), world.caller(answer_timeout=0.05, layer_timeout=0.2)
+    async with world.peer(FIRST, honest, range(5)), world.peer(SECOND, handle, [5, 7]):
+        started = time.monotonic()
+        with pytest.raises(ExpertUnavailable) as unavailable:
+            await layer.run(caller)
+    assert time.monotonic() - started < 1.0
+    assert (unavailable.value.layer, unavailable.value.experts) == (LAYER, (5, 6, 7))
+    assert SECOND.peer in str(unavailable.value)  # the last reason
+
+
+async def test_a_frozen_peer_that_never_said_hello_costs_no_more_than_the_deadline(world: World) -> None:
+    layer, caller = Layer(), world.caller(answer_timeout=0.05, layer_timeout=0.2)
+    async with world.peer(FIRST, honest, range(8)) as frozen:
+        started = time.monotonic()
+        with world.network.stalled(frozen), pytest.raises(ExpertUnavailable):
+            await layer.run(caller)
+        assert time.monotonic() - started < 1.0
+
+
+async def test_after_an_error_the_same_caller_works_again(world: World) -> None:
+    layer, caller = Layer(), world.caller(layer_timeout=0.1)
+    with pytest.raises(ExpertUnavailable):
+        await layer.run(caller)
+    async with world.peer(FIRST, honest, range(8)):
+        await layer.check(caller)
+
+
+async def test_layers_at_the_same_time_do_not_mix(world: World) -> None:
+    caller = world.caller()
+    async with world.peer(FIRST, honest, range(5)), world.peer(SECOND, honest, range(4, 8)):
+        layers = [Layer(tokens, form) for tokens in range(1, 9) for form in ("sum", "rows")]
+        await asyncio.gather(*(layer.check(caller) for layer in layers))
+
+
+async def test_rows_beyond_the_payload_limit_go_in_several_requests(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_PAYLOAD_BYTES", 10 * (HIDDEN * 4 + 8))
+    layer, caller = Layer(tokens=25), world.caller()
+    async with world.peer(FIRST, honest, range(8)):
+        await layer.check(caller)
+    assert caller.stats.of(FIRST.peer).requests == 8 * 3
+    assert caller.stats.round_trips == 1
+
+
+async def test_a_peer_of_another_swarm_is_not_asked_with_our_tensors(world: World) -> None:
+    seen: list[Message] = []
+
+    async def look(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+        seen.append(message)
+
+    async with MemoryTransport(world.network, FIRST) as transport:
+        await transport.serve(EXPERT.name, stream_handler(EXPERT, b"x" * 32, transport.peer, "stranger", look))
+        await announce(transport, FIRST, [ExpertKey(LAYER, expert) for expert in range(8)])
+        with pytest.raises(ExpertUnavailable):
+            await Layer().run(world.caller(layer_timeout=0.1))
+    assert not seen
+
+
+async def test_our_own_failure_is_not_the_peers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> object:
+        raise LocalError("our own trouble")
+
+    monkeypatch.setattr("moehive.swarm.dispatch.caller.build_request", no_memory)
+    async with world.peer(FIRST, honest, range(8)):
+        with pytest.raises(LocalError):
+            await Layer().run(world.caller())
+        assert world.standings.usable([FIRST.peer]) == [FIRST.peer]
