@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from moehive.protocol.errors import FalseClaim, PeerError
+from moehive.protocol.errors import FalseClaim, PeerError, TransportError
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.protocol.inventory import Inventory, decode_inventory, directory_key, swarm_tag
 from moehive.protocol.manifest import ShardEntry
@@ -84,22 +84,28 @@ class Directory:
 
     async def run(self) -> None:
         """Look up for ever; failures are logged and tried again."""
-        while True:
-            try:
-                await self.refresh()
-            except TimeoutError:
-                _log.warning("directory look-up timed out", model=self._model)
-            await asyncio.sleep(REFRESH_EVERY)
+        try:
+            while True:
+                try:
+                    await self.refresh()
+                except (TimeoutError, TransportError) as error:
+                    reason = str(error) or "no answer in time"
+                    _log.warning("directory look-up failed", model=self._model, reason=reason)
+                await asyncio.sleep(REFRESH_EVERY)
+        finally:
+            if self._lookup is not None:  # shielded from whoever waited for it
+                self._lookup.cancel()
 
     async def refresh(self) -> None:
-        """One look-up; callers at the same time share it. Raises TimeoutError."""
+        """One look-up; callers at the same time share it. Raises TimeoutError, TransportError."""
         if self._lookup is None or self._lookup.done():
             self._lookup = asyncio.create_task(self._look_up(), name="directory look-up")
-        async with asyncio.timeout(LOOKUP_TIMEOUT):
-            await asyncio.shield(self._lookup)
+        await asyncio.shield(self._lookup)  # one caller that gives up does not end it for the others
 
     async def _look_up(self) -> None:
-        records = await self._transport.get(self._key)
+        # Its own deadline and not each caller's: who comes late to a look-up that hangs would otherwise wait for it too.
+        async with asyncio.timeout(LOOKUP_TIMEOUT):
+            records = await self._transport.get(self._key)
         for subkey, record in records.items():
             try:
                 self._accept(subkey, record)
@@ -123,7 +129,7 @@ class Directory:
         now = self._wall_clock()
         self._known = {peer: inventory for peer, inventory in self._known.items() if inventory.expires > now}
         # An announcement of nothing is a farewell; it is remembered, so that an older one does not come back.
-        offering = {peer: i for peer, i in self._known.items() if i.held or i.skeleton}
+        offering = {peer: i for peer, i in self._known.items() if i.held or i.skeleton or i.complete}
         usable = {peer: i for peer, i in offering.items() if not self._standings.banned(peer)}
         if usable != self.holders.inventories:
             self.holders = Holders(usable)

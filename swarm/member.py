@@ -26,6 +26,9 @@ from .store.content import ContentStore
 from .transport.base import Record, Transport
 
 
+_LOOK_AGAIN = 0.25  # seconds between look-ups while nobody announces the model
+
+
 def agent_name() -> str:
     """How this build introduces itself to peers."""
     return f"moehive/{version('moehive')}"
@@ -88,20 +91,28 @@ class Member:
         return directory
 
     async def wait_for_peers(self, model: ModelId, *, timeout: float) -> Directory:
-        """The directory once somebody announces the model. Raises ModelUnavailable after `timeout` seconds."""
+        """The directory once somebody announces the model.
+
+        Raises ModelUnavailable after `timeout` seconds, TransportError when this peer is off the network.
+        """
         directory = self.directory(model)
         try:
             async with asyncio.timeout(timeout):
-                await directory.refresh()
-                while not directory.holders.inventories:
-                    await asyncio.sleep(0.25)
-                    await directory.refresh()
+                while True:
+                    with suppress(TimeoutError):  # of one look-up, not the one above
+                        await directory.refresh()
+                    if directory.holders.inventories:
+                        break
+                    await asyncio.sleep(_LOOK_AGAIN)
         except TimeoutError as error:
             raise ModelUnavailable(model, f"waited {timeout:.0f} s") from error
         return directory
 
     async def fetch_manifest(self, model: ModelId, store: ContentStore, *, timeout: float = 30.0) -> Manifest:
-        """A model's manifest, from any of its peers. Raises ModelUnavailable, ShardUnavailable, ManifestError."""
+        """A model's manifest, from any of its peers.
+
+        Raises ModelUnavailable, ShardUnavailable, ManifestError, DiskFull, StorageError, TransportError.
+        """
         if not await asyncio.to_thread(store.has, ShardHash(model)):
             directory = await self.wait_for_peers(model, timeout=timeout)
             fetcher = Fetcher(self.shards, self.standings, store)
@@ -112,7 +123,10 @@ class Member:
     async def fetch_skeleton(
         self, manifest: Manifest, store: ContentStore, *, timeout: float = 30.0, progress: Progress | None = None
     ) -> None:
-        """The dense part, shared experts and assets of a model. Raises ModelUnavailable, ShardUnavailable."""
+        """The dense part, shared experts and assets of a model.
+
+        Raises ModelUnavailable, ShardUnavailable, DiskFull, StorageError, TransportError.
+        """
         missing = [shard for shard in manifest.skeleton if not store.has(shard.hash)]
         if not missing:
             return

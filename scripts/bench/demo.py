@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,8 @@ from transformers.utils import logging
 
 from moehive.node.cli.generation import Generated, Sampling, continue_text
 from moehive.node.demo import bundled_checkpoint
-from moehive.node.demo.processes import start_node
+from moehive.node.demo.processes import NodeGroup
 from moehive.node.demo.shares import share_experts, spec_of
-from moehive.protocol.ticket import Ticket
 from moehive.swarm import join, open_local
 from moehive.swarm.client import Swarm
 from moehive.swarm.convert import convert
@@ -75,14 +74,13 @@ def main() -> None:
 @contextmanager
 def running_swarm(converted: Path, experts: int, directory: Path) -> Iterator[Swarm]:
     """Three node processes, and a client of theirs that has a cache of its own."""
-    with ExitStack() as stack:
-        ticket: Ticket | None = None
-        for number, share in enumerate(share_experts(experts, NODES)):
-            node = start_node(f"node{number}", directory, converted, spec_of(share), ticket)
-            ready = stack.enter_context(node).wait_until_ready()
-            ticket = ticket or ready.ticket
-        assert ticket is not None
-        yield stack.enter_context(join(ticket, cache=directory / "cache"))
+    with NodeGroup(directory, converted) as group:
+        shares = [spec_of(share) for share in share_experts(experts, NODES)]
+        ticket = group.start(shares[0], None).wait_until_ready().ticket
+        for node in [group.start(share, ticket) for share in shares[1:]]:
+            node.wait_until_ready()
+        with join(ticket, cache=directory / "cache") as swarm:
+            yield swarm
 
 
 def load_models(source: Path, converted: Path, swarm: Swarm, dtype: torch.dtype) -> Mapping[str, tuple[Any, Any]]:

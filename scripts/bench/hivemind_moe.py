@@ -231,10 +231,26 @@ def serve_hivemind(pipe: Connection, converted: Path, threads: int, handlers: in
         for expert in range(EXPERTS)
     }
     dht = hivemind.DHT(start=True)
-    server = Server(dht, backends, num_connection_handlers=handlers, start=True)
+    server = Server(dht, backends, num_connection_handlers=handlers)
+    start_forks_first(server)
     pipe.send(([str(address) for address in dht.get_visible_maddrs()],))
     list(questions(pipe))
     server.shutdown()
+
+
+def start_forks_first(server: Any) -> None:
+    """`server.run_in_background`, with all forking before there are threads.
+
+    The server starts its announcing thread and forks its pools and handlers after that; now and then a child inherits
+    a lock that the thread held, and the server never gets ready.
+    """
+    processes, server.conn_handlers = server.conn_handlers, []
+    for pool in server.runtime.pools:
+        pool.start()  # the runtime starts those that are not alive
+    for process in processes:
+        process.run_in_background()
+    server.run_in_background()
+    server.conn_handlers = processes  # for the shutdown
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from support.swarm_fakes import MODEL, SECRET, Clock, announce, identity
 
-from moehive.protocol.errors import FalseClaim
+from moehive.protocol.errors import FalseClaim, TransportError
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.protocol.inventory import Inventory, directory_key, encode_inventory, swarm_tag
 from moehive.swarm.directory import Directory
@@ -161,28 +161,38 @@ async def test_look_ups_at_the_same_time_are_one() -> None:
     assert asked == 1
 
 
-async def test_run_survives_a_table_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failure", [TimeoutError(), TransportError("p2pd has stopped")])
+async def test_run_survives_a_table_that_does_not_answer(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     world, answered = World(), asyncio.Event()
     monkeypatch.setattr("moehive.swarm.directory.REFRESH_EVERY", 0.0)
-    monkeypatch.setattr("moehive.swarm.directory.LOOKUP_TIMEOUT", 0.01)
-    attempts = 0
+    failures = [failure, failure]
 
-    async def hangs_first(key: bytes) -> dict[str, Record]:
-        nonlocal attempts
-        attempts += 1
-        if attempts == 1:
-            await asyncio.sleep(0.05)
-        else:
-            answered.set()
+    async def fails_twice(key: bytes) -> dict[str, Record]:
+        if failures:
+            raise failures.pop()
+        answered.set()
         return {}
 
-    world.transport.get = hangs_first  # type: ignore[method-assign]
+    world.transport.get = fails_twice  # type: ignore[method-assign]
     running = asyncio.create_task(world.directory.run())
     async with asyncio.timeout(5):
         await answered.wait()
     running.cancel()
     with suppress(asyncio.CancelledError):
         await running
+
+
+async def test_a_table_that_hangs_costs_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    monkeypatch.setattr("moehive.swarm.directory.LOOKUP_TIMEOUT", 0.02)
+
+    async def hang(key: bytes) -> dict[str, Record]:
+        await asyncio.sleep(0.1)
+        return {}
+
+    world.transport.get = hang  # type: ignore[method-assign]
+    with pytest.raises(TimeoutError):
+        await world.directory.refresh()
 
 
 def test_what_a_storing_peer_takes() -> None:

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs every benchmark, one after the other, and writes what docs/benchmarks.md shows: scripts/bench/all.sh [DIRECTORY]
+# Tables go to DIRECTORY/NAME.md (default: build/bench), numbers of those that give them to NAME.json. About 5 minutes on
+# 2 cores; nothing else should run meanwhile. PYTHON says which interpreter has moehive installed.
+set -uo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+python="${PYTHON:-$root/.venv/bin/python}"
+out="${1:-$root/build/bench}"
+mkdir -p "$out"
+failed=()
+
+bench() { # NAME [OPTION...]: a failure does not hide the benchmarks after it
+    local start=$SECONDS
+    "$python" "$root/scripts/bench/$1.py" "${@:2}" | tee "$out/$1.md" || failed+=("$1")
+    printf -- '--- %s: %d s\n\n' "$1" $((SECONDS - start))
+}
+
+bench expert_request --json "$out/expert_request.json"
+bench hivemind_moe --json "$out/hivemind_moe.json"
+bench demo --json "$out/demo.json"
+bench local --json "$out/local.json"
+bench convert
+
+if ((${#failed[@]})); then
+    printf 'failed: %s\n' "${failed[*]}" >&2
+    exit 1
+fi

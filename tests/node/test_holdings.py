@@ -1,0 +1,120 @@
+"""What a node says that it holds is what it has verified, and it stops saying so when a file goes bad."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+
+from moehive.node.holdings import Holdings
+from moehive.protocol.ids import ExpertKey, ShardHash
+from moehive.protocol.manifest import Manifest
+from moehive.swarm.store.directory import ConvertedDirectory
+
+KEY = ExpertKey(0, 3)
+
+
+class Held:
+    """Holdings over a directory that may be damaged."""
+
+    def __init__(self, root: Path) -> None:
+        self.source = ConvertedDirectory(root)
+        self.manifest: Manifest = self.source.manifest
+        self.claims: list[int] = []
+        self.holdings = Holdings(self.manifest, self.source, on_change=self.changed)
+        self.shard = self.manifest.experts[KEY]
+
+    def changed(self) -> None:
+        self.claims.append(len(self.holdings.experts))
+
+    def damage(self, file: str) -> None:
+        path = self.source.root / file
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.fixture
+def held(mixtral: ConvertedDirectory, tmp_path: Path) -> Held:
+    return Held(Path(copytree(mixtral.root, tmp_path / "copy")))
+
+
+def test_nothing_is_held_before_it_is_verified(held: Held) -> None:
+    assert not held.holdings.experts
+    assert not held.holdings.skeleton
+    assert not held.holdings.holds(*KEY)
+    assert held.holdings.chunk_list(held.shard.hash) is None
+    assert held.holdings.read_range(held.shard.hash, 0, 1) is None
+
+
+def test_what_is_verified_is_held_and_served(held: Held) -> None:
+    held.holdings.verify([held.shard])
+    assert held.holdings.experts == {KEY}
+    assert held.holdings.expert_bytes == held.shard.size
+    assert held.holdings.holds(*KEY)
+    assert not held.holdings.holds(0, 4)
+    assert not held.holdings.holds(99, 99)
+    chunks = held.holdings.chunk_list(held.shard.hash)
+    assert chunks is not None
+    assert chunks.root == held.shard.hash
+    data = (held.source.root / held.shard.file).read_bytes()
+    assert held.holdings.read_range(held.shard.hash, 5, 20) == data[5:25]
+    assert held.claims == [1]
+
+
+def test_a_damaged_or_missing_file_is_left_out(held: Held) -> None:
+    held.damage(held.shard.file)
+    gone = held.manifest.experts[ExpertKey(1, 1)]
+    (held.source.root / gone.file).unlink()
+    held.holdings.verify(held.manifest.experts.values())
+    assert held.holdings.experts == set(held.manifest.experts) - {KEY, ExpertKey(1, 1)}
+
+
+def test_a_file_that_goes_bad_while_it_is_served_is_dropped(held: Held) -> None:
+    held.holdings.verify([held.shard])
+    held.damage(held.shard.file)
+    assert held.holdings.read_range(held.shard.hash, 0, held.shard.size) is None
+    assert not held.holdings.holds(*KEY)
+    assert held.claims == [1, 0]
+    assert held.holdings.read_range(held.shard.hash, 0, held.shard.size) is None
+    assert held.claims == [1, 0]
+
+
+def test_dropping_what_is_not_held_changes_nothing(held: Held) -> None:
+    held.holdings.drop(held.shard.hash)
+    held.holdings.drop(ShardHash("0" * 64))
+    assert held.claims == []
+
+
+def test_the_manifest_is_always_served(held: Held) -> None:
+    chunks = held.holdings.chunk_list(ShardHash(held.manifest.model_id))
+    assert chunks is not None
+    assert chunks.root == held.manifest.model_id
+
+
+def test_the_skeleton_is_whole_or_not_held(held: Held) -> None:
+    held.holdings.verify(held.manifest.skeleton[1:])
+    assert not held.holdings.skeleton
+    held.holdings.add(held.manifest.skeleton[0])
+    assert held.holdings.skeleton
+
+
+def test_a_seed_supplies_everything_and_holds_what_it_was_told_to(held: Held) -> None:
+    held.holdings.verify([held.shard])
+    assert not held.holdings.complete
+    held.holdings.verify_seed()
+    assert held.holdings.complete
+    assert held.holdings.experts == {KEY}
+    other = held.manifest.experts[ExpertKey(1, 1)]
+    assert held.holdings.chunk_list(other.hash) is not None
+    assert not held.holdings.holds(1, 1)
+    held.damage(other.file)
+    assert held.holdings.read_range(other.hash, 0, other.size) is None
+    assert not held.holdings.complete
+
+
+def test_no_seed_with_a_damaged_file(held: Held) -> None:
+    held.damage(held.shard.file)
+    held.holdings.verify_seed()
+    assert not held.holdings.complete

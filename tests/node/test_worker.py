@@ -1,0 +1,216 @@
+"""The compute worker: what waits together is computed together; nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from dataclasses import replace
+
+import pytest
+import torch
+from support.swarm_fakes import MODEL, Clock
+
+from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec
+from moehive.kernels.routing import group_by_expert
+from moehive.node.compute import Work, run_batch
+from moehive.node.scheduler import QueueLimits
+from moehive.node.worker import ComputeWorker
+from moehive.protocol.errors import CorruptShard, LocalError, RefusalCode
+from moehive.swarm.dispatch.request import LayerInput, build_request
+from moehive.swarm.rpc.server import Refusal
+
+HIDDEN, EXPERTS = 8, 4
+SPEC = FfnSpec()
+WEIGHTS = [
+    ExpertWeights(
+        torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(expert)),
+        torch.randn(HIDDEN, 6, generator=torch.Generator().manual_seed(9 + expert)),
+    )
+    for expert in range(EXPERTS)
+]
+
+
+class Lease:
+    """Hands out weights; the compute thread can be held up in it."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.computing = threading.Event()
+        self.error: Exception | None = None
+        self.layers: list[int] = []
+
+    def __call__(self, layer: int, expert: int, dtype: torch.dtype) -> AbstractContextManager[ExpertWeights]:
+        self.layers.append(layer)
+        self.computing.set()
+        assert self.go_on.wait(10)
+        if self.error:
+            raise self.error
+        return nullcontext(WEIGHTS[expert])
+
+
+def work(seed: int = 0, *, layer: int = 0, tokens: int = 2, deadline: float = 60.0) -> Work:
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, EXPERTS, (tokens, 1), generator=generator)
+    call = LayerInput(
+        layer, torch.randn(tokens, HIDDEN, generator=generator), torch.rand(tokens, 1, generator=generator), "sum"
+    )
+    request = build_request(MODEL, call, group_by_expert(index, EXPERTS), deadline)
+    return Work.parse(request.message, bytearray(b"".join(request.payload)))
+
+
+class World:
+    """A running worker."""
+
+    def __init__(self, limits: QueueLimits) -> None:
+        self.lease, self.clock = Lease(), Clock()
+        self.worker = ComputeWorker(self.lease, SPEC, limits, clock=self.clock)
+
+    def submit(self, one: Work) -> asyncio.Task[object]:
+        return asyncio.create_task(self.worker.submit(one, 100))
+
+    @asynccontextmanager
+    async def busy(self) -> AsyncIterator[asyncio.Task[object]]:
+        """The thread computes something while the body runs, and goes on after it."""
+        self.lease.go_on.clear()
+        self.lease.computing.clear()
+        first = self.submit(work(99, layer=99))
+        try:
+            assert await asyncio.to_thread(self.lease.computing.wait, 10)
+            yield first
+        finally:
+            self.lease.go_on.set()
+
+
+@asynccontextmanager
+async def running(limits: QueueLimits | None = None) -> AsyncIterator[World]:
+    world = World(limits or QueueLimits())
+    task = asyncio.create_task(world.worker.run())
+    try:
+        yield world
+    finally:
+        world.lease.go_on.set()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def settled(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - the worker has no event for it
+            await asyncio.sleep(0)
+
+
+async def test_an_answer_is_the_batch_functions() -> None:
+    async with running() as world:
+        result = await world.worker.submit(work(), 100)
+        [expected] = run_batch([work()], Lease(), SPEC)
+        torch.testing.assert_close(result.output, expected)
+        assert (world.worker.requests_done, world.worker.batches_done, world.worker.rows_done) == (1, 1, 2)
+
+
+async def test_what_waits_for_one_layer_is_one_batch_and_each_gets_his_own() -> None:
+    async with running() as world:
+        async with world.busy():
+            waiting = [world.submit(work(seed)) for seed in range(5)]
+            await settled(lambda: world.worker.facts.requests == 5)
+        results = await asyncio.gather(*waiting)
+        assert world.worker.batches_done == 2
+        for seed, result in enumerate(results):
+            [expected] = run_batch([work(seed)], Lease(), SPEC)
+            torch.testing.assert_close(result.output, expected)  # type: ignore[attr-defined]
+
+
+async def test_layers_take_turns_in_the_order_of_arrival() -> None:
+    async with running() as world:
+        async with world.busy():
+            waiting = [world.submit(work(layer=layer)) for layer in (1, 2, 1, 3)]
+            await settled(lambda: world.worker.facts.requests == 4)
+        await asyncio.gather(*waiting)
+        assert list(dict.fromkeys(world.lease.layers)) == [99, 1, 2, 3]
+        assert world.worker.batches_done == 4
+
+
+async def test_a_full_queue_refuses() -> None:
+    async with running(QueueLimits(requests=2)) as world, world.busy():
+        waiting = [world.submit(work()) for _ in range(2)]
+        await settled(lambda: world.worker.facts.requests == 2)
+        with pytest.raises(Refusal) as refused:
+            await world.worker.submit(work(), 100)
+        assert refused.value.code is RefusalCode.BUSY
+        assert refused.value.retry_after > 0
+        assert not any(one.done() for one in waiting)
+
+
+async def test_bytes_are_bounded_too() -> None:
+    async with running(QueueLimits(queued_bytes=150)) as world, world.busy():
+        waiting = world.submit(work())
+        await settled(lambda: world.worker.facts.queued_bytes == 100)
+        with pytest.raises(Refusal):
+            await world.worker.submit(work(), 100)
+        waiting.cancel()
+
+
+async def test_a_request_whose_deadline_passed_is_not_computed() -> None:
+    async with running() as world:
+        async with world.busy():
+            late, patient = world.submit(work(layer=1, deadline=5.0)), world.submit(work(layer=2))
+            await settled(lambda: world.worker.facts.requests == 2)
+            world.clock.now += 6
+        with pytest.raises(Refusal) as refused:
+            await late
+        assert refused.value.code is RefusalCode.DEADLINE
+        await patient
+        assert 1 not in world.lease.layers
+
+
+async def test_a_caller_that_went_away_is_not_computed_for() -> None:
+    async with running() as world:
+        async with world.busy():
+            gone, patient = world.submit(work(layer=1)), world.submit(work(layer=2))
+            await settled(lambda: world.worker.facts.requests == 2)
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
+        await patient
+        assert 1 not in world.lease.layers
+
+
+@pytest.mark.parametrize("error", [CorruptShard("bad disk"), ZeroDivisionError("a bug")])
+async def test_one_batch_that_fails_does_not_end_the_worker(error: Exception) -> None:
+    async with running() as world:
+        world.lease.error = error
+        with pytest.raises(LocalError):
+            await world.worker.submit(work(), 100)
+        world.lease.error = None
+        await world.worker.submit(work(), 100)
+        assert world.worker.requests_done == 1
+
+
+async def test_draining_waits_for_what_is_computed_and_queued() -> None:
+    async with running() as world:
+        await world.worker.drain()
+        async with world.busy() as first:
+            waiting = world.submit(work())
+            draining = asyncio.create_task(world.worker.drain())
+            await settled(lambda: world.worker.facts.requests == 1)
+            assert not draining.done()
+        await draining
+        await asyncio.gather(first, waiting)
+
+
+async def test_the_speed_is_learnt_and_used_for_admission() -> None:
+    async with running() as world:
+        async with world.busy() as first:
+            world.clock.now += 4.0  # seconds for 2 rows
+        await first
+        assert world.worker.facts.seconds_per_row == 2.0
+        async with world.busy():
+            with pytest.raises(Refusal) as refused:
+                await world.worker.submit(replace_deadline(work(), 3.0), 100)
+            assert refused.value.code is RefusalCode.DEADLINE
+
+
+def replace_deadline(one: Work, deadline: float) -> Work:
+    return replace(one, message=replace(one.message, deadline=deadline))

@@ -1,0 +1,124 @@
+"""What transformers calls: local experts here, the others at their holders, both into one output."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import pytest
+import torch
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from torch import Tensor
+
+from moehive.kernels.routing import Assignment
+from moehive.protocol.errors import ExpertUnavailable
+from moehive.swarm.dispatch.backend import SwarmExperts
+from moehive.swarm.dispatch.caller import ExpertCaller
+from moehive.swarm.dispatch.request import LayerInput, Part
+from moehive.swarm.dispatch.stats import DispatchStats
+
+EXPERTS, HIDDEN = 8, 4
+
+
+def rows_of(call: LayerInput, assignment: Assignment) -> Tensor:
+    """Expert e multiplies by e + 1."""
+    return call.hidden[assignment.token] * (assignment.expert + 1)
+
+
+class Caller:
+    """Answers every expert at once, in a part of its own."""
+
+    def __init__(self) -> None:
+        self.stats = DispatchStats()
+        self.asked: list[int] = []
+        self.error: Exception | None = None
+
+    async def run(self, call: LayerInput, assignments: Sequence[Assignment]) -> list[Part]:
+        await asyncio.sleep(0)
+        if self.error:
+            raise self.error
+        self.asked += [assignment.expert for assignment in assignments]
+        return [self._part(call, assignment) for assignment in assignments]
+
+    def _part(self, call: LayerInput, assignment: Assignment) -> Part:
+        rows = rows_of(call, assignment)
+        if call.form == "rows":
+            return Part((assignment,), None, rows)
+        weights = call.top_k_weights[assignment.token, assignment.position, None]
+        return Part((assignment,), assignment.token, rows * weights)
+
+
+class Local:
+    """Holds some experts."""
+
+    def __init__(self, *experts: int) -> None:
+        self._experts = experts
+
+    def holds(self, layer: int, expert: int) -> bool:
+        return expert in self._experts
+
+    def rows(self, layer: int, hidden: Tensor, assignment: Assignment) -> Tensor:
+        return hidden[assignment.token] * (assignment.expert + 1)
+
+
+@pytest.fixture(scope="module")
+def portal() -> Iterator[BlockingPortal]:
+    with start_blocking_portal("asyncio") as opened:
+        yield opened
+
+
+def backend_of(portal: BlockingPortal, caller: Caller, form: str, local: Local | None = None) -> SwarmExperts:
+    return SwarmExperts(cast(ExpertCaller, caller), portal.start_task_soon, EXPERTS, form=form, local=local)
+
+
+def routed(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [T, H], index [T, 3], weights [T, 3]."""
+    generator = torch.Generator().manual_seed(tokens)
+    index = torch.stack([torch.randperm(EXPERTS, generator=generator)[:3] for _ in range(tokens)])
+    return torch.randn(tokens, HIDDEN, generator=generator).to(dtype), index, torch.rand(tokens, 3, generator=generator)
+
+
+@pytest.mark.parametrize("form", ["sum", "rows"])
+@pytest.mark.parametrize("local", [None, Local(), Local(0, 1, 2, 3), Local(*range(EXPERTS))])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_here_and_away_add_up(portal: BlockingPortal, form: str, local: Local | None, tokens: int) -> None:
+    caller = Caller()
+    hidden, index, weights = routed(tokens)
+    out = backend_of(portal, caller, form, local).run(0, hidden, index, weights)
+    torch.testing.assert_close(out, hidden * (weights * (index + 1)).sum(1, keepdim=True))
+    assert not [expert for expert in caller.asked if local is not None and local.holds(0, expert)]
+    assert len(caller.asked) == len(set(caller.asked))
+    here = sum(local is not None and local.holds(0, int(expert)) for expert in index.flatten())
+    assert caller.stats.local_rows == here
+    assert caller.stats.layer_calls == 1
+
+
+@pytest.mark.parametrize("form", ["sum", "rows"])
+def test_the_output_has_the_dtype_of_the_hidden_states(portal: BlockingPortal, form: str) -> None:
+    out = backend_of(portal, Caller(), form, Local(0, 1)).run(0, *routed(3, torch.bfloat16))
+    assert out.dtype is torch.bfloat16
+
+
+def test_choices_that_are_masked_out_cost_nothing(portal: BlockingPortal) -> None:
+    caller = Caller()
+    hidden, index, weights = routed(2)
+    out = backend_of(portal, caller, "sum").run(0, hidden, torch.full_like(index, EXPERTS), weights)
+    assert torch.equal(out, torch.zeros_like(hidden))
+    assert not caller.asked
+
+
+def test_gradients_are_not_followed(portal: BlockingPortal) -> None:
+    hidden, index, weights = routed(2)
+    out = backend_of(portal, Caller(), "sum").run(0, hidden.requires_grad_(), index, weights.requires_grad_())
+    assert not out.requires_grad
+
+
+def test_the_typed_error_reaches_the_thread_that_called(portal: BlockingPortal) -> None:
+    caller = Caller()
+    caller.error = ExpertUnavailable(3, [1, 2])
+    backend = backend_of(portal, caller, "sum")
+    with pytest.raises(ExpertUnavailable):
+        backend.run(3, *routed(1))
+    caller.error = None
+    backend.run(3, *routed(1))
