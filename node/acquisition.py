@@ -21,7 +21,7 @@ from .holdings import Holdings
 from .selection import AUTO, parse_selection
 from .settings import NodeSettings
 
-FIRST_TRY = 10.0  # seconds per shard before the node starts without it
+FIRST_TRY = 10.0  # seconds of waiting for somebody who can supply what is missing, before the node starts without it
 TRY_AGAIN = 30.0  # seconds between attempts to get what nobody could supply
 _log = get_logger(__name__)
 
@@ -44,16 +44,20 @@ class Acquisition:
         wanted = [self._manifest.experts[key] for key in sorted(await self._select())]
         if self._settings.skeleton:
             wanted += self._manifest.skeleton
+        if not isinstance(self._source, ContentStore):  # a converted directory is not added to
+            await asyncio.to_thread(self._holdings.verify, wanted)  # which names what is missing
+            return []
         here = [shard for shard in wanted if self._source.path(shard.hash) is not None]
         await asyncio.to_thread(self._holdings.verify, here)
-        left = [shard for shard in wanted if self._source.path(shard.hash) is None]
-        return await self._fetch(left, FIRST_TRY)
+        left = [shard for shard in wanted if self._source.path(shard.hash) is None]  # corrupt ones too
+        return await self._fetch(self._source, left, FIRST_TRY)
 
     async def keep_trying(self, left: list[ShardEntry]) -> None:
-        """Fetch what is left as soon as somebody can supply it."""
+        """Fetch what is left as soon as somebody can supply it. Raises DiskFull, StorageError."""
         while left:
+            assert isinstance(self._source, ContentStore)
             await asyncio.sleep(TRY_AGAIN)
-            left = await self._fetch(left, 0.0)
+            left = await self._fetch(self._source, left, 0.0)
 
     async def verify_all(self) -> None:
         """Check, in the background, every file of a whole converted directory, so that it can be offered as a seed."""
@@ -66,16 +70,30 @@ class Acquisition:
         if self._settings.experts != AUTO:
             return parse_selection(self._settings.experts, self._manifest.model)
         directory = self._member.directory(self._manifest.model_id)
-        await directory.refresh()
+        try:
+            await directory.refresh()
+        except TimeoutError:
+            _log.warning("nobody could be asked who holds what; choosing by what is known")
         budget = self._ram_budget
         if isinstance(self._source, ContentStore):
-            budget = min(budget, self._settings.disk)
+            budget = min(budget, await asyncio.to_thread(self._disk_for_experts, self._source))
         return fill_budget(
             self._obtainable(directory.holders),
             directory.holders.replicas,
             budget=budget,
             seed=self._member.transport.peer,
         )
+
+    def _disk_for_experts(self, store: ContentStore) -> int:
+        """Bytes that experts may take of the disk budget: what they take already, and what is free beyond the skeleton.
+
+        Other models' objects stay: nothing is deleted for a choice that we make ourselves.
+        """
+        held = store.objects()
+        experts = sum(shard.size for shard in self._manifest.experts.values() if shard.hash in held)
+        missing = [shard for shard in self._manifest.skeleton if self._settings.skeleton and shard.hash not in held]
+        free = self._settings.disk - store.usage().used_bytes - sum(shard.size for shard in missing)
+        return max(0, experts + free)
 
     def _obtainable(self, holders: Holders) -> dict[ExpertKey, int]:
         """Sizes of the experts that are here or that somebody can supply."""
@@ -85,11 +103,10 @@ class Acquisition:
             if shard.group is None and (self._source.path(shard.hash) is not None or holders.suppliers(shard))
         }
 
-    async def _fetch(self, shards: Sequence[ShardEntry], timeout: float) -> list[ShardEntry]:
-        if not isinstance(self._source, ContentStore):
-            return []  # a converted directory is not added to; `Holdings.verify` has named what is missing
+    async def _fetch(self, store: ContentStore, shards: Sequence[ShardEntry], timeout: float) -> list[ShardEntry]:
+        """Fetch and hold; returns what nobody could supply. `timeout`: seconds to wait for suppliers, once for all."""
         directory = self._member.directory(self._manifest.model_id)
-        fetcher = Fetcher(self._member.shards, self._member.standings, self._source)
+        fetcher = Fetcher(self._member.shards, self._member.standings, store)
         left = []
         for number, shard in enumerate(shards, start=1):
             try:
@@ -99,6 +116,7 @@ class Acquisition:
             except ShardUnavailable as error:
                 _log.warning("shard not available yet; trying again later", file=shard.file, reason=str(error))
                 left.append(shard)
+                timeout = 0.0  # we have waited: whoever has one of the others is known by now
             else:
                 self._holdings.add(shard)
                 _log.info("shard fetched", file=shard.file, number=number, of=len(shards))

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
+from moehive.protocol import limits
 from moehive.protocol.ids import ModelId, is_hash
 from moehive.protocol.manifest import Manifest
 from moehive.protocol.ticket import Ticket
@@ -70,7 +71,7 @@ class NodeDaemon:
                 held_bytes=holdings.expert_bytes,
                 skeleton=holdings.skeleton,
                 addresses=addresses,
-                ticket=Ticket(member.secret, (*addresses, *others)[:16]),
+                ticket=Ticket(member.secret, (*addresses, *others)[: limits.MAX_TICKET_PEERS]),
             )
         )
 

@@ -89,7 +89,7 @@ class Holdings:
         shard = self._verified.pop(object_hash, None)
         if shard is not None or object_hash in self._seed:
             self._seed.discard(object_hash)
-            _log.error("shard found corrupt: no longer announced", file=shard.file if shard else object_hash)
+            _log.error("shard is corrupt or gone: no longer announced", file=shard.file if shard else object_hash)
             self._on_change()
 
     # --- serving --------------------------------------------------------------------------------------------------

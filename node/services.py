@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable
 
+from moehive.protocol import limits
 from moehive.protocol.chunks import chunk_count, chunk_range
 from moehive.protocol.codec import Message
 from moehive.protocol.errors import RefusalCode
@@ -51,7 +51,8 @@ class ExpertService:
         except ValueError as error:
             raise Refusal(RefusalCode.BAD_REQUEST, str(error)) from error
         result = await self._worker.submit(work, len(payload))
-        done = ExpertsDone(waited=result.waited, computed=result.computed)
+        waited, computed = (min(seconds, limits.MAX_DEADLINE) for seconds in (result.waited, result.computed))
+        done = ExpertsDone(waited=waited, computed=computed)
         await reply(done, (tensor_bytes(result.output),))
 
     def _check_held(self, message: RunExperts) -> None:
@@ -135,7 +136,7 @@ class PeerService:
         facts = self._worker.facts
         return Load(
             queued_requests=facts.requests,
-            expected_wait=facts.expected_wait if math.isfinite(facts.expected_wait) else 0.0,
+            expected_wait=min(facts.expected_wait, limits.MAX_DEADLINE),  # all that the field holds
             rows_done=self._worker.rows_done,
             bytes_sent=self._shards.bytes_sent,
         )

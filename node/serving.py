@@ -21,7 +21,7 @@ from moehive.swarm.member import Member
 from moehive.swarm.memory import default_ram_budget
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.rpc.server import stream_handler
-from moehive.swarm.store.base import ObjectSource
+from moehive.swarm.store.base import NotHeld, ObjectSource
 from moehive.swarm.tasks import task_group
 
 from .acquisition import Acquisition
@@ -66,7 +66,8 @@ class Serving:
         """Get what is to be held, announce it, and go on doing so."""
         await self._serve()
         left = await self._acquisition.first_pass()
-        await self._announcer.announce()
+        if not await self._announcer.announce():
+            _log.warning("no peer stored the first announcement; others find this node only later")
         on_ready()
         async with task_group() as tasks:
             tasks.create_task(self._announcer.run(), name="announce")
@@ -84,7 +85,7 @@ class Serving:
     def _load(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
         try:
             return self._loader.load(key, dtype)
-        except CorruptShard:
+        except (CorruptShard, NotHeld):  # somebody changed or deleted the file
             self.holdings.drop(self.holdings.manifest.experts[key].hash)
             raise
 

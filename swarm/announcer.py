@@ -18,6 +18,7 @@ from .transport.base import Record, Transport
 
 RENEW_EVERY = 30.0  # seconds
 LIFETIME = 75.0  # a little over twice that: one lost renewal does not lose the peer
+TRY_AGAIN = 5.0  # seconds after an announcement that nobody stored
 COLLECT = 1.0  # changes within this time go into one announcement
 PUT_TIMEOUT = 15.0
 _log = get_logger(__name__)
@@ -41,6 +42,7 @@ class Announcer:
         self._wall_clock = wall_clock
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._withdrawn = False
         self._claim = Inventory(
             peer=identity.peer, model=model, issued=0.0, expires=0.0, held=frozenset(), swarm=swarm_tag(secret)
         )
@@ -53,36 +55,37 @@ class Announcer:
             self._loop.call_soon_threadsafe(self._changed.set)
 
     async def run(self) -> None:
-        """Announce for ever: at every change, and often enough not to expire."""
+        """Announce for ever: at every change, and often enough not to expire. Raises TransportError."""
         self._loop = asyncio.get_running_loop()
         while True:
             self._changed.clear()
-            try:
-                if not await self.announce():
-                    _log.warning("no peer stored the announcement; trying again")
-            except TimeoutError:
-                _log.warning("announcing timed out; trying again")
+            stored = await self.announce()
+            if not stored:
+                _log.warning("no peer stored the announcement; trying again", seconds=TRY_AGAIN)
             await asyncio.sleep(COLLECT)
             with suppress(TimeoutError):
-                async with asyncio.timeout(RENEW_EVERY):
+                async with asyncio.timeout(RENEW_EVERY if stored else TRY_AGAIN):
                     await self._changed.wait()
 
     async def announce(self) -> bool:
-        """Store a fresh announcement; False when nobody took it. Raises TimeoutError."""
+        """Store a fresh announcement; False when nobody took it in time. Raises TransportError."""
         record = self.record()
-        async with asyncio.timeout(PUT_TIMEOUT):
-            return await self._transport.put(self._key, self._identity.peer, record)
+        try:
+            async with asyncio.timeout(PUT_TIMEOUT):
+                return await self._transport.put(self._key, self._identity.peer, record)
+        except TimeoutError:
+            return False
 
     async def withdraw(self) -> None:
-        """Replace the announcement by an empty one, so that nobody asks us any more."""
-        self._claim = replace(self._claim, held=frozenset(), skeleton=False, complete=False)
-        try:
-            await self.announce()
-        except TimeoutError:
+        """Replace the announcement by an empty one, for good: nobody is to ask us any more. Raises TransportError."""
+        self._withdrawn = True
+        if not await self.announce():
             _log.warning("the announcement could not be withdrawn; it expires by itself", seconds=LIFETIME)
 
     def record(self) -> Record:
         """The signed announcement as of now."""
         now = self._wall_clock()
         claim = replace(self._claim, issued=now, expires=now + LIFETIME)
+        if self._withdrawn:  # here, because a thread may still call `hold`
+            claim = replace(claim, held=frozenset(), skeleton=False, complete=False)
         return Record(encode_inventory(claim, self._identity.sign), claim.expires)

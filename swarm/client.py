@@ -13,8 +13,8 @@ notebooks alike. The model is a plain transformers model; only its routed expert
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 AnswerForm = Literal["sum", "rows"]
 DEFAULT_DISK_BUDGET = 64 << 30  # bytes for the dense parts of models; a client keeps no experts
+_NOT_JOINED = "the swarm is not joined: use `with join(ticket) as swarm:`"
 
 
 def join(
@@ -80,9 +81,10 @@ class Swarm:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._portal = stack.enter_context(start_blocking_portal("asyncio"))
-            self._member = stack.enter_context(self._portal.wrap_async_context_manager(_Membership(self._ticket)))
+            portal = stack.enter_context(start_blocking_portal("asyncio"))
+            member = stack.enter_context(portal.wrap_async_context_manager(_membership(self._ticket)))
             self._stack = stack.pop_all()
+        self._portal, self._member, self._callers = portal, member, {}
         return self
 
     def __exit__(
@@ -109,7 +111,7 @@ class Swarm:
         transformers: equal to it bit for bit on like machines, more bytes). Experts are never replaced or left out.
 
         Waits up to `timeout` seconds for a peer that has the model. Raises ModelUnavailable, ShardUnavailable,
-        ManifestError, StorageError; ConfigError for a `model` that is neither.
+        ManifestError, StorageError, TransportError; ConfigError for a `model` that is neither, or when not joined.
         """
         from .loading import open_local
 
@@ -124,7 +126,7 @@ class Swarm:
         return self._caller(ModelId(model_id)).stats
 
     def holders(self, model_id: str) -> Mapping[PeerId, int]:
-        """The peers that announce a model now, and how many experts each."""
+        """The peers that announce a model now, and how many experts each. Raises ModelUnavailable after 10 seconds."""
         member = self._joined
         directory = self._open_portal.call(partial(member.wait_for_peers, ModelId(model_id), timeout=10.0))
         return {peer: len(inventory.held) for peer, inventory in directory.holders.inventories.items()}
@@ -134,13 +136,13 @@ class Swarm:
     @property
     def _open_portal(self) -> BlockingPortal:
         if self._portal is None:
-            raise ConfigError("the swarm is not joined: use `with join(ticket) as swarm:`")
+            raise ConfigError(_NOT_JOINED)
         return self._portal
 
     @property
     def _joined(self) -> Member:
         if self._member is None:
-            raise ConfigError("the swarm is not joined: use `with join(ticket) as swarm:`")
+            raise ConfigError(_NOT_JOINED)
         return self._member
 
     def _skeleton(self, model: str | Path, timeout: float, progress: Progress | None) -> tuple[Path, Manifest]:
@@ -160,33 +162,24 @@ class Swarm:
         return manifest
 
     def _caller(self, model: ModelId) -> ExpertCaller:
-        if model not in self._callers:
-            self._callers[model] = self._open_portal.call(self._make_caller, model)
-        return self._callers[model]
+        if model in self._callers:
+            return self._callers[model]
+        return self._open_portal.call(self._make_caller, model)
 
     async def _make_caller(self, model: ModelId) -> ExpertCaller:
-        member = self._joined
-        return ExpertCaller(model, member.directory(model), member.experts, member.standings, self._settings)
+        """On the event loop, where two threads that ask at once get the same one."""
+        if model not in self._callers:
+            member = self._joined
+            self._callers[model] = ExpertCaller(
+                model, member.directory(model), member.experts, member.standings, self._settings
+            )
+        return self._callers[model]
 
 
-class _Membership:
-    """The client's transport and membership as one async context manager."""
-
-    def __init__(self, ticket: Ticket) -> None:
-        self._ticket = ticket
-        self._stack = AsyncExitStack()
-
-    async def __aenter__(self) -> Member:
-        async with AsyncExitStack() as stack:
-            transport = await stack.enter_async_context(_client_transport(self._ticket))
-            member = await stack.enter_async_context(Member(transport, self._ticket.secret))
-            self._stack = stack.pop_all()
-        return member
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._stack.__aexit__(kind, error, trace)
+@asynccontextmanager
+async def _membership(ticket: Ticket) -> AsyncIterator[Member]:
+    async with _client_transport(ticket) as transport, Member(transport, ticket.secret) as member:
+        yield member
 
 
 def _client_transport(ticket: Ticket) -> Transport:

@@ -103,7 +103,7 @@ class Directory:
         await asyncio.shield(self._lookup)  # one caller that gives up does not end it for the others
 
     async def _look_up(self) -> None:
-        # Its own deadline and not each caller's: who comes late to a look-up that hangs would otherwise wait for it too.
+        # Its own deadline, not each caller's: otherwise who comes late to a look-up that hangs would join it.
         async with asyncio.timeout(LOOKUP_TIMEOUT):
             records = await self._transport.get(self._key)
         for subkey, record in records.items():

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 
 from moehive.protocol.chunks import ChunkList, chunk_range, runs
@@ -140,16 +141,16 @@ class Fetcher:
     ) -> None:
         request = GetChunks(hash=partial.object_hash, first=run.start, count=len(run))
         expected = deque(run)
-        async for answer in connection.ask_many(request, timeout=CHUNK_TIMEOUT):
-            assert isinstance(answer.message, Chunk)
-            index = answer.message.index
-            if not expected or index != expected.popleft() or answer.more != bool(expected):
-                raise ProtocolViolation(f"chunk {index} was not asked for or comes out of order", peer=connection.peer)
-            try:
-                await asyncio.to_thread(partial.write_chunk, index, answer.payload)
-            except WrongBytes as error:
-                raise IntegrityError(
-                    f"chunk {index} of {partial.object_hash} is wrong", peer=connection.peer
-                ) from error
-            if progress is not None:
-                progress(chunk_range(index, partial.chunks.size)[1])
+        async with aclosing(connection.ask_many(request, timeout=CHUNK_TIMEOUT)) as answers:
+            async for answer in answers:
+                assert isinstance(answer.message, Chunk)
+                index = answer.message.index
+                if not expected or index != expected.popleft() or answer.more != bool(expected):
+                    raise ProtocolViolation(f"chunk {index} comes unasked or out of order", peer=connection.peer)
+                try:
+                    await asyncio.to_thread(partial.write_chunk, index, answer.payload)
+                except WrongBytes as error:
+                    wrong = f"chunk {index} of {partial.object_hash} is wrong"
+                    raise IntegrityError(wrong, peer=connection.peer) from error
+                if progress is not None:
+                    progress(chunk_range(index, partial.chunks.size)[1])

@@ -25,7 +25,6 @@ from .standings import Standings
 from .store.content import ContentStore
 from .transport.base import Record, Transport
 
-
 _LOOK_AGAIN = 0.25  # seconds between look-ups while nobody announces the model
 
 

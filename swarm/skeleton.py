@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moehive.protocol.errors import StorageError
@@ -15,8 +18,8 @@ from .store.base import NotHeld, ObjectSource
 def lay_out_skeleton(manifest: Manifest, source: ObjectSource, directory: Path) -> Path:
     """Make `directory` hold the skeleton's files under their own names, the manifest last; returns it.
 
-    Every skeleton object must be in `source`. Safe to call again, and from several processes. Raises NotHeld,
-    StorageError.
+    Every skeleton object must be in `source`. Safe to call again, and from several threads and processes at once.
+    Raises NotHeld, StorageError.
     """
     try:
         for shard in manifest.skeleton:
@@ -34,17 +37,30 @@ def _place(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and target.samefile(source):
         return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        os.link(source, temporary)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with _temporary_beside(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, temporary)
+        temporary.replace(target)
 
 
 def _replace(target: Path, data: bytes) -> None:
     if target.exists() and target.read_bytes() == data:
         return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(target)
+    with _temporary_beside(target) as temporary:
+        temporary.write_bytes(data)
+        temporary.replace(target)
+
+
+@contextmanager
+def _temporary_beside(target: Path) -> Iterator[Path]:
+    """A name that no other thread or process uses. Gone afterwards, also where the replacement did nothing.
+
+    rename(2) does nothing where both names are links to one file: another loader was faster.
+    """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)

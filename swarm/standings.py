@@ -16,10 +16,11 @@ _UNKNOWN = Standing()
 
 
 def offence_of(error: PeerError) -> Offence:
-    """Whether an error proves a lie."""
+    """What an error says of its peer."""
     if isinstance(error, IntegrityError | FalseClaim | ProtocolViolation):
         return Offence.LIE
-    return Offence.FAILURE
+    busy = isinstance(error, PeerRefused) and error.code is RefusalCode.BUSY
+    return Offence.BUSY if busy else Offence.FAILURE
 
 
 class Standings:
@@ -35,7 +36,7 @@ class Standings:
         if not peer:
             return
         offence = offence_of(error)
-        wait = error.retry_after if isinstance(error, PeerRefused) and error.code is RefusalCode.BUSY else 0.0
+        wait = error.retry_after if isinstance(error, PeerRefused) else 0.0
         self._known[peer] = after_offence(self._known.get(peer, _UNKNOWN), offence, self._clock(), wait=wait)
         log = _log.warning if offence is Offence.LIE else _log.debug
         log("peer banned" if offence is Offence.LIE else "peer failed", peer=peer, reason=error.reason)

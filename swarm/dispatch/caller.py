@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from moehive.kernels.routing import Assignment
@@ -24,6 +25,7 @@ from moehive.swarm.directory import Directory
 from moehive.swarm.log import get_logger
 from moehive.swarm.rpc.pool import ConnectionPool
 from moehive.swarm.standings import Standings
+from moehive.swarm.tasks import task_group
 
 from .planner import LayerPlan, plan_layer
 from .request import ExpertRequest, LayerInput, Part, build_request, split_rows
@@ -63,7 +65,10 @@ class ExpertCaller:
         self.stats = DispatchStats()
 
     async def run(self, call: LayerInput, assignments: Sequence[Assignment]) -> list[Part]:
-        """The outputs for all `assignments`, in no particular order. Raises ExpertUnavailable at the deadline."""
+        """The outputs for all `assignments`, in no particular order.
+
+        Raises ExpertUnavailable at the deadline, TransportError when this peer is off the network.
+        """
         pending = list(assignments)
         parts: list[Part] = []
         deadline = self._clock() + self._settings.layer_timeout
@@ -98,8 +103,12 @@ class ExpertCaller:
             self._ask_peer(peer, call, [by_expert[expert] for expert in experts], deadline)
             for peer, experts in plan.remote.items()
         ]
-        # A single peer is the common case: no task for it.
-        outcomes = [await work[0]] if len(work) == 1 else await asyncio.gather(*work)
+        if len(work) == 1:  # a single peer is the common case: no task for it
+            outcomes = [await work[0]]
+        else:
+            async with task_group() as group:  # a failure of our own ends the other requests
+                tasks = [group.create_task(one) for one in work]
+            outcomes = [task.result() for task in tasks]
         errors = [outcome for outcome in outcomes if isinstance(outcome, PeerError)]
         done = [part for outcome in outcomes if not isinstance(outcome, PeerError) for part in outcome]
         return done, errors[-1] if errors else None
@@ -152,14 +161,12 @@ class ExpertCaller:
 
     async def _wait_for_holders(self, layer: int, pending: Sequence[Assignment], deadline: float, reason: str) -> None:
         """Return as soon as somebody usable holds one of `pending`. Raises ExpertUnavailable at the deadline."""
-        while not self._plan(layer, pending).remote:
-            left = deadline - self._clock()
-            if left <= 0:
-                raise ExpertUnavailable(layer, [assignment.expert for assignment in pending], reason)
-            try:
+        while (left := deadline - self._clock()) > 0:
+            if self._plan(layer, pending).remote:
+                return
+            with suppress(TimeoutError):  # the deadline, or the directory's own: look once more at what is known
                 async with asyncio.timeout(left):
                     await self._directory.refresh()
                     if not self._plan(layer, pending).remote:
                         await asyncio.sleep(_LOOK_AGAIN)
-            except TimeoutError:
-                continue  # the deadline, or the directory's own: look once more at what is known
+        raise ExpertUnavailable(layer, [assignment.expert for assignment in pending], reason)

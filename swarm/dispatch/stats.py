@@ -34,7 +34,7 @@ class PeerStats:
 
 @dataclass(slots=True)
 class DispatchStats:
-    """Counters of one model's remote calls. Written on the event loop, read anywhere."""
+    """Counters of one model's calls. Read anywhere; each is written by one thread: the event loop's, or the model's."""
 
     peers: dict[PeerId, PeerStats] = field(default_factory=dict)
     local_rows: int = 0

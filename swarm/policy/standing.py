@@ -2,7 +2,8 @@
 
 Rules: whatever is proven (a chunk that does not match its hash, a signature that is not true, an announced expert that
 is refused) bans the peer, doubling with each proof. Whatever may be the network's fault (timeouts, broken connections)
-never bans; the peer is passed over for a moment, doubling while it lasts, forgotten at the first success.
+never bans; the peer is passed over for a moment, doubling while it lasts, forgotten at the first success. A busy peer
+did nothing wrong: it is passed over for as long as it asked.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ FIRST_BAN = 60.0  # seconds
 MAX_BAN = 24 * 3600.0
 FIRST_PAUSE = 0.5
 MAX_PAUSE = 30.0
+MIN_WAIT = 0.05  # for a busy peer that does not say how long
 
 
 class Offence(enum.Enum):
@@ -21,6 +23,7 @@ class Offence(enum.Enum):
 
     LIE = "lie"  # proven: bad bytes, false claim, broken protocol
     FAILURE = "failure"  # unreachable, timeout, internal error: perhaps not its fault
+    BUSY = "busy"  # it said so
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,11 @@ def after_offence(standing: Standing, offence: Offence, now: float, *, wait: flo
     if offence is Offence.LIE:
         until = now + _doubled(FIRST_BAN, standing.lies, MAX_BAN)
         return replace(standing, lies=standing.lies + 1, avoid_until=max(until, standing.avoid_until), banned=True)
-    pause = max(_doubled(FIRST_PAUSE, standing.failures, MAX_PAUSE), min(wait, MAX_PAUSE))
-    until = max(now + pause, standing.avoid_until)
-    return replace(standing, failures=standing.failures + 1, avoid_until=until, banned=is_banned(standing, now))
+    busy = offence is Offence.BUSY
+    least = MIN_WAIT if busy else _doubled(FIRST_PAUSE, standing.failures, MAX_PAUSE)
+    until = max(now + max(least, min(wait, MAX_PAUSE)), standing.avoid_until)
+    failures = standing.failures + (not busy)
+    return replace(standing, failures=failures, avoid_until=until, banned=is_banned(standing, now))
 
 
 def after_success(standing: Standing, now: float) -> Standing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -17,6 +17,7 @@ from moehive.protocol.session import Buffers, ClientSession, Event, Opened, Repl
 from moehive.swarm.transport.base import Stream
 
 READ_SIZE = 256 << 10
+CANCEL_TIMEOUT = 1.0  # seconds to send a cancellation; a peer that does not even take that is given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +79,22 @@ class Connection:
         await self._stream.close()
 
     async def ask(self, message: Message, payload: Buffers = (), *, timeout: float) -> Answer:
-        """One request, one answer. Raises PeerError; PeerTimeout after `timeout` seconds, the request cancelled."""
+        """One request, one answer. Raises PeerError; PeerTimeout after `timeout` seconds, the request cancelled.
+
+        The deadline holds for all of it: waiting for a turn, sending, waiting for the answer.
+        """
         async with aclosing(self.ask_many(message, payload, timeout=timeout)) as answers:
             return await anext(answers)
 
     async def ask_many(
         self, message: Message, payload: Buffers = (), *, timeout: float
     ) -> AsyncGenerator[Answer, None]:
-        """One request, several answers; `timeout` seconds for each. Raises PeerError."""
+        """One request, several answers; `timeout` seconds until the first and between them. Raises PeerError.
+
+        Close it (`contextlib.aclosing`) where it is not read to its end: that cancels the request.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout
         await self._take_slot(timeout)  # given back in `_deliver`: a cancelled request counts until the peer confirms
         if self.broken is not None:
             self._slots.release()
@@ -94,20 +103,26 @@ class Connection:
         queue: asyncio.Queue[Answer | PeerError] = asyncio.Queue()
         self._waiting[request_id] = queue
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout_at(deadline):
                 await self._write(buffers)
             more = True
             while more:
-                async with asyncio.timeout(timeout):
+                async with asyncio.timeout_at(deadline):
                     answer = await queue.get()
                 if isinstance(answer, PeerError):
                     raise answer
                 more = answer.more
                 yield answer
+                deadline = clock() + timeout
         except TimeoutError as error:
             raise PeerTimeout(f"no answer within {timeout:.1f} s", peer=self.peer) from error
         finally:
             if self._waiting.pop(request_id, None) is not None and self.broken is None:
+                await self._cancel(request_id)
+
+    async def _cancel(self, request_id: int) -> None:
+        with suppress(TimeoutError, PeerUnreachable):  # then the connection is broken, which is all that can be said
+            async with asyncio.timeout(CANCEL_TIMEOUT):
                 await self._write(self._session.send_cancel(request_id))
 
     async def _take_slot(self, timeout: float) -> None:
@@ -143,6 +158,7 @@ class Connection:
                     self._on_event(event)
         except PeerError as error:
             self._fail(error)
+        await self._stream.close()  # now: the pool replaces a broken connection only when it is asked for again
 
     def _on_event(self, event: Event) -> None:
         match event:

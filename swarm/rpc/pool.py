@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -56,24 +55,34 @@ class ConnectionPool:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        async with AsyncExitStack() as stack:
-            for connection in self._open.values():
-                stack.push_async_exit(connection.__aexit__)
-            self._open = {}
+        connections, self._open = self._open.values(), {}
+        await asyncio.gather(*(connection.__aexit__(None, None, None) for connection in connections))
 
     async def connection(self, peer: PeerId, addresses: Sequence[str] = (), *, timeout: float = 10.0) -> Connection:
-        """The connection to `peer`. Raises PeerError; for a while after a failure, at once and without dialling."""
+        """The connection to `peer`, within `timeout` seconds.
+
+        Raises PeerError; for a while after a failure, at once and without dialling.
+        """
         connection = self._open.get(peer)
         if connection is not None and connection.broken is None:
             return connection
-        async with self._locks.setdefault(peer, asyncio.Lock()):
+        deadline = asyncio.get_running_loop().time() + timeout
+        lock = self._locks.setdefault(peer, asyncio.Lock())
+        try:
+            async with asyncio.timeout_at(deadline):
+                await lock.acquire()
+        except TimeoutError as error:
+            raise PeerTimeout(f"another attempt to connect has taken {timeout:.1f} s", peer=peer) from error
+        try:
             connection = self._open.get(peer)
             if connection is not None and connection.broken is None:
                 return connection  # somebody else opened it while we waited
-            return await self._replace(peer, connection, addresses, timeout)
+            return await self._replace(peer, connection, addresses, deadline)
+        finally:
+            lock.release()
 
     async def _replace(
-        self, peer: PeerId, old: Connection | None, addresses: Sequence[str], timeout: float
+        self, peer: PeerId, old: Connection | None, addresses: Sequence[str], deadline: float
     ) -> Connection:
         if old is not None:
             del self._open[peer]
@@ -82,12 +91,12 @@ class ConnectionPool:
         if backoff is not None and self._clock() < backoff.until:
             raise PeerUnreachable(f"not dialled again yet; last time: {backoff.error.reason}", peer=peer)
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout_at(deadline):
                 connection = await self._dial(peer, addresses)
         except TimeoutError as error:
-            raise self._back_off(PeerTimeout(f"no connection within {timeout:.1f} s", peer=peer)) from error
+            raise self._back_off(peer, PeerTimeout("no connection before the deadline", peer=peer)) from error
         except PeerError as error:
-            raise self._back_off(error) from error.__cause__
+            raise self._back_off(peer, error) from error.__cause__
         self._backoff.pop(peer, None)
         self._open[peer] = connection
         return connection
@@ -97,8 +106,8 @@ class ConnectionPool:
         session = ClientSession(self._spec, Admission(self._secret, self._transport.peer, peer), self._agent)
         return await Connection(stream, session).__aenter__()
 
-    def _back_off(self, error: PeerError) -> PeerError:
-        last = self._backoff.get(PeerId(error.peer))
+    def _back_off(self, peer: PeerId, error: PeerError) -> PeerError:
+        last = self._backoff.get(peer)
         seconds = min(2 * last.seconds, MAX_BACKOFF) if last else FIRST_BACKOFF
-        self._backoff[PeerId(error.peer)] = _Backoff(seconds, self._clock() + seconds, error)
+        self._backoff[peer] = _Backoff(seconds, self._clock() + seconds, error)
         return error

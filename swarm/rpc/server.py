@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
 from moehive.protocol import limits
@@ -26,7 +27,7 @@ from moehive.swarm.log import get_logger
 from moehive.swarm.transport.base import Handler, Stream
 
 READ_SIZE = 256 << 10
-FRAME_TIMEOUT = 60.0  # seconds in which a frame that has begun must be complete (slow-loris)
+FRAME_TIMEOUT = 60.0  # seconds in which a frame that has begun must be complete, in either direction (slow-loris)
 _log = get_logger(__name__)
 
 
@@ -80,9 +81,11 @@ class _ServedStream:
             _log.debug("stream broke", peer=self._session.peer, reason=str(broken.exceptions[0]))
 
     async def _serve(self, group: asyncio.TaskGroup) -> None:
+        clock = asyncio.get_running_loop().time
+        deadline: float | None = clock() + limits.HELLO_TIMEOUT
         while self._session.state is not State.CLOSED:
             try:
-                async with asyncio.timeout(self._patience()):
+                async with asyncio.timeout_at(deadline):
                     data = await self._stream.read(READ_SIZE)
                 events = self._session.receive(data)
             except TimeoutError:
@@ -93,11 +96,10 @@ class _ServedStream:
                 return
             for event in events:
                 await self._on_event(event, group)
-
-    def _patience(self) -> float | None:
-        if self._session.state is State.AWAIT_HELLO:
-            return limits.HELLO_TIMEOUT
-        return FRAME_TIMEOUT if self._session.mid_frame else None
+            if not self._session.mid_frame:
+                deadline = None if self._session.state is State.OPEN else deadline
+            elif events or deadline is None:  # another frame than before: one that trickles in gets no new deadline
+                deadline = clock() + FRAME_TIMEOUT
 
     async def _refuse_stream(self, violation: ProtocolViolation) -> None:
         _log.warning("peer broke the protocol", peer=self._session.peer, reason=violation.reason)
@@ -109,7 +111,9 @@ class _ServedStream:
             case Opened():
                 await self._write(self._session.send_welcome())
             case RequestReceived(request_id, message, payload):
-                self._tasks[request_id] = group.create_task(self._answer(request_id, message, payload))
+                answering = group.create_task(self._answer(request_id, message, payload))
+                self._tasks[request_id] = answering
+                answering.add_done_callback(partial(self._forget, request_id))
             case RequestCancelled(request_id) if request_id in self._replying:
                 self._unwanted.add(request_id)  # a write that is cut off would break the stream for everybody
             case RequestCancelled(request_id):
@@ -145,8 +149,11 @@ class _ServedStream:
         except Exception:  # noqa: BLE001 - supervision point: one request's bug must not end the others
             _log.exception("request failed: a bug", peer=self._session.peer, request=type(message).__name__)
             await self._refuse(request_id, RefusalCode.INTERNAL)
-        finally:
-            self._tasks.pop(request_id, None)
+
+    def _forget(self, request_id: int, task: asyncio.Task[None]) -> None:
+        """A callback, because a task that is cancelled before it begins runs no code of its own."""
+        if self._tasks.get(request_id) is task:  # else: the id is in use again
+            del self._tasks[request_id]
             self._unwanted.discard(request_id)
 
     async def _refuse(self, request_id: int, code: RefusalCode, detail: str = "", retry_after: float = 0.0) -> None:
@@ -155,4 +162,8 @@ class _ServedStream:
     async def _write(self, buffers: Buffers) -> None:
         if not buffers:
             return
-        await self._stream.write(*buffers)
+        try:
+            async with asyncio.timeout(FRAME_TIMEOUT):  # who asks and does not read would hold memory and upload slots
+                await self._stream.write(*buffers)
+        except TimeoutError as error:
+            raise PeerUnreachable("does not read what it asked for", peer=self._session.peer) from error

@@ -41,6 +41,7 @@ _STREAM_SOCKET = "streams.sock"
 _MAX_DIRECTORY_CHARS = 80
 _MAX_MESSAGE_BYTES = 1 << 20  # of one control message
 _STREAM_INFO_TIMEOUT = 5.0  # seconds; it comes from our own daemon
+_CONTROL_TIMEOUT = 10.0  # seconds for what the daemon can answer by itself
 _STOP_TIMEOUT = 3.0  # seconds from SIGTERM to SIGKILL
 # The daemon ends itself when nobody has held its persistent connection for this long: also after we were killed.
 _ORPHAN_SECONDS = 15
@@ -203,7 +204,7 @@ class Daemon:
     async def addresses(self) -> list[str]:
         """The addresses under which the daemon believes that others reach it, without /p2p."""
         messages, multiaddr = _messages(), import_hivemind().utils.multiaddr
-        response = await self._ask(messages.Request(type=messages.Request.IDENTIFY))
+        response = await self._ask_locally(messages.Request(type=messages.Request.IDENTIFY))
         return [str(multiaddr.Multiaddr(raw)) for raw in response.identify.addrs]
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
@@ -235,7 +236,7 @@ class Daemon:
         request.streamHandler.addr = self._stream_address()
         request.streamHandler.proto.append(protocol)
         request.streamHandler.balanced = False
-        await self._ask(request)
+        await self._ask_locally(request)
 
     async def refuse(self, protocol: str) -> None:
         """From now on, refuse streams of `protocol`."""
@@ -243,12 +244,19 @@ class Daemon:
         request = messages.Request(type=messages.Request.REMOVE_STREAM_HANDLER)
         request.removeStreamHandler.addr = self._stream_address()
         request.removeStreamHandler.proto.append(protocol)
-        await self._ask(request)
+        await self._ask_locally(request)
 
     def _stream_address(self) -> bytes:
         raw = _raw_address(f"/unix{self._directory / _STREAM_SOCKET}")
         assert raw is not None
         return raw
+
+    async def _ask_locally(self, request: Any) -> Any:
+        try:
+            async with asyncio.timeout(_CONTROL_TIMEOUT):
+                return await self._ask(request)
+        except TimeoutError as error:
+            raise TransportError(f"p2pd has not answered for {_CONTROL_TIMEOUT:g} s; restart this peer") from error
 
     async def _ask(self, request: Any, peer: PeerId | None = None) -> Any:
         reader, writer = await self._dial()
@@ -261,6 +269,8 @@ class Daemon:
         try:
             return await asyncio.open_unix_connection(self._directory / _CONTROL_SOCKET, limit=READ_BUFFER)
         except OSError as error:
+            if isinstance(error, ConnectionRefusedError | FileNotFoundError):
+                self._stopped = True  # nobody listens: the end of its output, which says the same, comes a moment later
             raise TransportError(f"p2pd does not answer ({error}); restart this peer") from error
 
     async def _exchange(

@@ -133,6 +133,11 @@ class Table:
         await asyncio.gather(control._read_task, control._write_task, return_exceptions=True)
 
 
+def _scalar(packed: bytes) -> Any:
+    """A text or bytes. Raises ValueError for a container: nested ones claim gigabytes with a few bytes."""
+    return msgpack.unpackb(packed, max_array_len=0, max_map_len=0, max_ext_len=0)
+
+
 class _StorageGuard:
     """What hivemind asks before it stores or believes a record (the interface of its RecordValidatorBase)."""
 
@@ -143,7 +148,7 @@ class _StorageGuard:
     def validate(self, record: Any) -> bool:
         """`record`: a DHTRecord, its subkey and value in msgpack."""
         try:
-            subkey, value = msgpack.unpackb(record.subkey), msgpack.unpackb(record.value)
+            subkey, value = _scalar(record.subkey), _scalar(record.value)
         except (ValueError, msgpack.UnpackException):
             return False
         checked = checked_record(subkey, value, record.expiration_time, self._clock())

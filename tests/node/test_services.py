@@ -18,10 +18,12 @@ from moehive.kernels.routing import group_by_expert
 from moehive.node import services as module
 from moehive.node.compute import Work, run_batch
 from moehive.node.holdings import Holdings
-from moehive.node.scheduler import QueueLimits
+from moehive.node.scheduler import QueueFacts, QueueLimits
 from moehive.node.services import ExpertService, PeerService, ShardService
 from moehive.node.worker import ComputeWorker
+from moehive.protocol import limits
 from moehive.protocol.chunks import ChunkList
+from moehive.protocol.codec import decode, encode
 from moehive.protocol.errors import PeerRefused, RefusalCode
 from moehive.protocol.ids import ExpertKey, ModelId, ShardHash
 from moehive.protocol.messages import (
@@ -242,3 +244,10 @@ async def test_inventory_and_load(node: Node) -> None:
 def test_every_kind_of_request_has_a_service() -> None:
     kinds = {kind for spec in (EXPERT, SHARD, PEER) for kind in spec.answers}
     assert kinds == {RunExperts, GetChunkList, GetChunks, GetInventory, GetLoad}
+
+
+def test_a_load_beyond_what_the_message_holds_is_cut(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The asking peer would take it for a violation, and ban an honest node for being busy."""
+    facts = QueueFacts(requests=1, queued_bytes=1, rows=10**6, seconds_per_row=1.0)
+    monkeypatch.setattr(ComputeWorker, "facts", facts)
+    assert decode(Load, encode(node.peers._load())).expected_wait == limits.MAX_DEADLINE

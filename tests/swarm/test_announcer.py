@@ -74,6 +74,19 @@ async def test_withdrawing_leaves_an_empty_announcement() -> None:
     assert not stored.skeleton
 
 
+async def test_a_withdrawal_is_for_good() -> None:
+    """A thread may find a shard, or lose one, while the node leaves."""
+    world = World()
+    world.announcer.hold(frozenset({ONE}), skeleton=True)
+    await world.announcer.withdraw()
+    world.announcer.hold(frozenset({ONE, TWO}), skeleton=True)
+    world.clock.now += 1
+    await world.announcer.announce()
+    stored = world.stored()
+    assert stored is not None
+    assert not stored.held
+
+
 async def test_it_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RENEW_EVERY", 0.0)
     monkeypatch.setattr(module, "COLLECT", 0.0)
@@ -100,7 +113,7 @@ async def test_a_change_from_any_thread_is_announced_at_once(monkeypatch: pytest
 
 @pytest.mark.parametrize("failure", [False, TimeoutError()])
 async def test_nobody_who_stores_it_is_no_end(failure: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RENEW_EVERY", 0.0)
+    monkeypatch.setattr(module, "TRY_AGAIN", 0.0)
     monkeypatch.setattr(module, "COLLECT", 0.0)
     world = World()
     put, attempts = world.transport.put, 0

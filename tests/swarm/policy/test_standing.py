@@ -13,6 +13,7 @@ from moehive.swarm.policy.standing import (
     FIRST_PAUSE,
     MAX_BAN,
     MAX_PAUSE,
+    MIN_WAIT,
     Offence,
     Standing,
     after_offence,
@@ -21,8 +22,8 @@ from moehive.swarm.policy.standing import (
     is_banned,
 )
 
-LIE, FAILURE = Offence.LIE, Offence.FAILURE
-events = st.lists(st.tuples(st.sampled_from([LIE, FAILURE, None]), st.floats(0, 100)), max_size=30)
+LIE, FAILURE, BUSY = Offence.LIE, Offence.FAILURE, Offence.BUSY
+events = st.lists(st.tuples(st.sampled_from([LIE, FAILURE, BUSY, None]), st.floats(0, 100)), max_size=30)
 
 
 def after(events: list[tuple[Offence | None, float]]) -> tuple[Standing, float]:
@@ -83,6 +84,8 @@ def test_a_ban_that_is_over_is_over() -> None:
     assert after_success(failed, FIRST_BAN) == Standing(lies=1)  # the next one takes longer
 
 
-@pytest.mark.parametrize(("asked", "given"), [(0.0, FIRST_PAUSE), (5.0, 5.0), (1e9, MAX_PAUSE)])
-def test_a_busy_peer_says_how_long_within_reason(asked: float, given: float) -> None:
-    assert after_offence(Standing(), FAILURE, 0.0, wait=asked).avoid_until == given
+@pytest.mark.parametrize(("asked", "given"), [(0.0, MIN_WAIT), (5.0, 5.0), (1e9, MAX_PAUSE)])
+def test_a_busy_peer_says_how_long_within_reason_and_did_nothing_wrong(asked: float, given: float) -> None:
+    standing = reduce(lambda standing, _: after_offence(standing, BUSY, 0.0, wait=asked), range(5), Standing())
+    assert standing.avoid_until == given
+    assert standing.failures == 0

@@ -1,8 +1,11 @@
 """The pure parts: which addresses and records of strangers are used at all."""
 
 import math
+import tracemalloc
+from types import SimpleNamespace
 from typing import Any
 
+import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from moehive.protocol.limits import MAX_ADDRESSES, MAX_RECORD_BYTES
 from moehive.swarm.identity import Identity
 from moehive.swarm.transport.addresses import bootstrap_peers, dialable
 from moehive.swarm.transport.base import Record
+from moehive.swarm.transport.dht import _StorageGuard
 from moehive.swarm.transport.records import checked_record
 
 A, B = Identity.from_seed(bytes(32)).peer, Identity.from_seed(bytes([1] * 32)).peer
@@ -73,3 +77,16 @@ def test_bootstrap_address_without_peer_or_place(address: str) -> None:
 )
 def test_records(subkey: Any, value: Any, expires: Any, taken: bool) -> None:
     assert checked_record(subkey, value, expires, NOW) == (Record(value, expires) if taken else None)
+
+
+def test_storing_peers_open_no_containers() -> None:
+    """Nested array headers claim gigabytes with a few bytes, and anybody may send records to the table."""
+    guard = _StorageGuard(lambda *_: True, lambda: NOW)
+    record = SimpleNamespace(key=b"k", subkey=msgpack.packb("peer"), value=msgpack.packb(b"v"), expiration_time=NOW)
+    assert guard.validate(record)
+    record.value = (b"\xdd" + (60_000).to_bytes(4, "big")) * 400 + bytes(64 << 10)
+    tracemalloc.start()
+    assert not guard.validate(record)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20

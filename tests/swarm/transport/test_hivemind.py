@@ -191,6 +191,21 @@ async def test_frozen_daemon_is_killed(scratch: Path, monkeypatch: pytest.Monkey
     assert (daemons(), list(scratch.iterdir())) == ([], [])
 
 
+async def test_frozen_daemon_does_not_stop_us_from_leaving(
+    node: HivemindTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon_module, "_CONTROL_TIMEOUT", 0.1)
+    pid = node._daemon.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(5):
+            with pytest.raises(TransportError, match="has not answered"):
+                await node.stop_serving(PROTOCOL)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 async def test_strangers_records_are_refused(node: HivemindTransport) -> None:
     """Stored with hivemind directly, as a peer that runs other code would."""
     async with HivemindTransport(Identity.ephemeral(), bootstrap=node.addresses, client_only=True) as stranger:

@@ -1,0 +1,109 @@
+"""What a node comes to hold: what is here, what can be fetched, and no silence about the rest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+from support.swarm_fakes import SECRET, announce, identity, member
+
+from moehive.node import acquisition as module
+from moehive.node.acquisition import Acquisition
+from moehive.node.holdings import Holdings
+from moehive.node.services import ShardService
+from moehive.node.settings import NodeSettings
+from moehive.protocol.ids import ExpertKey, ShardHash
+from moehive.protocol.messages import SHARD
+from moehive.swarm.member import Member
+from moehive.swarm.rpc.server import stream_handler
+from moehive.swarm.store.base import ObjectSource
+from moehive.swarm.store.content import ContentStore
+from moehive.swarm.store.directory import ConvertedDirectory
+from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
+
+SEED = identity(1)
+RAM = 1 << 30
+
+
+class Node:
+    """What a node has when it begins to acquire."""
+
+    def __init__(self, us: Member, model: ConvertedDirectory, source: ObjectSource, **settings: object) -> None:
+        self.settings = NodeSettings(model.model_id, Path(), **settings)  # type: ignore[arg-type]
+        self.holdings = Holdings(model.manifest, source, on_change=lambda: None)
+        self.acquisition = Acquisition(self.settings, us, source, self.holdings, RAM)
+
+
+@asynccontextmanager
+async def seed(network: MemoryNetwork, model: ConvertedDirectory, held: set[ExpertKey]) -> AsyncIterator[None]:
+    """A peer that has some experts and the skeleton, and announces all experts."""
+    manifest = model.manifest
+    holdings = Holdings(manifest, model, on_change=lambda: None)
+    holdings.verify([*(manifest.experts[key] for key in held), *manifest.skeleton])
+    async with MemoryTransport(network, SEED) as transport:
+        handler = stream_handler(SHARD, SECRET, transport.peer, "seed", ShardService(holdings))
+        await transport.serve(SHARD.name, handler)
+        await announce(transport, SEED, held, skeleton=True, model=model.model_id)
+        yield
+
+
+async def test_a_converted_directory_that_lacks_a_shard_says_so(
+    mixtral: ConvertedDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = ExpertKey(0, 1)
+    copytree(mixtral.root, tmp_path / "model")
+    (tmp_path / "model" / mixtral.manifest.experts[lost].file).unlink()
+    async with member(MemoryNetwork(), 2) as us:
+        node = Node(us, mixtral, ConvertedDirectory(tmp_path / "model"), experts="all")
+        with caplog.at_level(logging.ERROR):
+            assert await node.acquisition.first_pass() == []
+    assert node.holdings.experts == mixtral.manifest.experts.keys() - {lost}
+    assert mixtral.manifest.experts[lost].file in str([vars(record) for record in caplog.records])
+
+
+async def test_what_nobody_has_is_waited_for_once(
+    mixtral: ConvertedDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_TRY", 0.3)
+    network, store = MemoryNetwork(), ContentStore(tmp_path, RAM)
+    held = set(list(mixtral.manifest.experts)[-2:])
+    waited: list[float] = []
+
+    class Impatient(module.Fetcher):
+        async def fetch(self, object_hash: ShardHash, *args: object, timeout: float, **kwargs: object) -> Path:
+            waited.append(timeout)
+            return await super().fetch(object_hash, *args, timeout=0.0, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "Fetcher", Impatient)
+    async with seed(network, mixtral, held), member(network, 2) as us:
+        node = Node(us, mixtral, store, experts="all")
+        left = await node.acquisition.first_pass()
+    assert {shard.expert_key for shard in left} == mixtral.manifest.experts.keys() - held
+    assert node.holdings.experts == held
+    assert node.holdings.skeleton
+    assert waited == [0.3] + [0.0] * (len(waited) - 1)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_auto_chooses_what_fits_beside_what_the_store_holds_already(
+    mixtral: ConvertedDirectory, tmp_path: Path, others: int
+) -> None:
+    manifest, network = mixtral.manifest, MemoryNetwork()
+    size = next(iter(manifest.experts.values())).size
+    room = 3 * size + sum(shard.size for shard in manifest.skeleton)
+    disk = room + len(manifest.to_bytes())
+    store = ContentStore(tmp_path, disk)
+    store.put(manifest.to_bytes())
+    for number in range(others):  # of another model
+        store.put(bytes([number]) * size)
+    async with seed(network, mixtral, set(manifest.experts)), member(network, 2) as us:
+        node = Node(us, mixtral, store, experts="auto", disk=disk)
+        assert await node.acquisition.first_pass() == []
+        assert len(node.holdings.experts) == 3 - others
+        again = Node(us, mixtral, store, experts="auto", disk=disk)  # what it has counts as room
+        assert await again.acquisition.first_pass() == []
+        assert len(again.holdings.experts) == 3 - others

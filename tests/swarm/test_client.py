@@ -1,0 +1,52 @@
+"""The Python client without a network: one caller for each model whoever asks for it, and a fresh start each time."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.swarm_fakes import MODEL, SECRET, identity
+
+from moehive.protocol.errors import ConfigError
+from moehive.protocol.ticket import Ticket
+from moehive.swarm import client as module
+from moehive.swarm.client import Swarm, join
+from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
+
+
+@pytest.fixture
+def swarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Swarm:
+    """A client on a network of its own."""
+    monkeypatch.setattr(module, "_client_transport", lambda _: MemoryTransport(MemoryNetwork(), identity(9)))
+    return join(Ticket(SECRET, ()), cache=tmp_path)
+
+
+def test_threads_that_ask_for_the_same_model_share_its_statistics(swarm: Swarm) -> None:
+    with swarm, ThreadPoolExecutor(8) as threads:
+        assert len({id(stats) for stats in threads.map(lambda _: swarm.stats(MODEL), range(8))}) == 1
+
+
+def test_a_swarm_joined_again_starts_anew(swarm: Swarm) -> None:
+    with swarm:
+        before = swarm.stats(MODEL)
+    with swarm:
+        assert swarm.stats(MODEL) is not before
+
+
+def test_before_joining_the_message_says_what_to_do(swarm: Swarm) -> None:
+    with pytest.raises(ConfigError, match="with join"):
+        swarm.stats(MODEL)
+    with pytest.raises(ConfigError, match="with join"):
+        swarm.load(MODEL)
+
+
+def test_after_a_join_that_failed_nothing_is_joined(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(_: Ticket) -> MemoryTransport:
+        raise ConfigError("no such address")
+
+    monkeypatch.setattr(module, "_client_transport", unreachable)
+    with pytest.raises(ConfigError, match="no such address"):
+        swarm.__enter__()
+    with pytest.raises(ConfigError, match="with join"):
+        swarm.stats(MODEL)
