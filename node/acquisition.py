@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
-from moehive.protocol.errors import ShardUnavailable
+from moehive.protocol.errors import ShardUnavailable, StorageError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import ShardEntry
 from moehive.swarm.directory import Holders
@@ -30,7 +30,14 @@ class Acquisition:
     """Fills `holdings`. `first_pass` gets what can be had now, `keep_trying` the rest."""
 
     def __init__(
-        self, settings: NodeSettings, member: Member, source: ObjectSource, holdings: Holdings, ram_budget: int
+        self,
+        settings: NodeSettings,
+        member: Member,
+        source: ObjectSource,
+        holdings: Holdings,
+        *,
+        ram_budget: int,
+        expert_ram: int,
     ) -> None:
         self._settings = settings
         self._member = member
@@ -38,6 +45,7 @@ class Acquisition:
         self._holdings = holdings
         self._manifest = holdings.manifest
         self._ram_budget = ram_budget  # bytes
+        self._expert_ram = expert_ram  # bytes of one expert in memory: quantised ones grow there
 
     async def first_pass(self) -> list[ShardEntry]:
         """Hold what can be had now; returns what could not. Raises ConfigError, DiskFull, StorageError."""
@@ -53,11 +61,15 @@ class Acquisition:
         return await self._fetch(self._source, left, FIRST_TRY)
 
     async def keep_trying(self, left: list[ShardEntry]) -> None:
-        """Fetch what is left as soon as somebody can supply it. Raises DiskFull, StorageError."""
+        """Fetch what is left as soon as somebody can supply it; gives up where this machine's disk does."""
         while left:
             assert isinstance(self._source, ContentStore)
             await asyncio.sleep(TRY_AGAIN)
-            left = await self._fetch(self._source, left, 0.0)
+            try:
+                left = await self._fetch(self._source, left, 0.0)
+            except StorageError as error:  # what is held already is served all the same
+                _log.error("no more shards are fetched", left=len(left), reason=str(error))
+                return
 
     async def verify_all(self) -> None:
         """Check, in the background, every file of a whole converted directory, so that it can be offered as a seed."""
@@ -74,15 +86,11 @@ class Acquisition:
             await directory.refresh()
         except TimeoutError:
             _log.warning("nobody could be asked who holds what; choosing by what is known")
-        budget = self._ram_budget
+        budgets = [self._ram_budget]
         if isinstance(self._source, ContentStore):
-            budget = min(budget, await asyncio.to_thread(self._disk_for_experts, self._source))
-        return fill_budget(
-            self._obtainable(directory.holders),
-            directory.holders.replicas,
-            budget=budget,
-            seed=self._member.transport.peer,
-        )
+            budgets.append(await asyncio.to_thread(self._disk_for_experts, self._source))
+        costs = {key: (self._expert_ram, size)[: len(budgets)] for key, size in self._obtainable(directory.holders)}
+        return fill_budget(costs, directory.holders.replicas, budgets=budgets, seed=self._member.transport.peer)
 
     def _disk_for_experts(self, store: ContentStore) -> int:
         """Bytes that experts may take of the disk budget: what they take already, and what is free beyond the skeleton.
@@ -95,13 +103,11 @@ class Acquisition:
         free = self._settings.disk - store.usage().used_bytes - sum(shard.size for shard in missing)
         return max(0, experts + free)
 
-    def _obtainable(self, holders: Holders) -> dict[ExpertKey, int]:
-        """Sizes of the experts that are here or that somebody can supply."""
-        return {
-            key: shard.size
-            for key, shard in self._manifest.experts.items()
-            if shard.group is None and (self._source.path(shard.hash) is not None or holders.suppliers(shard))
-        }
+    def _obtainable(self, holders: Holders) -> Iterator[tuple[ExpertKey, int]]:
+        """The experts that are here or that somebody can supply, with their bytes on disk."""
+        for key, shard in self._manifest.experts.items():
+            if shard.group is None and (self._source.path(shard.hash) is not None or holders.suppliers(shard)):
+                yield key, shard.size
 
     async def _fetch(self, store: ContentStore, shards: Sequence[ShardEntry], timeout: float) -> list[ShardEntry]:
         """Fetch and hold; returns what nobody could supply. `timeout`: seconds to wait for suppliers, once for all."""

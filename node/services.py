@@ -39,11 +39,31 @@ class ExpertService:
     def __init__(self, holdings: Holdings, worker: ComputeWorker) -> None:
         self._holdings = holdings
         self._worker = worker
-        self.draining = False
+        self._leaving = False
+        self._answering = 0  # requests that were accepted and whose answer is not written yet
+        self._answered = asyncio.Event()
+
+    def refuse_more(self) -> None:
+        """Refuse requests from now on: this node leaves."""
+        self._leaving = True
+
+    async def drain(self) -> None:
+        """Return when everything that was accepted is answered, the answers written."""
+        while self._answering:
+            self._answered.clear()
+            await self._answered.wait()
 
     async def __call__(self, peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
         """Answer one RunExperts."""
         assert isinstance(message, RunExperts)
+        self._answering += 1
+        try:
+            await self._run(message, payload, reply)
+        finally:
+            self._answering -= 1
+            self._answered.set()
+
+    async def _run(self, message: RunExperts, payload: bytearray, reply: Reply) -> None:
         message.check(len(payload))
         self._check_held(message)
         try:
@@ -57,7 +77,7 @@ class ExpertService:
 
     def _check_held(self, message: RunExperts) -> None:
         manifest = self._holdings.manifest
-        if self.draining:
+        if self._leaving:
             raise Refusal(RefusalCode.SHUTTING_DOWN)
         if message.model != manifest.model_id:
             raise Refusal(RefusalCode.UNKNOWN_MODEL, f"this node serves model {manifest.model_id}")

@@ -16,6 +16,7 @@ from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import Manifest
 from moehive.protocol.messages import EXPERT, PEER, SHARD
 from moehive.swarm.announcer import Announcer
+from moehive.swarm.dispatch.request import DTYPES
 from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
 from moehive.swarm.memory import default_ram_budget
@@ -46,7 +47,14 @@ class Serving:
         self._loader = ExpertLoader(manifest, source)
         ram_budget = settings.ram if settings.ram is not None else default_ram_budget()
         self._tier = weights_tier(ram_budget)
-        self._acquisition = Acquisition(settings, member, source, self.holdings, ram_budget)
+        self._acquisition = Acquisition(
+            settings,
+            member,
+            source,
+            self.holdings,
+            ram_budget=ram_budget,
+            expert_ram=self._loader.nbytes(DTYPES[manifest.model.dtype]),
+        )
         self._worker = ComputeWorker(self._lease, self._loader.spec, settings.queue)
         self._experts = ExpertService(self.holdings, self._worker)
         self._shards = ShardService(self.holdings)
@@ -98,12 +106,12 @@ class Serving:
     async def _leave(self) -> None:
         """Accept nothing new, withdraw, drain."""
         _log.info("leaving the swarm")
-        self._experts.draining = True
+        self._experts.refuse_more()
         for spec in (EXPERT, SHARD, PEER):
             await self._member.transport.stop_serving(spec.name)
         await self._announcer.withdraw()
         try:
             async with asyncio.timeout(self._settings.drain_timeout):
-                await self._worker.drain()
+                await self._experts.drain()
         except TimeoutError:
             _log.warning("left with requests unanswered", seconds=self._settings.drain_timeout)

@@ -64,8 +64,6 @@ class ComputeWorker:
         self._clock = clock
         self._queue: list[_Queued] = []
         self._wake = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._seconds_per_row = 0.0
         self._computing_rows = 0
         self.rows_done = 0
@@ -90,7 +88,6 @@ class ComputeWorker:
             raise Refusal(refuse.code, f"{facts.requests} requests are waiting", retry_after=refuse.retry_after)
         queued = _Queued(work, payload_bytes, self._clock(), asyncio.get_running_loop().create_future())
         self._queue.append(queued)
-        self._idle.clear()
         self._wake.set()
         return await queued.done  # a caller that goes away cancels the future; the batch then leaves it out
 
@@ -104,11 +101,6 @@ class ComputeWorker:
                     await self._compute(thread, batch)
                 else:
                     self._wake.clear()
-                    self._idle.set()
-
-    async def drain(self) -> None:
-        """Return when nothing is queued or being computed."""
-        await self._idle.wait()
 
     def _take(self) -> list[_Queued]:
         now = self._clock()

@@ -37,8 +37,8 @@ from .manifest_parts import (
 )
 
 __all__ = [
-    "ITEM_SIZE", "MANIFEST_NAME", "REPORT_NAME", "ExpertFfn", "Gate", "Layout", "Manifest", "ModelFacts", "Quantization",
-    "ShardEntry", "ShardType", "ShardingStrategy", "TensorEntry", "is_safe_path",
+    "ITEM_SIZE", "MANIFEST_NAME", "REPORT_NAME", "ExpertFfn", "Gate", "Layout", "Manifest", "ModelFacts",
+    "Quantization", "ShardEntry", "ShardType", "ShardingStrategy", "TensorEntry", "is_safe_path",
 ]  # fmt: skip
 
 MANIFEST_NAME = "manifest.json"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from moehive.protocol.errors import FalseClaim, PeerError, TransportError
@@ -80,6 +80,7 @@ class Directory:
         self._wall_clock = wall_clock
         self._lookup: asyncio.Task[None] | None = None
         self._known: dict[PeerId, Inventory] = {}
+        self._refuted: dict[PeerId, dict[ExpertKey, float]] = {}  # when the announcement was issued that was not true
         self.holders = Holders()
 
     async def run(self) -> None:
@@ -122,19 +123,32 @@ class Directory:
             _log.warning("announcement filed under another name", filed_under=subkey, signer=inventory.peer)
             return
         known = self._known.get(inventory.peer)
-        if known is None or known.issued <= inventory.issued:
+        if known is None or known.issued < inventory.issued:
             self._known[inventory.peer] = inventory
 
     def _publish(self) -> None:
         now = self._wall_clock()
         self._known = {peer: inventory for peer, inventory in self._known.items() if inventory.expires > now}
+        self._refuted = {peer: refuted for peer, refuted in self._refuted.items() if peer in self._known}
         # An announcement of nothing is a farewell; it is remembered, so that an older one does not come back.
         offering = {peer: i for peer, i in self._known.items() if i.held or i.skeleton or i.complete}
         usable = {peer: i for peer, i in offering.items() if not self._standings.banned(peer)}
         if usable != self.holders.inventories:
             self.holders = Holders(usable)
 
-    def distrust(self, error: FalseClaim) -> None:
-        """A peer refused what it announced: its announcement no longer counts, and it is blamed."""
-        self._standings.blame(error)
+    def refuted(self, peer: PeerId, keys: Iterable[ExpertKey] | None, reason: str) -> None:
+        """A peer refused experts (None: all of them) that it announces: they no longer count as held by it.
+
+        An honest peer may have lost a shard since it announced it. One that announces the same expert anew and refuses
+        it again lies.
+        """
+        known = self._known.get(peer)
+        if known is None:
+            return
+        untrue = known.held if keys is None else known.held & frozenset(keys)
+        before = self._refuted.setdefault(peer, {})
+        if any(before.get(key, known.issued) < known.issued for key in untrue):
+            self._standings.blame(FalseClaim(f"announces again what it refuses: {reason}", peer=peer))
+        before.update(dict.fromkeys(untrue, known.issued))
+        self._known[peer] = replace(known, held=known.held - untrue)
         self._publish()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from moehive.kernels.routing import Assignment
 from moehive.protocol.errors import (
     ExpertUnavailable,
-    FalseClaim,
     PeerError,
     PeerRefused,
     ProtocolViolation,
@@ -123,7 +122,7 @@ class ExpertCaller:
                 timeout = min(self._settings.answer_timeout, max(deadline - self._clock(), 0.0))
                 parts.append(await self._ask(peer, build_request(self._model, call, group, timeout), timeout))
         except PeerError as error:
-            self._on_failure(peer, error)
+            self._on_failure(peer, [ExpertKey(call.layer, assignment.expert) for assignment in assignments], error)
             return error
         self._standings.praise(peer)
         return parts
@@ -150,12 +149,15 @@ class ExpertCaller:
         )
         return request.read_answer(answer.payload)
 
-    def _on_failure(self, peer: PeerId, error: PeerError) -> None:
+    def _on_failure(self, peer: PeerId, asked: Sequence[ExpertKey], error: PeerError) -> None:
         error.peer = error.peer or peer
         self.stats.of(peer).failures += 1
         _log.info("expert request failed", peer=peer, reason=error.reason)
-        if isinstance(error, PeerRefused) and error.code in (RefusalCode.NOT_HELD, RefusalCode.UNKNOWN_MODEL):
-            self._directory.distrust(FalseClaim(f"announced experts that it refuses: {error.reason}", peer=peer))
+        code = error.code if isinstance(error, PeerRefused) else None
+        if code is RefusalCode.NOT_HELD:
+            self._directory.refuted(peer, asked, error.reason)
+        elif code is RefusalCode.UNKNOWN_MODEL:
+            self._directory.refuted(peer, None, error.reason)
         else:
             self._standings.blame(error)
 

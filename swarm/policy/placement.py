@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from moehive.protocol.ids import ExpertKey
 
 
 def fill_budget(
-    sizes: Mapping[ExpertKey, int], replicas: Mapping[ExpertKey, int], *, budget: int, seed: str
+    costs: Mapping[ExpertKey, Sequence[int]],
+    replicas: Mapping[ExpertKey, int],
+    *,
+    budgets: Sequence[int],
+    seed: str,
 ) -> frozenset[ExpertKey]:
-    """Experts to hold: those that the fewest peers hold first, as many as fit into `budget` bytes.
+    """Experts to hold: those that the fewest peers hold first, as many as fit into every one of `budgets`.
 
-    `sizes` are the model's experts in bytes; `replicas` says how many peers hold each (absent: none). Peers that start
-    at the same moment see the same facts, so ties are broken at random with a `seed` of the peer's own.
+    `costs` are what each expert takes of each budget (bytes of memory, bytes of disk); `replicas` says how many peers
+    hold each (absent: none). Peers that start at the same moment see the same facts, so ties are broken at random with
+    a `seed` of the peer's own.
     """
-    order = sorted(sizes)
+    order = sorted(costs)
     random.Random(seed).shuffle(order)
     order.sort(key=lambda key: replicas.get(key, 0))  # stable: the shuffle decides among equals
-    chosen, used = set(), 0
+    chosen, left = set(), tuple(budgets)
     for key in order:
-        if used + sizes[key] <= budget:
+        after = tuple(budget - cost for budget, cost in zip(left, costs[key], strict=True))
+        if min(after) >= 0:
             chosen.add(key)
-            used += sizes[key]
+            left = after
     return frozenset(chosen)

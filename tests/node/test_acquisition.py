@@ -32,10 +32,12 @@ RAM = 1 << 30
 class Node:
     """What a node has when it begins to acquire."""
 
-    def __init__(self, us: Member, model: ConvertedDirectory, source: ObjectSource, **settings: object) -> None:
+    def __init__(
+        self, us: Member, model: ConvertedDirectory, source: ObjectSource, *, expert_ram: int = 1, **settings: object
+    ) -> None:
         self.settings = NodeSettings(model.model_id, Path(), **settings)  # type: ignore[arg-type]
         self.holdings = Holdings(model.manifest, source, on_change=lambda: None)
-        self.acquisition = Acquisition(self.settings, us, source, self.holdings, RAM)
+        self.acquisition = Acquisition(self.settings, us, source, self.holdings, ram_budget=RAM, expert_ram=expert_ram)
 
 
 @asynccontextmanager
@@ -107,3 +109,11 @@ async def test_auto_chooses_what_fits_beside_what_the_store_holds_already(
         again = Node(us, mixtral, store, experts="auto", disk=disk)  # what it has counts as room
         assert await again.acquisition.first_pass() == []
         assert len(again.holdings.experts) == 3 - others
+
+
+async def test_auto_counts_what_experts_take_in_memory_not_on_disk(mixtral: ConvertedDirectory) -> None:
+    """Quantised experts grow when they are loaded."""
+    async with member(MemoryNetwork(), 2) as us:
+        node = Node(us, mixtral, mixtral, experts="auto", expert_ram=RAM // 3)
+        await node.acquisition.first_pass()
+    assert len(node.holdings.experts) == 3

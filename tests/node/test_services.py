@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -23,7 +24,7 @@ from moehive.node.services import ExpertService, PeerService, ShardService
 from moehive.node.worker import ComputeWorker
 from moehive.protocol import limits
 from moehive.protocol.chunks import ChunkList
-from moehive.protocol.codec import decode, encode
+from moehive.protocol.codec import Message, decode, encode
 from moehive.protocol.errors import PeerRefused, RefusalCode
 from moehive.protocol.ids import ExpertKey, ModelId, ShardHash
 from moehive.protocol.messages import (
@@ -157,10 +158,45 @@ async def test_more_rows_than_a_token_has_choices_are_refused(node: Node) -> Non
 
 
 async def test_a_node_that_leaves_takes_no_more(node: Node) -> None:
-    node.experts.draining = True
+    node.experts.refuse_more()
     request = node.request()
     async with node.serving(EXPERT) as connection:
         assert await code_of(connection, request.message, request.payload) is RefusalCode.SHUTTING_DOWN
+
+
+async def test_draining_waits_until_the_answer_is_written(node: Node) -> None:
+    computing = asyncio.Event()
+
+    def slow(layer: int, expert: int, dtype: torch.dtype) -> nullcontext[ExpertWeights]:
+        go_on.wait(10)
+        return lease(layer, expert, dtype)
+
+    go_on, loop = threading.Event(), asyncio.get_running_loop()
+    node.worker = ComputeWorker(slow, SPEC, QueueLimits())
+    node.experts = ExpertService(node.holdings, node.worker)
+    written: list[Message] = []
+
+    async def reply(answer: Message, body: object = (), *, more: bool = False) -> None:
+        await asyncio.sleep(0)
+        written.append(answer)
+
+    request = node.request()
+    working = asyncio.create_task(node.worker.run())
+    payload = bytearray(b"".join(request.payload))
+    asking = asyncio.create_task(node.experts(identity(2).peer, request.message, payload, reply))
+    loop.call_soon(computing.set)
+    await computing.wait()
+    node.experts.refuse_more()
+    draining = asyncio.create_task(node.experts.drain())
+    await asyncio.sleep(0)
+    assert not draining.done()
+    go_on.set()
+    await asyncio.wait_for(draining, 10)
+    assert [type(answer) for answer in written] == [ExpertsDone]
+    await asking
+    working.cancel()
+    with suppress(asyncio.CancelledError):
+        await working
 
 
 async def test_nan_and_infinity_are_the_callers_business(node: Node) -> None:

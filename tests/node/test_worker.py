@@ -188,18 +188,6 @@ async def test_one_batch_that_fails_does_not_end_the_worker(error: Exception) ->
         assert world.worker.requests_done == 1
 
 
-async def test_draining_waits_for_what_is_computed_and_queued() -> None:
-    async with running() as world:
-        await world.worker.drain()
-        async with world.busy() as first:
-            waiting = world.submit(work())
-            draining = asyncio.create_task(world.worker.drain())
-            await settled(lambda: world.worker.facts.requests == 1)
-            assert not draining.done()
-        await draining
-        await asyncio.gather(first, waiting)
-
-
 async def test_the_speed_is_learnt_and_used_for_admission() -> None:
     async with running() as world:
         async with world.busy() as first:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from support.swarm_fakes import MODEL, SECRET, Clock, announce, identity
 
-from moehive.protocol.errors import FalseClaim, TransportError
+from moehive.protocol.errors import TransportError
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.protocol.inventory import Inventory, directory_key, encode_inventory, swarm_tag
 from moehive.swarm.directory import Directory
@@ -134,16 +134,32 @@ async def test_one_bad_record_does_not_hide_the_others() -> None:
     assert set(await world.seen()) == {B.peer}
 
 
-async def test_a_peer_that_refuses_what_it_announced_is_out_until_its_ban_ends() -> None:
+async def test_what_a_peer_refuses_no_longer_counts_until_it_announces_it_anew() -> None:
     world = World()
-    await announce(world.transport, A, [ONE], clock=world.clock)
+    await announce(world.transport, A, [ONE, TWO], clock=world.clock)
     await world.seen()
-    world.directory.distrust(FalseClaim("refused", peer=A.peer))
+    world.directory.refuted(A.peer, [ONE], "gone")
+    await world.seen()  # the same announcement again
     assert world.directory.holders.of(ONE) == ()
-    assert await world.seen() == {}
-    world.clock.now += 61
-    await announce(world.transport, A, [ONE], clock=world.clock)
-    assert set(await world.seen()) == {A.peer}
+    assert world.directory.holders.of(TWO) == (A.peer,)
+    assert not world.standings.banned(A.peer)  # it may have lost it a moment ago
+    world.clock.now += 5
+    await announce(world.transport, A, [ONE, TWO], clock=world.clock)
+    await world.seen()
+    assert world.directory.holders.of(ONE) == (A.peer,)
+    world.directory.refuted(A.peer, [ONE], "gone")
+    assert world.standings.banned(A.peer)
+    assert world.directory.holders.inventories == {}
+
+
+async def test_a_peer_may_lose_one_expert_after_the_other() -> None:
+    world = World()
+    for key in (ONE, TWO):
+        await announce(world.transport, A, [key], clock=world.clock)
+        await world.seen()
+        world.directory.refuted(A.peer, None, "gone")
+        world.clock.now += 5
+    assert not world.standings.banned(A.peer)
 
 
 async def test_look_ups_at_the_same_time_are_one() -> None:

@@ -143,20 +143,20 @@ async def test_every_peer_is_asked_once_for_its_share(world: World, form: str, t
 
 
 FAULTS = [
-    pytest.param(refusing(RefusalCode.BUSY), False, id="busy"),
-    pytest.param(refusing(RefusalCode.SHUTTING_DOWN), False, id="leaving"),
-    pytest.param(refusing(RefusalCode.INTERNAL), False, id="broken"),
-    pytest.param(refusing(RefusalCode.DEADLINE), False, id="too slow"),
-    pytest.param(never, False, id="silent"),
-    pytest.param(refusing(RefusalCode.NOT_HELD), True, id="does not hold what it announced"),
-    pytest.param(refusing(RefusalCode.UNKNOWN_MODEL), True, id="does not know the model it announced"),
-    pytest.param(one_row_short, True, id="wrong size"),
+    pytest.param(refusing(RefusalCode.BUSY), "paused", id="busy"),
+    pytest.param(refusing(RefusalCode.SHUTTING_DOWN), "paused", id="leaving"),
+    pytest.param(refusing(RefusalCode.INTERNAL), "paused", id="broken"),
+    pytest.param(refusing(RefusalCode.DEADLINE), "paused", id="too slow"),
+    pytest.param(never, "paused", id="silent"),
+    pytest.param(refusing(RefusalCode.NOT_HELD), "refuted", id="does not hold what it announced"),
+    pytest.param(refusing(RefusalCode.UNKNOWN_MODEL), "refuted", id="does not know the model it announced"),
+    pytest.param(one_row_short, "banned", id="wrong size"),
 ]
 
 
 @pytest.mark.parametrize("form", ["sum", "rows"])
-@pytest.mark.parametrize(("fault", "banned"), FAULTS)
-async def test_another_holder_answers_instead(world: World, form: str, fault: RequestHandler, banned: bool) -> None:
+@pytest.mark.parametrize(("fault", "outcome"), FAULTS)
+async def test_another_holder_answers_instead(world: World, form: str, fault: RequestHandler, outcome: str) -> None:
     layer, caller = Layer(form=form), world.caller(answer_timeout=0.05)
     async with world.peer(FIRST, fault, range(8)) as bad, world.peer(SECOND, honest, range(8)) as good:
         await layer.check(caller)
@@ -164,9 +164,24 @@ async def test_another_holder_answers_instead(world: World, form: str, fault: Re
         assert caller.stats.of(bad).in_flight == 0
         assert caller.stats.of(good).rows == 3 * EXPERTS
         assert (caller.stats.round_trips, caller.stats.retries) == (2, 1)
-        assert world.standings.banned(bad) is banned
+        assert world.standings.banned(bad) is (outcome == "banned")
         await world.directory.refresh()
-        assert (bad in world.directory.holders.of(ExpertKey(LAYER, 0))) is not banned
+        assert (bad in world.directory.holders.of(ExpertKey(LAYER, 0))) is (outcome == "paused")
+
+
+async def test_who_announces_again_what_it_refuses_is_banned(world: World) -> None:
+    layer, caller = Layer(), world.caller()
+    liar = refusing(RefusalCode.NOT_HELD)
+    async with world.peer(FIRST, liar, range(8)) as bad, world.peer(SECOND, honest, range(8)):
+        await layer.check(caller)
+        assert not world.standings.banned(bad)
+        other = MemoryTransport(world.network, identity(7))
+        async with other:  # whoever files it, the announcement is FIRST's own
+            await announce(other, FIRST, [ExpertKey(LAYER, expert) for expert in range(8)])
+        await world.directory.refresh()
+        world.standings.blame(PeerTimeout("slow", peer=SECOND.peer))  # so that FIRST is asked first
+        await layer.check(caller)
+        assert world.standings.banned(bad)
 
 
 async def test_only_what_failed_is_asked_again(world: World) -> None:
