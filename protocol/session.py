@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import hmac
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -152,7 +153,7 @@ class Admission:
 # --- sessions -----------------------------------------------------------------------------------------------------
 
 
-class _Session:
+class _Session(ABC):
     """What both ends share: decoding, the table, and the errors."""
 
     def __init__(
@@ -218,8 +219,9 @@ class _Session:
             raise ProtocolViolation(f"unexpected {event.value} in state {self.state.value!r}")
         self.state = self._table[self.state, event]
 
+    @abstractmethod
     def _on_frame(self, frame: Frame) -> Sequence[Event]:
-        raise NotImplementedError  # pragma: no cover
+        """The events of one frame. Raises ProtocolViolation."""
 
     def _admit(self, frame: Frame, proof: bytes) -> None:
         if frame.request_id:
