@@ -28,8 +28,9 @@ from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.transport.hivemind import HivemindTransport
 
 from .holdings import Holdings
+from .own_port import is_free, own_port
 from .serving import Serving
-from .settings import NodeReady, NodeSettings
+from .settings import DEFAULT_LISTEN, NodeReady, NodeSettings
 
 _log = get_logger(__name__)
 _JOIN_TIMEOUT = 60.0  # seconds to find a peer with the model, when it has to be fetched
@@ -91,10 +92,21 @@ def founders_secret(identity: Identity) -> bytes:
     return blake3(identity.seed, derive_key_context="moehive 2026 swarm secret of a founder").digest()
 
 
+def _listen(settings: NodeSettings, identity: Identity) -> tuple[str, ...]:
+    """Where to listen: as told, or at a loopback port that stays the same while the key does."""
+    if settings.listen != (DEFAULT_LISTEN,) or settings.identity is None:
+        return settings.listen
+    port = own_port(identity)
+    if is_free(port):
+        return (f"/ip4/127.0.0.1/tcp/{port}",)
+    _log.warning("this node's own port is in use: earlier tickets do not lead to it now", port=port)
+    return settings.listen
+
+
 def _transport(settings: NodeSettings, identity: Identity) -> HivemindTransport:
     return HivemindTransport(
         identity,
-        listen=settings.listen,
+        listen=_listen(settings, identity),
         announce=settings.announce,
         bootstrap=settings.join.peers if settings.join else (),
         record_validator=is_genuine,

@@ -20,11 +20,14 @@ from moehive.protocol.messages import EXPERT, PEER, SHARD
 
 from .directory import Directory
 from .fetch import Fetcher, Progress, Sources
+from .log import get_logger
 from .rpc.pool import ConnectionPool
 from .standings import Standings
 from .store.content import ContentStore
 from .transport.base import Record, Transport
 
+_log = get_logger(__name__)
+_LOOKS_BEFORE_NOTICE = 8  # then the user is told
 _LOOK_AGAIN = 0.25  # seconds between look-ups while nobody announces the model
 
 
@@ -94,7 +97,7 @@ class Member:
 
         Raises ModelUnavailable after `timeout` seconds, TransportError when this peer is off the network.
         """
-        directory = self.directory(model)
+        directory, looks = self.directory(model), 0
         try:
             async with asyncio.timeout(timeout):
                 while True:
@@ -102,6 +105,9 @@ class Member:
                         await directory.refresh()
                     if directory.holders.inventories:
                         break
+                    looks += 1
+                    if looks == _LOOKS_BEFORE_NOTICE:
+                        _log.warning("no peer announces this model yet; waiting", model=model, seconds=int(timeout))
                     await asyncio.sleep(_LOOK_AGAIN)
         except TimeoutError as error:
             raise ModelUnavailable(model, f"waited {timeout:.0f} s") from error

@@ -23,7 +23,8 @@ def convert(source: Path, destination: Path, /, *, name: str | None = None) -> N
     destination:
         Directory to write, new or left by an interrupted conversion of the same checkpoint.
     name:
-        Name of the model for people. The default is the name of the source directory.
+        Name of the model for people, and part of what the model id stands for: the same checkpoint under another name
+        is another model. The default is the name of the source directory.
     """
     from moehive.swarm.convert import Converter
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,12 @@ if TYPE_CHECKING:
 _ANSWERS: Final = "rows"  # equal to transformers bit for bit, also where tokens are sampled
 _NEXT = """  everything is stopped and removed again
 
-With a model of your own: moehive convert CHECKPOINT DIR, then moehive node DIR. More: moehive --help"""
+With a model of your own: {command} convert CHECKPOINT DIR, then {command} node DIR. More: {command} --help"""
+
+
+def _command() -> str:
+    """What to type for this program: its path where the shell would not find it."""
+    return "moehive" if shutil.which("moehive") else str(Path(sys.executable).with_name("moehive"))
 
 
 def demo(
@@ -71,7 +77,11 @@ def demo(
             result, stats = _generate_in_swarm(running[0], manifest, directory, prompt, sampling)
         same = result.tokens == reference.tokens
         say(f"\n{_report(group.nodes, running, result, stats)}\n{_verdict(same, result, reference)}")
-        say(f"  the logs of the nodes and the converted model are in {directory}" if keep else _NEXT)
+        say(
+            f"  the logs of the nodes and the converted model are in {directory}"
+            if keep
+            else _NEXT.format(command=_command())
+        )
     return None if same else FAILED
 
 

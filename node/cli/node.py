@@ -48,8 +48,8 @@ class NodeOptions:
     """Join ticket of a swarm, as another node printed it. Without it this node founds a swarm of its own."""
 
     listen: ListenAddresses = ("/ip4/127.0.0.1/tcp/0",)
-    """Address to accept peers at, HOST:PORT or a multiaddr; may be repeated. By default any free port of 127.0.0.1,
-    which only this machine reaches; 0.0.0.0:4001 accepts peers from everywhere."""
+    """Address to accept peers at, HOST:PORT or a multiaddr; may be repeated. By default a port of 127.0.0.1, the same at
+    every start, which only this machine reaches; 0.0.0.0:4001 accepts peers from everywhere."""
 
     announce: AnnounceAddresses = ()
     """Address under which others reach this node, where it is not the one it listens at (port forwarding); may be
@@ -68,7 +68,7 @@ class NodeOptions:
     """Also hold the dense part and the tokenizer, so that clients can get them here."""
 
     threads: Positive | None = None
-    """Threads that compute. By default one for each core."""
+    """Threads that compute. By default one for each core; divide the cores among several nodes of one machine."""
 
     log_format: LogFormat = "auto"
     """Form of the log on stderr; auto is console on a terminal and json elsewhere."""
@@ -209,6 +209,10 @@ def describe_ready(ready: NodeReady) -> str:
     lines = ["ready", facts(known), f"ticket: {ready.ticket}"]
     if all("/127." in address or "/::1/" in address for address in ready.addresses):
         lines.append("Only this machine reaches these addresses; --listen 0.0.0.0:4001 accepts peers from others.")
+    if not ready.held:
+        lines.append(
+            "It holds no expert: none was asked for, --ram or --disk is too small for one, or none can be had."
+        )
     return "\n".join((*lines, "Ctrl-C leaves the swarm."))
 
 

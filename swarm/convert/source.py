@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moehive.protocol.errors import CheckpointError
+from moehive.protocol.manifest import MANIFEST_NAME
 from moehive.protocol.safetensors_header import PREFIX_SIZE, TensorSpan, json_length, parse_header
 
 CONFIG_NAME = "config.json"
@@ -41,7 +42,9 @@ class Checkpoint:
 def read_checkpoint(directory: Path) -> Checkpoint:
     """Read config, index and headers. Raises CheckpointError where anything is missing, truncated or contradictory."""
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory")
+        raise CheckpointError(f"{directory} is not a directory; a model of the hub is downloaded first: hf download")
+    if (directory / MANIFEST_NAME).exists():
+        raise CheckpointError(f"{directory} is a converted directory already; use it as it is")
     config = read_object(directory / CONFIG_NAME)
     index = directory / INDEX_NAME
     tensors = _indexed(directory, index) if index.exists() else _headers(directory, SINGLE_NAME)

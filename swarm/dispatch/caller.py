@@ -30,6 +30,7 @@ from .planner import LayerPlan, plan_layer
 from .request import ExpertRequest, LayerInput, Part, build_request, split_rows
 from .stats import DispatchStats
 
+_NOTICE = 3.0  # seconds of waiting after which the user is told
 _LOOK_AGAIN = 0.25  # seconds between looks at the directory while nobody usable holds an expert
 _log = get_logger(__name__)
 
@@ -163,9 +164,14 @@ class ExpertCaller:
 
     async def _wait_for_holders(self, layer: int, pending: Sequence[Assignment], deadline: float, reason: str) -> None:
         """Return as soon as somebody usable holds one of `pending`. Raises ExpertUnavailable at the deadline."""
+        notice = self._clock() + _NOTICE
         while (left := deadline - self._clock()) > 0:
             if self._plan(layer, pending).remote:
                 return
+            if self._clock() >= notice:
+                experts = [assignment.expert for assignment in pending]
+                _log.warning("waiting for a peer with these experts", layer=layer, experts=experts, seconds=int(left))
+                notice = deadline  # once is enough
             with suppress(TimeoutError):  # the deadline, or the directory's own: look once more at what is known
                 async with asyncio.timeout(left):
                     await self._directory.refresh()

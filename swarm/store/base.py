@@ -12,6 +12,7 @@ from typing import Protocol
 from moehive.protocol.chunks import ChunkList
 from moehive.protocol.errors import DiskFull, StorageError
 from moehive.protocol.ids import ShardHash
+from moehive.protocol.units import format_size
 
 
 class ObjectSource(Protocol):
@@ -50,8 +51,8 @@ class DiskBudgetFull(DiskFull):
 
     def __init__(self, root: Path, object_hash: ShardHash, *, needed: int, used: int, budget: int) -> None:
         super().__init__(
-            f"store {root}: object {object_hash} needs {needed} more bytes, {used} of the budget of {budget} "
-            f"bytes are used; raise the disk budget to at least {used + needed} or delete objects"
+            f"store {root}: the disk budget is {format_size(budget)}, {format_size(used)} are used, and object "
+            f"{object_hash} needs {format_size(needed)} more; raise the budget (--disk) or delete objects"
         )
         self.needed = needed  # bytes
         self.used = used
