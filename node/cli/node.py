@@ -48,8 +48,8 @@ class NodeOptions:
     """Join ticket of a swarm, as another node printed it. Without it this node founds a swarm of its own."""
 
     listen: ListenAddresses = ("/ip4/127.0.0.1/tcp/0",)
-    """Address to accept peers at, HOST:PORT or a multiaddr; may be repeated. By default a port of 127.0.0.1, the same at
-    every start, which only this machine reaches; 0.0.0.0:4001 accepts peers from everywhere."""
+    """Address to accept peers at, HOST:PORT or a multiaddr; may be repeated. By default a port of 127.0.0.1, the
+    same at every start, which only this machine reaches; 0.0.0.0:4001 accepts peers from everywhere."""
 
     announce: AnnounceAddresses = ()
     """Address under which others reach this node, where it is not the one it listens at (port forwarding); may be
@@ -210,9 +210,7 @@ def describe_ready(ready: NodeReady) -> str:
     if all("/127." in address or "/::1/" in address for address in ready.addresses):
         lines.append("Only this machine reaches these addresses; --listen 0.0.0.0:4001 accepts peers from others.")
     if not ready.held:
-        lines.append(
-            "It holds no expert: none was asked for, --ram or --disk is too small for one, or none can be had."
-        )
+        lines.append("It holds no expert: none was asked for or can be had, or --ram or --disk is too small for one.")
     return "\n".join((*lines, "Ctrl-C leaves the swarm."))
 
 
