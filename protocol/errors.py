@@ -8,7 +8,9 @@
     │   ├── ProtocolViolation     the peer broke the protocol: disconnect
     │   │   ├── UnsupportedVersion
     │   │   └── NotAdmitted       it belongs to another swarm
+    │   ├── UnusableAnswer        (retryable) the peer computed NaN or infinity: ask somebody else
     │   ├── IntegrityError        the peer sent bytes that do not match their hash: ban
+    │   ├── WrongResult           the peer's answer is not what its experts compute, shown by computing it: ban
     │   └── FalseClaim            the peer announced what it does not have, or signed nonsense: ban
     ├── LocalError                this machine's fault
     │   ├── StorageError          a file cannot be read or written
@@ -115,6 +117,16 @@ class NotAdmitted(ProtocolViolation):
     """The peer did not prove that it belongs to this swarm."""
 
     code = RefusalCode.NOT_ADMITTED
+
+
+class UnusableAnswer(PeerError):
+    """The peer answered with NaN or infinity: perhaps its hardware, perhaps the model; nobody's lie."""
+
+    retryable = True
+
+
+class WrongResult(PeerError):
+    """The peer's answer is not what its experts compute: shown by computing it from verified weights."""
 
 
 class IntegrityError(PeerError):

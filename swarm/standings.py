@@ -5,7 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from moehive.protocol.errors import FalseClaim, IntegrityError, PeerError, PeerRefused, ProtocolViolation, RefusalCode
+from moehive.protocol.errors import (
+    FalseClaim,
+    IntegrityError,
+    PeerError,
+    PeerRefused,
+    ProtocolViolation,
+    RefusalCode,
+    WrongResult,
+)
 from moehive.protocol.ids import PeerId
 
 from .log import get_logger
@@ -17,7 +25,7 @@ _UNKNOWN = Standing()
 
 def offence_of(error: PeerError) -> Offence:
     """What an error says of its peer."""
-    if isinstance(error, IntegrityError | FalseClaim | ProtocolViolation):
+    if isinstance(error, IntegrityError | FalseClaim | ProtocolViolation | WrongResult):
         return Offence.LIE
     busy = isinstance(error, PeerRefused) and error.code is RefusalCode.BUSY
     return Offence.BUSY if busy else Offence.FAILURE
@@ -51,6 +59,15 @@ class Standings:
         """Those that are not avoided now."""
         now = self._clock()
         return [peer for peer in peers if not is_avoided(self._known.get(peer, _UNKNOWN), now)]
+
+    def suspected(self, peer: PeerId) -> bool:
+        """Whether the peer's last answers failed: it may be tried again, but nobody should have to wait for it."""
+        return self._known.get(peer, _UNKNOWN).failures > 0
+
+    def trusted_first(self, peers: Iterable[PeerId]) -> list[PeerId]:
+        """Those that may be asked now: the suspected ones only where there is nobody else (a circuit breaker)."""
+        usable = self.usable(peers)
+        return [peer for peer in usable if not self.suspected(peer)] or usable
 
     def banned(self, peer: PeerId) -> bool:
         """Whether the peer is banned now."""

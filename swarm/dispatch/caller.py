@@ -1,4 +1,4 @@
-"""Asks peers to run experts: one wave of requests per layer, retried elsewhere until every row is answered.
+"""Asks peers to run experts: one wave of requests per layer; who is late or fails, its share is asked elsewhere too.
 
 Experts are stateless and the KV cache stays with the caller, so a lost peer costs one more request and nothing else.
 """
@@ -7,40 +7,42 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from moehive.kernels.routing import Assignment
-from moehive.protocol.errors import (
-    ExpertUnavailable,
-    PeerError,
-    PeerRefused,
-    ProtocolViolation,
-    RefusalCode,
-)
+from moehive.protocol.errors import ExpertUnavailable, PeerError, SwarmError
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.swarm.directory import Directory
 from moehive.swarm.log import get_logger
+from moehive.swarm.policy.hedging import HedgeBudget, HedgeSettings, after_request, hedge_after, spend
 from moehive.swarm.rpc.pool import ConnectionPool
 from moehive.swarm.standings import Standings
 from moehive.swarm.tasks import task_group
 
+from .asking import Asker, Clock, OnAnswer
 from .planner import LayerPlan, plan_layer
-from .request import ExpertRequest, LayerInput, Part, build_request, split_rows
+from .request import LayerInput, Part
 from .stats import DispatchStats
 
 _NOTICE = 3.0  # seconds of waiting after which the user is told
 _LOOK_AGAIN = 0.25  # seconds between looks at the directory while nobody usable holds an expert
 _log = get_logger(__name__)
 
+Outcome: TypeAlias = list[Part] | PeerError
+# Computes here what nobody can be asked for, by the deadline; raises SwarmError where the weights cannot be had.
+LastResort = Callable[[LayerInput, Sequence[Assignment], float], Awaitable[list[Part]]]
+
 
 @dataclass(frozen=True, slots=True)
 class CallSettings:
-    """Deadlines of remote expert calls, in seconds."""
+    """Deadlines of remote expert calls, in seconds, and when to hedge (None: never)."""
 
     answer_timeout: float = 20.0  # one request to one peer; then it is asked of another
     layer_timeout: float = 60.0  # all attempts together; then ExpertUnavailable
+    hedge: HedgeSettings | None = field(default_factory=HedgeSettings)
 
 
 class ExpertCaller:
@@ -54,127 +56,208 @@ class ExpertCaller:
         standings: Standings,
         settings: CallSettings,
         *,
-        clock: Callable[[], float] = time.monotonic,
+        on_answer: OnAnswer = lambda peer, call, part: None,
+        last_resort: LastResort | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
-        self._model = model
         self._directory = directory
-        self._pool = pool
         self._standings = standings
         self._settings = settings
         self._clock = clock
+        self._last_resort = last_resort
+        self._budget = HedgeBudget()
+        self._ending: set[asyncio.Task[Outcome]] = set()  # withdrawn, not over yet
         self.stats = DispatchStats()
+        self._asker = Asker(
+            model,
+            directory,
+            pool,
+            standings,
+            self.stats,
+            answer_timeout=settings.answer_timeout,
+            on_answer=on_answer,
+            clock=clock,
+        )
 
     async def run(self, call: LayerInput, assignments: Sequence[Assignment]) -> list[Part]:
         """The outputs for all `assignments`, in no particular order.
 
         Raises ExpertUnavailable at the deadline, TransportError when this peer is off the network.
         """
-        pending = list(assignments)
-        parts: list[Part] = []
         deadline = self._clock() + self._settings.layer_timeout
-        reason = ""
-        while pending:
-            plan = self._plan(call.layer, pending)
-            done, error = await self._wave(call, plan, pending, deadline)
-            parts += done
-            reason = str(error) if error else reason
-            answered = {assignment.expert for part in done for assignment in part.assignments}
-            pending = [assignment for assignment in pending if assignment.expert not in answered]
-            if pending:
-                self.stats.retries += 1
-                await self._wait_for_holders(call.layer, pending, deadline, reason)
+        parts: list[Part] = []
+        running: dict[asyncio.Task[Outcome], Sequence[Assignment]] = {}
+        pending, reason = list(assignments), ""
+        async with task_group() as group:  # an error of our own ends the other requests
+            while pending or running:
+                pending = self._launch(group, running, call, pending, deadline)
+                if not running:
+                    parts += await self._without_holders(call, pending, deadline, reason)
+                    pending = _without(pending, parts)
+                    continue
+                # Who failed is asked elsewhere at once, while the others go on.
+                done, _ = await asyncio.wait(
+                    running, timeout=_LOOK_AGAIN if pending else None, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    share, outcome = running.pop(task), task.result()
+                    if isinstance(outcome, PeerError):
+                        self.stats.retries += 1
+                        pending, reason = [*pending, *share], str(outcome)
+                    else:
+                        parts += outcome
         return parts
 
-    def _plan(self, layer: int, pending: Iterable[Assignment]) -> LayerPlan:
+    def _launch(
+        self,
+        group: asyncio.TaskGroup,
+        running: dict[asyncio.Task[Outcome], Sequence[Assignment]],
+        call: LayerInput,
+        pending: Sequence[Assignment],
+        deadline: float,
+    ) -> list[Assignment]:
+        """Ask every peer of a plan at once; what nobody usable holds is left over, and everything after the deadline."""
+        if self._clock() >= deadline:
+            return list(pending)
+        plan = self._plan(call, pending)
+        by_expert = {assignment.expert: assignment for assignment in pending}
+        for peer, experts in plan.remote.items():
+            share = [by_expert[expert] for expert in experts]
+            running[group.create_task(self._share(call, peer, share, deadline))] = share
+        self.stats.round_trips += bool(plan.remote)
+        return [by_expert[expert] for expert in plan.missing]
+
+    def _plan(self, call: LayerInput, pending: Iterable[Assignment], avoid: Collection[PeerId] = ()) -> LayerPlan:
         rows = {assignment.expert: assignment.token.shape[0] for assignment in pending}
         holders = self._directory.holders
-        usable = {expert: self._standings.usable(holders.of(ExpertKey(layer, expert))) for expert in rows}
-        return plan_layer(rows, local=(), holders=usable, facts=self.stats.facts)
+        usable = {
+            expert: self._standings.trusted_first(
+                peer for peer in holders.of(ExpertKey(call.layer, expert)) if peer not in avoid
+            )
+            for expert in rows
+        }
+        return plan_layer(rows, local=(), holders=usable, facts=self.stats.facts, row_bytes=call.row_bytes)
 
-    async def _wave(
-        self, call: LayerInput, plan: LayerPlan, pending: Sequence[Assignment], deadline: float
-    ) -> tuple[list[Part], PeerError | None]:
-        """Ask every peer of the plan at once; what came back, and the last error."""
-        if not plan.remote:
-            return [], None
-        self.stats.round_trips += 1
-        by_expert = {assignment.expert: assignment for assignment in pending}
-        work = [
-            self._ask_peer(peer, call, [by_expert[expert] for expert in experts], deadline)
-            for peer, experts in plan.remote.items()
-        ]
-        if len(work) == 1:  # a single peer is the common case: no task for it
-            outcomes = [await work[0]]
-        else:
-            async with task_group() as group:  # a failure of our own ends the other requests
-                tasks = [group.create_task(one) for one in work]
-            outcomes = [task.result() for task in tasks]
-        errors = [outcome for outcome in outcomes if isinstance(outcome, PeerError)]
-        done = [part for outcome in outcomes if not isinstance(outcome, PeerError) for part in outcome]
-        return done, errors[-1] if errors else None
+    # --- one peer's share -----------------------------------------------------------------------------------------
 
-    async def _ask_peer(
-        self, peer: PeerId, call: LayerInput, assignments: Sequence[Assignment], deadline: float
-    ) -> list[Part] | PeerError:
-        """All of a peer's share, or the error: a share is never half taken, its experts are asked elsewhere whole."""
+    async def _share(self, call: LayerInput, peer: PeerId, share: Sequence[Assignment], deadline: float) -> Outcome:
+        """A share from its peer, or from others where those are asked too because it is late, and are quicker."""
+        hedging = self._settings.hedge
+        if hedging is None or len(self._directory.holders.inventories) == 1:
+            return await self._asker.ask(peer, call, share, deadline)
+        self._budget = after_request(self._budget, hedging)
+        late = self._late_after(hedging, call, peer, share)
+        asked = [asyncio.create_task(self._asker.ask(peer, call, share, deadline))]
         try:
-            parts = []
-            for group in split_rows(assignments, call.max_rows):
-                timeout = min(self._settings.answer_timeout, max(deadline - self._clock(), 0.0))
-                parts.append(await self._ask(peer, build_request(self._model, call, group, timeout), timeout))
-        except PeerError as error:
-            self._on_failure(peer, [ExpertKey(call.layer, assignment.expert) for assignment in assignments], error)
-            return error
-        self._standings.praise(peer)
+            await asyncio.wait(asked, timeout=late)
+            if not asked[0].done() and (plan := self._plan_hedge(call, peer, share)) is not None:
+                self.stats.hedges += 1
+                asked.append(asyncio.create_task(self._ask_all(call, plan, share, deadline)))
+            winner, outcome = await _first_good(asked)
+            self.stats.hedges_won += winner > 0
+            return outcome
+        finally:
+            self._let_go(asked)
+
+    def _late_after(self, hedging: HedgeSettings, call: LayerInput, peer: PeerId, share: Sequence[Assignment]) -> float:
+        stats = self.stats.of(peer)
+        rows = sum(assignment.token.shape[0] for assignment in share)
+        return hedge_after(
+            stats.speed,
+            hedging,
+            experts=len(share),
+            rows=rows,
+            sent=rows * call.row_bytes,
+            in_flight=stats.in_flight,
+        )
+
+    def _plan_hedge(self, call: LayerInput, late: PeerId, share: Sequence[Assignment]) -> LayerPlan | None:
+        """Who else could answer; None where nobody could for some expert, or the budget is spent."""
+        plan = self._plan(call, share, avoid=(late,))
+        budget = None if plan.missing else spend(self._budget)
+        if budget is None:
+            return None
+        self._budget = budget
+        return plan
+
+    async def _ask_all(
+        self, call: LayerInput, plan: LayerPlan, share: Sequence[Assignment], deadline: float
+    ) -> Outcome:
+        """A share, from the peers of a plan: all of it, or the first error."""
+        by_expert = {assignment.expert: assignment for assignment in share}
+        async with task_group() as group:
+            tasks = [
+                group.create_task(self._asker.ask(peer, call, [by_expert[expert] for expert in experts], deadline))
+                for peer, experts in plan.remote.items()
+            ]
+        parts: list[Part] = []
+        for task in tasks:
+            outcome = task.result()
+            if isinstance(outcome, PeerError):
+                return outcome
+            parts += outcome
         return parts
 
-    async def _ask(self, peer: PeerId, request: ExpertRequest, timeout: float) -> Part:
-        stats = self.stats.of(peer)
-        deadline = self._clock() + timeout
-        connection = await self._pool.connection(peer, self._directory.holders.addresses(peer), timeout=timeout)
-        stats.in_flight += 1
-        started = self._clock()
-        try:
-            answer = await connection.ask(request.message, request.payload, timeout=max(deadline - started, 0.0))
-        finally:
-            stats.in_flight -= 1
-        if len(answer.payload) != request.message.answer_bytes:
-            raise ProtocolViolation(
-                f"answer of {len(answer.payload)} bytes, {request.message.answer_bytes} were asked for", peer=peer
-            )
-        stats.answered(
-            self._clock() - started,
-            rows=request.message.rows,
-            sent=request.message.request_bytes,
-            received=len(answer.payload),
-        )
-        return request.read_answer(answer.payload)
+    def _let_go(self, tasks: Iterable[asyncio.Task[Outcome]]) -> None:
+        """Withdraw what was not needed, without waiting for a peer that may not even take the withdrawal."""
+        for task in tasks:
+            if not task.done():
+                task.cancel()
+                self._ending.add(task)
+                task.add_done_callback(self._ended)
 
-    def _on_failure(self, peer: PeerId, asked: Sequence[ExpertKey], error: PeerError) -> None:
-        error.peer = error.peer or peer
-        self.stats.of(peer).failures += 1
-        _log.info("expert request failed", peer=peer, reason=error.reason)
-        code = error.code if isinstance(error, PeerRefused) else None
-        if code is RefusalCode.NOT_HELD:
-            self._directory.refuted(peer, asked, error.reason)
-        elif code is RefusalCode.UNKNOWN_MODEL:
-            self._directory.refuted(peer, None, error.reason)
-        else:
-            self._standings.blame(error)
+    def _ended(self, task: asyncio.Task[Outcome]) -> None:
+        self._ending.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.error("a withdrawn request failed", exc_info=task.exception())
 
-    async def _wait_for_holders(self, layer: int, pending: Sequence[Assignment], deadline: float, reason: str) -> None:
+    # --- nobody to ask --------------------------------------------------------------------------------------------
+
+    async def _without_holders(
+        self, call: LayerInput, pending: Sequence[Assignment], deadline: float, reason: str
+    ) -> list[Part]:
+        """Compute here what nobody can be asked for, or return as soon as somebody can. Raises ExpertUnavailable."""
+        if self._last_resort is not None:
+            try:
+                return await self._last_resort(call, pending, deadline)
+            except SwarmError as error:
+                reason = reason or str(error)
+        await self._wait_for_holders(call, pending, deadline, reason)
+        return []
+
+    async def _wait_for_holders(
+        self, call: LayerInput, pending: Sequence[Assignment], deadline: float, reason: str
+    ) -> None:
         """Return as soon as somebody usable holds one of `pending`. Raises ExpertUnavailable at the deadline."""
         notice = self._clock() + _NOTICE
         while (left := deadline - self._clock()) > 0:
-            if self._plan(layer, pending).remote:
+            if self._plan(call, pending).remote:
                 return
             if self._clock() >= notice:
                 experts = [assignment.expert for assignment in pending]
-                _log.warning("waiting for a peer with these experts", layer=layer, experts=experts, seconds=int(left))
+                _log.warning(
+                    "waiting for a peer with these experts", layer=call.layer, experts=experts, seconds=int(left)
+                )
                 notice = deadline  # once is enough
             with suppress(TimeoutError):  # the deadline, or the directory's own: look once more at what is known
                 async with asyncio.timeout(left):
                     await self._directory.refresh()
-                    if not self._plan(layer, pending).remote:
+                    if not self._plan(call, pending).remote:
                         await asyncio.sleep(_LOOK_AGAIN)
-        raise ExpertUnavailable(layer, [assignment.expert for assignment in pending], reason)
+        raise ExpertUnavailable(call.layer, [assignment.expert for assignment in pending], reason)
+
+
+async def _first_good(tasks: Sequence[asyncio.Task[Outcome]]) -> tuple[int, Outcome]:
+    """Index and outcome of the first that is no error; the last error where all are."""
+    waiting = set(tasks)
+    while True:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            if not isinstance(task.result(), PeerError) or not waiting:
+                return tasks.index(task), task.result()
+
+
+def _without(pending: Sequence[Assignment], parts: Iterable[Part]) -> list[Assignment]:
+    """What `parts` do not answer."""
+    answered = {assignment.expert for part in parts for assignment in part.assignments}
+    return [assignment for assignment in pending if assignment.expert not in answered]

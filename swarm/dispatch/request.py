@@ -29,6 +29,11 @@ class LayerInput:
     form: str  # "sum" or "rows", see messages.RunExperts
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one row there and back, at most."""
+        return 2 * self.hidden.shape[1] * self.hidden.element_size() + _INDEX_BYTES
+
+    @property
     def max_rows(self) -> int:
         """Rows of one request such that neither it nor its answer exceeds the payload limit."""
         row = self.hidden.shape[1] * self.hidden.element_size() + _INDEX_BYTES

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moehive.protocol.ids import PeerId
+from moehive.protocol.messages import ExpertsDone, RunExperts
+from moehive.swarm.policy.speed import Speed, after_answer, after_silence
 
-from .planner import UNKNOWN_LATENCY, PeerFacts
-
-_SMOOTHING = 0.2  # weight of the newest answer
+from .planner import PeerFacts
 
 
 @dataclass(slots=True)
@@ -21,15 +21,32 @@ class PeerStats:
     bytes_received: int = 0
     failures: int = 0
     in_flight: int = 0
-    latency: float = UNKNOWN_LATENCY  # seconds, exponentially smoothed
+    speed: Speed = field(default_factory=Speed)
 
-    def answered(self, seconds: float, *, rows: int, sent: int, received: int) -> None:
-        """Count one good answer."""
-        self.latency = seconds if not self.requests else self.latency + _SMOOTHING * (seconds - self.latency)
+    @property
+    def latency(self) -> float:
+        """Seconds of a typical answer."""
+        return self.speed.network + self.speed.waited + self.speed.computed
+
+    def answered(self, seconds: float, asked: RunExperts, done: ExpertsDone) -> None:
+        """Count one good answer, which came after `seconds`."""
         self.requests += 1
-        self.rows += rows
-        self.bytes_sent += sent
-        self.bytes_received += received
+        self.rows += asked.rows
+        self.bytes_sent += asked.request_bytes
+        self.bytes_received += asked.answer_bytes
+        self.speed = after_answer(
+            self.speed,
+            elapsed=seconds,
+            waited=done.waited,
+            computed=done.computed,
+            experts=len(asked.experts),
+            rows=asked.rows,
+            sent=asked.request_bytes + asked.answer_bytes,
+        )
+
+    def given_up(self, seconds: float, asked: RunExperts) -> None:
+        """Count a request that was withdrawn after `seconds`, because another peer had answered."""
+        self.speed = after_silence(self.speed, elapsed=seconds, experts=len(asked.experts), rows=asked.rows)
 
 
 @dataclass(slots=True)
@@ -41,6 +58,8 @@ class DispatchStats:
     layer_calls: int = 0
     round_trips: int = 0  # waves of requests: 1 per layer call where nothing fails
     retries: int = 0
+    hedges: int = 0  # shares that were asked of a second peer because the first was late
+    hedges_won: int = 0  # of those, how many the second peer answered first
 
     def of(self, peer: PeerId) -> PeerStats:
         """The counters of a peer."""
@@ -49,4 +68,4 @@ class DispatchStats:
     @property
     def facts(self) -> dict[PeerId, PeerFacts]:
         """What the planner needs."""
-        return {peer: PeerFacts(stats.latency, stats.in_flight) for peer, stats in self.peers.items()}
+        return {peer: PeerFacts(stats.speed, stats.in_flight) for peer, stats in self.peers.items()}

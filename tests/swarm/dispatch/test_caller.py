@@ -5,128 +5,41 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import pytest
-import torch
-from support.swarm_fakes import MODEL, SECRET, announce, identity
-from torch import Tensor
+from support.swarm_fakes import announce, identity
+from support.toy_experts import (
+    EXPERTS,
+    FIRST,
+    HIDDEN,
+    LAYER,
+    SECOND,
+    THIRD,
+    Layer,
+    World,
+    honest,
+    never,
+    one_row_short,
+    refusing,
+    toy_world,
+)
 
-from moehive.kernels.routing import Assignment, group_by_expert
+from moehive.kernels.routing import Assignment
 from moehive.protocol import limits
 from moehive.protocol.codec import Message
 from moehive.protocol.errors import ExpertUnavailable, LocalError, PeerTimeout, RefusalCode
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
-from moehive.protocol.messages import EXPERT, ExpertsDone, RunExperts
-from moehive.swarm.directory import Directory
-from moehive.swarm.dispatch import caller as caller_module
-from moehive.swarm.dispatch.caller import CallSettings, ExpertCaller
-from moehive.swarm.dispatch.combine import combine_parts
-from moehive.swarm.dispatch.request import LayerInput, parse_request, tensor_bytes
-from moehive.swarm.identity import Identity
-from moehive.swarm.rpc.pool import ConnectionPool
-from moehive.swarm.rpc.server import Refusal, Reply, RequestHandler, stream_handler
-from moehive.swarm.standings import Standings
-from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
-
-LAYER, EXPERTS, HIDDEN = 3, 8, 4
-# In the order of their ids: of peers about which nothing is known, the planner asks the greatest.
-FIRST, SECOND, THIRD = sorted((identity(n) for n in (1, 2, 3)), key=lambda one: one.peer, reverse=True)
-
-
-async def honest(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
-    """Expert e multiplies by e + 1."""
-    assert isinstance(message, RunExperts)
-    await reply(ExpertsDone(waited=0.0, computed=0.0), (tensor_bytes(answer_to(message, payload)),))
-
-
-def answer_to(message: RunExperts, payload: bytearray) -> Tensor:
-    hidden, token, weights = parse_request(message, payload)
-    factor = (torch.tensor(message.experts) + 1.0).repeat_interleave(torch.tensor(message.counts))  # [R]
-    rows = hidden[token] * factor[:, None]  # [R, H]
-    if weights is None:
-        return rows
-    return torch.zeros_like(hidden).index_add_(0, token, rows * weights[:, None])  # [T, H]
-
-
-def refusing(code: RefusalCode, times: int = 10**9, **options: float) -> RequestHandler:
-    """Refuses so many requests, then answers."""
-    left = times
-
-    async def handle(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
-        nonlocal left
-        left -= 1
-        if left >= 0:
-            raise Refusal(code, "because", **options)
-        await honest(peer, message, payload, reply)
-
-    return handle
-
-
-async def never(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
-    """Takes the request and does not answer."""
-    await asyncio.Event().wait()
-
-
-async def one_row_short(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
-    """Answers with fewer bytes than were asked for."""
-    assert isinstance(message, RunExperts)
-    await reply(ExpertsDone(waited=0.0, computed=0.0), (tensor_bytes(answer_to(message, payload)[1:]),))
-
-
-@dataclass
-class World:
-    """A client, and the network on which it finds peers."""
-
-    network: MemoryNetwork
-    client: MemoryTransport
-    standings: Standings
-    directory: Directory
-    pool: ConnectionPool
-
-    def caller(self, *, answer_timeout: float = 5.0, layer_timeout: float = 10.0) -> ExpertCaller:
-        settings = CallSettings(answer_timeout, layer_timeout)
-        return ExpertCaller(MODEL, self.directory, self.pool, self.standings, settings)
-
-    @asynccontextmanager
-    async def peer(self, key: Identity, handle: RequestHandler, experts: Sequence[int]) -> AsyncIterator[PeerId]:
-        """A peer that announces some experts and answers with `handle`."""
-        async with MemoryTransport(self.network, key) as transport:
-            await transport.serve(EXPERT.name, stream_handler(EXPERT, SECRET, transport.peer, "peer", handle))
-            await announce(transport, key, [ExpertKey(LAYER, expert) for expert in experts])
-            await self.directory.refresh()
-            yield transport.peer
+from moehive.protocol.messages import EXPERT
+from moehive.swarm.dispatch import asking as asking_module
+from moehive.swarm.dispatch.request import LayerInput
+from moehive.swarm.rpc.server import Reply, RequestHandler, stream_handler
+from moehive.swarm.transport.memory import MemoryTransport
 
 
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
-    network = MemoryNetwork()
-    standings = Standings(lambda: 20 * time.monotonic())  # pauses pass twenty times as fast
-    async with (
-        MemoryTransport(network, identity(9)) as client,
-        ConnectionPool(client, EXPERT, SECRET, "client") as pool,
-    ):
-        yield World(network, client, standings, Directory(client, SECRET, MODEL, standings), pool)
-
-
-class Layer:
-    """One call of a layer, with what must come out."""
-
-    def __init__(self, tokens: int = 3, form: str = "sum", experts: Sequence[int] = range(EXPERTS)) -> None:
-        generator = torch.Generator().manual_seed(1)
-        hidden = torch.randn(tokens, HIDDEN, generator=generator)  # [T, H]
-        weights = torch.rand(tokens, len(experts), generator=generator)  # [T, K]
-        index = torch.tensor([list(experts)] * tokens)  # [T, K]
-        self.call = LayerInput(LAYER, hidden, weights, form)
-        self.assignments: list[Assignment] = group_by_expert(index, EXPERTS)
-        self.expected = hidden * (weights * (index + 1)).sum(1, keepdim=True)  # [T, H]
-
-    async def run(self, caller: ExpertCaller) -> Tensor:
-        return combine_parts(self.call, await caller.run(self.call, self.assignments))
-
-    async def check(self, caller: ExpertCaller) -> None:
-        torch.testing.assert_close(await self.run(caller), self.expected)
+    async with toy_world() as made:
+        yield made
 
 
 @pytest.mark.parametrize("form", ["sum", "rows"])
@@ -294,7 +207,7 @@ async def test_our_own_failure_is_not_the_peers(world: World, monkeypatch: pytes
     def no_memory(*_: object) -> object:
         raise LocalError("our own trouble")
 
-    monkeypatch.setattr("moehive.swarm.dispatch.caller.build_request", no_memory)
+    monkeypatch.setattr("moehive.swarm.dispatch.asking.build_request", no_memory)
     async with world.peer(FIRST, honest, range(8)):
         with pytest.raises(LocalError):
             await Layer().run(world.caller())
@@ -311,7 +224,7 @@ async def test_at_the_deadline_nobody_is_asked_without_time_to_answer(world: Wor
 
 
 async def test_our_own_failure_ends_the_requests_to_the_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = caller_module.build_request
+    build = asking_module.build_request
 
     def no_memory_for_the_second(
         model: ModelId, call: LayerInput, part: Sequence[Assignment], deadline: float
@@ -320,10 +233,10 @@ async def test_our_own_failure_ends_the_requests_to_the_others(world: World, mon
             raise LocalError("our own trouble")
         return build(model, call, part, deadline)
 
-    monkeypatch.setattr(caller_module, "build_request", no_memory_for_the_second)
+    monkeypatch.setattr(asking_module, "build_request", no_memory_for_the_second)
     caller = world.caller()
     async with world.peer(FIRST, never, range(4)), world.peer(SECOND, honest, range(4, 8)):
         with pytest.raises(LocalError, match="our own trouble"):
             await Layer().run(caller)
         assert all(one.in_flight == 0 for one in caller.stats.peers.values())
-        assert not [task for task in asyncio.all_tasks() if "_ask_peer" in repr(task.get_coro())]
+        assert not [task for task in asyncio.all_tasks() if "Asker.ask" in repr(task.get_coro())]
