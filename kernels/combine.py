@@ -42,8 +42,13 @@ def weighted_sum(
     """
     total = torch.zeros(shape, dtype=torch.float32)  # [T, H]
     for token, rows, weights in outputs:
-        total.index_add_(0, token, rows.float() * weights.float()[:, None])
+        add_weighted(total, token, rows, weights)
     return total.to(dtype)
+
+
+def add_weighted(total: Tensor, token: Tensor, rows: Tensor, weights: Tensor) -> None:
+    """Add `rows` [R, H] times `weights` [R] to the fp32 rows `token` [R] int64 of `total` [T, H], in place."""
+    total.index_add_(0, token, rows.float() * weights.float()[:, None])
 
 
 def _ascending(outputs: Iterable[tuple[Assignment, Tensor]]) -> Iterable[tuple[Assignment, Tensor]]:

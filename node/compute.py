@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from moehive.kernels.combine import weighted_sum
+from moehive.kernels.combine import add_weighted
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
 from moehive.protocol.messages import RunExperts
 from moehive.swarm.dispatch.request import parse_request
@@ -44,46 +44,82 @@ class Work:
         return self.message.form == "sum"
 
 
+class BatchRun:
+    """Requests of one layer and dtype, computed a slice at a time: so that others can have their turn in between."""
+
+    def __init__(self, batch: Sequence[Work], lease: LeaseExpert, spec: FfnSpec, *, slice_rows: int = 1 << 30) -> None:
+        self._batch = batch
+        self._lease = lease
+        self._spec = spec
+        self._slice_rows = slice_rows
+        self._outputs: dict[int, Tensor] = {}  # by the index in the batch
+        self._steps = self._compute()
+
+    def advance(self) -> bool:
+        """Compute one slice; whether that was the last. Raises what `lease` raises."""
+        rows = 0
+        for step in self._steps:
+            rows += step
+            if rows >= self._slice_rows:
+                return False
+        return True
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The answers in the order of the batch, once it is done."""
+        return [self._outputs[index] for index in range(len(self._batch))]
+
+    def _compute(self) -> Iterator[int]:
+        """Yields, after each product, the number of its rows."""
+        merged = [index for index, work in enumerate(self._batch) if work.merges]
+        if merged:
+            yield from self._merged(merged)
+        for index, work in enumerate(self._batch):
+            if not work.merges:
+                yield from self._rows(index, work)
+
+    def _rows(self, index: int, work: Work) -> Iterator[int]:
+        """Unweighted expert outputs [R, H]: each expert's rows in one product, as its caller relies on."""
+        message, dtype = work.message, work.hidden.dtype
+        out = self._outputs[index] = torch.empty(message.rows, message.hidden, dtype=dtype)  # [R, H]
+        start = 0
+        for expert, count in zip(message.experts, message.counts, strict=True):
+            token = work.token[start : start + count]
+            with self._lease(message.layer, expert, dtype) as weights:
+                out[start : start + count] = expert_ffn(work.hidden[token], weights, self._spec)
+            start += count
+            yield count
+
+    def _merged(self, merged: Sequence[int]) -> Iterator[int]:
+        """Weighted sums, [T, H] of each request: accumulated in fp32 in ascending expert order, rounded once."""
+        batch = [self._batch[index] for index in merged]
+        tokens = [work.message.tokens for work in batch]
+        if tokens == [1]:
+            self._outputs[merged[0]] = _run_token(batch[0], self._lease, self._spec)
+            yield batch[0].message.rows
+            return
+        layer, dtype = batch[0].message.layer, batch[0].hidden.dtype
+        hidden = batch[0].hidden if len(batch) == 1 else torch.cat([work.hidden for work in batch])  # [sum T, H]
+        total = torch.zeros(hidden.shape, dtype=torch.float32)  # [sum T, H]
+        for expert, token, row_weights in _rows_by_expert(batch, tokens):
+            for part, weight in zip(
+                torch.split(token, self._slice_rows), torch.split(row_weights, self._slice_rows), strict=True
+            ):
+                with self._lease(layer, expert, dtype) as weights:
+                    add_weighted(total, part, expert_ffn(hidden[part], weights, self._spec), weight)
+                yield part.shape[0]
+        self._outputs |= zip(merged, torch.split(total.to(dtype), tokens), strict=True)
+
+
 def run_batch(batch: Sequence[Work], lease: LeaseExpert, spec: FfnSpec) -> list[Tensor]:
     """The answers to requests of one layer and dtype, in the order of `batch`. Raises what `lease` raises."""
-    merged = [work for work in batch if work.merges]
-    sums = dict(zip(map(id, merged), _run_merged(merged, lease, spec), strict=True)) if merged else {}
-    return [sums[id(work)] if work.merges else _run_rows(work, lease, spec) for work in batch]
-
-
-def _run_rows(work: Work, lease: LeaseExpert, spec: FfnSpec) -> Tensor:
-    """Unweighted expert outputs [R, H]."""
-    message, dtype = work.message, work.hidden.dtype
-    out = torch.empty(message.rows, message.hidden, dtype=dtype)  # [R, H]
-    start = 0
-    for expert, count in zip(message.experts, message.counts, strict=True):
-        token = work.token[start : start + count]
-        with lease(message.layer, expert, dtype) as weights:
-            out[start : start + count] = expert_ffn(work.hidden[token], weights, spec)
-        start += count
-    return out
-
-
-def _run_merged(batch: Sequence[Work], lease: LeaseExpert, spec: FfnSpec) -> list[Tensor]:
-    """Weighted sums, [T, H] of each request: accumulated in fp32 in ascending expert order, rounded once."""
-    tokens = [work.message.tokens for work in batch]
-    if tokens == [1]:
-        return [_run_token(batch[0], lease, spec)]
-    layer, dtype = batch[0].message.layer, batch[0].hidden.dtype
-    hidden = batch[0].hidden if len(batch) == 1 else torch.cat([work.hidden for work in batch])  # [sum T, H]
-
-    def outputs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for expert, token, row_weights in _rows_by_expert(batch, tokens):
-            with lease(layer, expert, dtype) as weights:
-                rows = expert_ffn(hidden[token], weights, spec)  # [R, H]
-            yield token, rows, row_weights
-
-    total = weighted_sum(outputs(), (hidden.shape[0], hidden.shape[1]), dtype)  # [sum T, H]
-    return list(torch.split(total, tokens))
+    run = BatchRun(batch, lease, spec)
+    run.advance()
+    return run.outputs
 
 
 def _run_token(work: Work, lease: LeaseExpert, spec: FfnSpec) -> Tensor:
-    """`_run_merged` for one token, [1, H]: without index tensors, which would cost more than the sum."""
+    """The weighted sum for one token, [1, H]: without index tensors, which would cost more than the sum."""
     assert work.weights is not None
     total = torch.zeros(work.hidden.shape, dtype=torch.float32)  # [1, H]
     for expert, weight in zip(work.message.experts, work.weights.tolist(), strict=True):

@@ -58,19 +58,19 @@ class ExpertService:
         assert isinstance(message, RunExperts)
         self._answering += 1
         try:
-            await self._run(message, payload, reply)
+            await self._run(peer, message, payload, reply)
         finally:
             self._answering -= 1
             self._answered.set()
 
-    async def _run(self, message: RunExperts, payload: bytearray, reply: Reply) -> None:
+    async def _run(self, peer: PeerId, message: RunExperts, payload: bytearray, reply: Reply) -> None:
         message.check(len(payload))
         self._check_held(message)
         try:
             work = Work.parse(message, payload)
         except ValueError as error:
             raise Refusal(RefusalCode.BAD_REQUEST, str(error)) from error
-        result = await self._worker.submit(work, len(payload))
+        result = await self._worker.submit(work, len(payload), peer)
         waited, computed = (min(seconds, limits.MAX_DEADLINE) for seconds in (result.waited, result.computed))
         done = ExpertsDone(waited=waited, computed=computed)
         await reply(done, (tensor_bytes(result.output),))

@@ -1,13 +1,14 @@
 """The compute worker: one thread that computes, fed by a bounded queue of requests.
 
-Requests wait in the queue only while the thread is busy; when it is free it takes all that fit together.
+Requests wait in the queue only while the thread is busy; when it is free it takes all that fit together. A batch of
+large requests is computed a slice at a time, with a batch of small ones in between.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from moehive.kernels.expert_ffn import FfnSpec
 from moehive.protocol.errors import LocalError, RefusalCode
+from moehive.protocol.ids import PeerId
 from moehive.swarm.log import get_logger
 from moehive.swarm.rpc.server import Refusal
 
-from .compute import LeaseExpert, Work, run_batch
-from .scheduler import QueueFacts, QueueLimits, Waiting, admit, next_batch
+from .compute import BatchRun, LeaseExpert, Work
+from .scheduler import QueueFacts, QueueLimits, Waiting, admit, arrived, computed, next_batch
 
 _SMOOTHING = 0.2
 _log = get_logger(__name__)
@@ -37,14 +39,35 @@ class Result:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Queued:
     work: Work
+    client: PeerId
     payload_bytes: int
     since: float
+    small: bool
     done: asyncio.Future[Result]
 
     @property
     def waiting(self) -> Waiting:
         message = self.work.message
-        return Waiting((message.model, message.layer, message.dtype), message.rows)
+        return Waiting((message.model, message.layer, message.dtype), message.rows, self.client, self.small)
+
+
+class _Batch:
+    """What is being computed."""
+
+    def __init__(self, requests: Sequence[_Queued], run: BatchRun, started: float) -> None:
+        self.requests = requests
+        self.run = run
+        self.started = started
+        self.seconds = 0.0  # of the thread so far
+
+    @property
+    def rows(self) -> int:
+        return sum(queued.work.message.rows for queued in self.requests)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody still waits for it."""
+        return any(not queued.done.done() for queued in self.requests)
 
 
 class ComputeWorker:
@@ -63,9 +86,10 @@ class ComputeWorker:
         self._limits = limits
         self._clock = clock
         self._queue: list[_Queued] = []
+        self._served: dict[Hashable, float] = {}  # rows, of clients that wait or waited a moment ago
         self._wake = asyncio.Event()
         self._seconds_per_row = 0.0
-        self._computing_rows = 0
+        self._computing: list[_Batch] = []  # at most a small one and a large one that waits for its next slice
         self.rows_done = 0
         self.batches_done = 0
         self.requests_done = 0
@@ -73,67 +97,100 @@ class ComputeWorker:
     @property
     def facts(self) -> QueueFacts:
         """How full the queue is, what is being computed included."""
+        return self._facts()
+
+    def _facts(self, client: PeerId | None = None) -> QueueFacts:
+        requests = queued_bytes = rows = small_rows = client_requests = client_bytes = 0
+        for queued in self._queue:
+            requests += 1
+            queued_bytes += queued.payload_bytes
+            rows += queued.work.message.rows
+            small_rows += queued.work.message.rows if queued.small else 0
+            client_requests += queued.client == client
+            client_bytes += queued.payload_bytes if queued.client == client else 0
+        for batch in self._computing:
+            rows += batch.rows
+            small_rows += batch.rows if batch.requests[0].small else 0
         return QueueFacts(
-            requests=len(self._queue),
-            queued_bytes=sum(queued.payload_bytes for queued in self._queue),
-            rows=self._computing_rows + sum(queued.work.message.rows for queued in self._queue),
-            seconds_per_row=self._seconds_per_row,
+            requests, queued_bytes, rows, self._seconds_per_row, small_rows, client_requests, client_bytes
         )
 
-    async def submit(self, work: Work, payload_bytes: int) -> Result:
+    async def submit(self, work: Work, payload_bytes: int, client: PeerId) -> Result:
         """Queue a request and wait for its answer. Raises Refusal when it is not queued, LocalError when it fails."""
-        facts, deadline = self.facts, work.message.deadline
-        refuse = admit(facts, self._limits, payload_bytes=payload_bytes, deadline=deadline)
+        facts, deadline = self._facts(client), work.message.deadline
+        small = work.message.tokens <= self._limits.small_tokens
+        refuse = admit(facts, self._limits, payload_bytes=payload_bytes, deadline=deadline, small=small)
         if refuse is not None:
             raise Refusal(refuse.code, f"{facts.requests} requests are waiting", retry_after=refuse.retry_after)
-        queued = _Queued(work, payload_bytes, self._clock(), asyncio.get_running_loop().create_future())
-        self._queue.append(queued)
+        self._served = arrived(self._served, client, {queued.client for queued in self._queue})
+        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Queued(work, client, payload_bytes, self._clock(), small, done))
         self._wake.set()
-        return await queued.done  # a caller that goes away cancels the future; the batch then leaves it out
+        return await done  # a caller that goes away cancels the future; the batch then leaves it out
 
     async def run(self) -> None:
         """Compute for ever."""
+        large: _Batch | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="compute") as thread:
             while True:
-                await self._wake.wait()
-                batch = self._take()
-                if batch:
-                    await self._compute(thread, batch)
-                else:
+                small = self._take(small=True)
+                large = large or self._take(small=False)
+                if small is None and large is None:
                     self._wake.clear()
+                    await self._wake.wait()
+                if small is not None:
+                    await self._advance(thread, small)  # whole: small batches have one slice
+                if large is not None and await self._advance(thread, large):
+                    large = None
 
-    def _take(self) -> list[_Queued]:
+    def _take(self, *, small: bool) -> _Batch | None:
+        self._drop_late()
+        chosen = next_batch([queued.waiting for queued in self._queue], self._limits, self._served, small=small)
+        if not chosen:
+            return None
+        requests = [self._queue[index] for index in chosen]
+        for index in reversed(chosen):
+            del self._queue[index]
+        clients = {queued.client for queued in self._queue}
+        self._served = computed(self._served, [queued.waiting for queued in requests], clients)
+        slice_rows = self._limits.batch_rows if small else self._limits.slice_rows
+        run = BatchRun([queued.work for queued in requests], self._lease, self._spec, slice_rows=slice_rows)
+        batch = _Batch(requests, run, self._clock())
+        self._computing.append(batch)
+        return batch
+
+    def _drop_late(self) -> None:
         now = self._clock()
         for queued in self._queue:
             if now - queued.since > queued.work.message.deadline and not queued.done.done():
                 queued.done.set_exception(Refusal(RefusalCode.DEADLINE, "waited past the request's deadline"))
         self._queue = [queued for queued in self._queue if not queued.done.done()]
-        chosen = next_batch([queued.waiting for queued in self._queue], self._limits)
-        batch = [self._queue[index] for index in chosen]
-        for index in reversed(chosen):
-            del self._queue[index]
-        return batch
 
-    async def _compute(self, thread: ThreadPoolExecutor, batch: Sequence[_Queued]) -> None:
+    async def _advance(self, thread: ThreadPoolExecutor, batch: _Batch) -> bool:
+        """Compute a batch's next slice; whether the batch is over, answered or failed."""
         started = self._clock()
-        rows = self._computing_rows = sum(queued.work.message.rows for queued in batch)
-        work = [queued.work for queued in batch]
         try:
-            outputs = await asyncio.get_running_loop().run_in_executor(thread, run_batch, work, self._lease, self._spec)
+            over = not batch.wanted or await asyncio.get_running_loop().run_in_executor(thread, batch.run.advance)
         except LocalError as error:
-            self._fail(batch, error)
-            return
+            self._fail(batch.requests, error)
+            over = True
         except Exception:  # noqa: BLE001 - supervision point: one batch must not end the worker
-            _log.exception("a batch failed: a bug", layer=batch[0].work.message.layer, requests=len(batch))
-            self._fail(batch, LocalError("the computation failed"))
-            return
-        finally:
-            self._computing_rows = 0
-        seconds = self._clock() - started
-        self._count(len(batch), rows, seconds)
-        for queued, output in zip(batch, outputs, strict=True):
+            first = batch.requests[0].work.message
+            _log.exception("a batch failed: a bug", layer=first.layer, requests=len(batch.requests))
+            self._fail(batch.requests, LocalError("the computation failed"))
+            over = True
+        batch.seconds += self._clock() - started
+        if over:
+            self._computing.remove(batch)
+            if batch.wanted:
+                self._answer(batch)
+        return over
+
+    def _answer(self, batch: _Batch) -> None:
+        self._count(len(batch.requests), batch.rows, batch.seconds)
+        for queued, output in zip(batch.requests, batch.run.outputs, strict=True):
             if not queued.done.done():
-                queued.done.set_result(Result(output, started - queued.since, seconds))
+                queued.done.set_result(Result(output, batch.started - queued.since, batch.seconds))
 
     def _fail(self, batch: Sequence[_Queued], error: LocalError) -> None:
         for queued in batch:

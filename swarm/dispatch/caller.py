@@ -116,7 +116,7 @@ class ExpertCaller:
         pending: Sequence[Assignment],
         deadline: float,
     ) -> list[Assignment]:
-        """Ask every peer of a plan at once; what nobody usable holds is left over, and everything after the deadline."""
+        """Ask every peer of a plan at once. Left over: what nobody usable holds, and after the deadline all of it."""
         if self._clock() >= deadline:
             return list(pending)
         plan = self._plan(call, pending)

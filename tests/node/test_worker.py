@@ -7,10 +7,11 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
-from support.swarm_fakes import MODEL, Clock
+from support.swarm_fakes import MODEL, Clock, identity
 
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec
 from moehive.kernels.routing import group_by_expert
@@ -18,11 +19,13 @@ from moehive.node.compute import Work, run_batch
 from moehive.node.scheduler import QueueLimits
 from moehive.node.worker import ComputeWorker
 from moehive.protocol.errors import CorruptShard, LocalError, RefusalCode
+from moehive.protocol.ids import PeerId
 from moehive.swarm.dispatch.request import LayerInput, build_request
 from moehive.swarm.rpc.server import Refusal
 
 HIDDEN, EXPERTS = 8, 4
 SPEC = FfnSpec()
+ALICE, BOB = identity(1).peer, identity(2).peer
 WEIGHTS = [
     ExpertWeights(
         torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(expert)),
@@ -68,8 +71,8 @@ class World:
         self.lease, self.clock = Lease(), Clock()
         self.worker = ComputeWorker(self.lease, SPEC, limits, clock=self.clock)
 
-    def submit(self, one: Work) -> asyncio.Task[object]:
-        return asyncio.create_task(self.worker.submit(one, 100))
+    def submit(self, one: Work, client: PeerId = ALICE) -> asyncio.Task[object]:
+        return asyncio.create_task(self.worker.submit(one, 100, client))
 
     @asynccontextmanager
     async def busy(self) -> AsyncIterator[asyncio.Task[object]]:
@@ -105,7 +108,7 @@ async def settled(condition: Callable[[], bool]) -> None:
 
 async def test_an_answer_is_the_batch_functions() -> None:
     async with running() as world:
-        result = await world.worker.submit(work(), 100)
+        result = await world.worker.submit(work(), 100, ALICE)
         [expected] = run_batch([work()], Lease(), SPEC)
         torch.testing.assert_close(result.output, expected)
         assert (world.worker.requests_done, world.worker.batches_done, world.worker.rows_done) == (1, 1, 2)
@@ -133,12 +136,52 @@ async def test_layers_take_turns_in_the_order_of_arrival() -> None:
         assert world.worker.batches_done == 4
 
 
+async def test_a_client_with_many_requests_does_not_keep_another_waiting() -> None:
+    async with running() as world:
+        async with world.busy():
+            greedy = [world.submit(work(layer=layer), ALICE) for layer in range(1, 9)]
+            await settled(lambda: world.worker.facts.requests == 8)
+            modest = world.submit(work(layer=50), BOB)
+            await settled(lambda: world.worker.facts.requests == 9)
+        await asyncio.gather(*greedy, modest)
+        order = list(dict.fromkeys(world.lease.layers))
+        assert order.index(50) <= 2  # the first layer of the other one's at most, and what was being computed
+
+
+async def test_a_large_request_is_computed_in_slices_and_small_ones_go_in_between() -> None:
+    limits = QueueLimits(small_tokens=4, slice_rows=8)
+    async with running(limits) as world:
+        async with world.busy():
+            large = world.submit(work(layer=1, tokens=64))
+            small = [world.submit(work(layer=layer)) for layer in (2, 3, 4)]
+            await settled(lambda: world.worker.facts.requests == 4)
+        results = await asyncio.gather(large, *small)
+        order = world.lease.layers
+        # 64 rows of 4 experts are 8 or more slices; a small batch waits for one of them at most.
+        between = [layer for layer, _ in groupby(order[order.index(2) :])]
+        assert between[:6] == [2, 1, 3, 1, 4, 1]
+        [expected] = run_batch([work(layer=1, tokens=64)], Lease(), SPEC)
+        torch.testing.assert_close(results[0].output, expected)  # type: ignore[attr-defined]
+
+
+async def test_a_large_request_that_nobody_waits_for_is_not_computed_on() -> None:
+    async with running(QueueLimits(small_tokens=4, slice_rows=8)) as world:
+        large = world.submit(work(layer=1, tokens=64))
+        await settled(world.lease.computing.is_set)
+        large.cancel()
+        await asyncio.gather(large, return_exceptions=True)
+        await world.worker.submit(work(layer=2), 100, ALICE)
+        await world.worker.submit(work(layer=3), 100, ALICE)
+        assert world.worker.facts.rows == 0
+        assert world.lease.layers.count(1) < 8
+
+
 async def test_a_full_queue_refuses() -> None:
     async with running(QueueLimits(requests=2)) as world, world.busy():
         waiting = [world.submit(work()) for _ in range(2)]
         await settled(lambda: world.worker.facts.requests == 2)
         with pytest.raises(Refusal) as refused:
-            await world.worker.submit(work(), 100)
+            await world.worker.submit(work(), 100, ALICE)
         assert refused.value.code is RefusalCode.BUSY
         assert refused.value.retry_after > 0
         assert not any(one.done() for one in waiting)
@@ -149,7 +192,7 @@ async def test_bytes_are_bounded_too() -> None:
         waiting = world.submit(work())
         await settled(lambda: world.worker.facts.queued_bytes == 100)
         with pytest.raises(Refusal):
-            await world.worker.submit(work(), 100)
+            await world.worker.submit(work(), 100, ALICE)
         waiting.cancel()
 
 
@@ -182,9 +225,9 @@ async def test_one_batch_that_fails_does_not_end_the_worker(error: Exception) ->
     async with running() as world:
         world.lease.error = error
         with pytest.raises(LocalError):
-            await world.worker.submit(work(), 100)
+            await world.worker.submit(work(), 100, ALICE)
         world.lease.error = None
-        await world.worker.submit(work(), 100)
+        await world.worker.submit(work(), 100, ALICE)
         assert world.worker.requests_done == 1
 
 
@@ -196,7 +239,7 @@ async def test_the_speed_is_learnt_and_used_for_admission() -> None:
         assert world.worker.facts.seconds_per_row == 2.0
         async with world.busy():
             with pytest.raises(Refusal) as refused:
-                await world.worker.submit(replace_deadline(work(), 3.0), 100)
+                await world.worker.submit(replace_deadline(work(), 3.0), 100, ALICE)
             assert refused.value.code is RefusalCode.DEADLINE
 
 

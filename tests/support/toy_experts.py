@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -100,10 +100,10 @@ class World:
 
 
 @asynccontextmanager
-async def toy_world() -> AsyncIterator[World]:
-    """A network with a client on it and nobody else."""
+async def toy_world(clock: Callable[[], float] = lambda: 20 * time.monotonic()) -> AsyncIterator[World]:
+    """A network with a client on it and nobody else; by default pauses of peers pass twenty times as fast."""
     network = MemoryNetwork()
-    standings = Standings(lambda: 20 * time.monotonic())  # pauses pass twenty times as fast
+    standings = Standings(clock)
     async with (
         MemoryTransport(network, identity(9)) as client,
         ConnectionPool(client, EXPERT, SECRET, "client") as pool,

@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from support.swarm_fakes import Clock
 from support.toy_experts import FIRST, SECOND, THIRD, Layer, World, honest, never, refusing, toy_world
 
 from moehive.protocol.codec import Message
-from moehive.protocol.errors import ExpertUnavailable, RefusalCode
+from moehive.protocol.errors import ExpertUnavailable, PeerTimeout, RefusalCode
 from moehive.protocol.ids import PeerId
 from moehive.swarm.policy.hedging import HedgeSettings
-from moehive.swarm.rpc.server import Reply
+from moehive.swarm.rpc.server import Refusal, Reply
 
 SOON = HedgeSettings(unknown=0.02, burst=4.0)
 
@@ -82,11 +83,15 @@ async def test_the_share_may_be_split_among_several(world: World) -> None:
 
 
 async def test_a_hedge_that_fails_leaves_the_first_request_alone(world: World) -> None:
-    late, layer, caller = Late(), Layer(), world.caller(hedge=SOON)
-    async with world.peer(FIRST, late, range(8)), world.peer(SECOND, refusing(RefusalCode.BUSY), range(8)) as busy:
+    late, layer, caller, refused = Late(), Layer(), world.caller(hedge=SOON), asyncio.Event()
+
+    async def refuse(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+        refused.set()
+        raise Refusal(RefusalCode.BUSY)
+
+    async with world.peer(FIRST, late, range(8)), world.peer(SECOND, refuse, range(8)):
         asking = asyncio.create_task(layer.check(caller))
-        while not caller.stats.of(busy).failures:
-            await asyncio.sleep(0)
+        await asyncio.wait_for(refused.wait(), 10)
         late.let.set()
         await asking
         assert caller.stats.retries == 0
@@ -124,16 +129,21 @@ async def test_giving_up_a_layer_withdraws_both(world: World) -> None:
         assert all(one.in_flight == 0 for one in caller.stats.peers.values())
 
 
-async def test_a_suspected_peer_is_asked_only_where_nobody_else_can(world: World) -> None:
-    layer, caller = Layer(), world.caller()
+async def test_a_suspected_peer_is_asked_only_where_nobody_else_can() -> None:
+    clock = Clock()
+    once_broken = refusing(RefusalCode.INTERNAL, times=1)
     async with (
-        world.peer(FIRST, refusing(RefusalCode.INTERNAL, times=1), range(8)) as once,
+        toy_world(clock) as world,
         world.peer(SECOND, honest, range(8)) as other,
+        world.peer(FIRST, once_broken, range(8)) as once,
     ):
+        layer, caller = Layer(), world.caller()
         await layer.check(caller)
-        assert world.standings.suspected(once)
-        while not world.standings.usable([once]):
-            await asyncio.sleep(0)
+        clock.now += 1.0  # its pause has passed
+        assert world.standings.usable([once]) == [once]
         await layer.check(caller)
-        assert caller.stats.of(other).requests == 2
-        assert caller.stats.of(once).requests == 0
+        assert (caller.stats.of(once).requests, caller.stats.of(other).requests) == (0, 2)
+        world.standings.blame(PeerTimeout("slow", peer=other))
+        await layer.check(caller)
+        assert caller.stats.of(once).requests == 1
+        assert not world.standings.suspected(once)
