@@ -13,7 +13,7 @@ notebooks alike. The model is a plain transformers model; only its routed expert
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from moehive.protocol.ticket import Ticket
 
 from .dispatch.backend import SwarmExperts
 from .dispatch.caller import CallSettings, ExpertCaller
+from .dispatch.spot_checks import LiarReport
 from .dispatch.stats import DispatchStats
 from .fetch import Progress
 from .identity import Identity
@@ -125,6 +126,10 @@ class Swarm:
         """Who computed how much for this client so far."""
         return self._caller(ModelId(model_id)).stats
 
+    def liars(self, model_id: str) -> Sequence[LiarReport]:
+        """Peers that were shown to have computed wrongly, with the forward passes that used their answers."""
+        return tuple(self._caller(ModelId(model_id)).checks.liars)
+
     def holders(self, model_id: str) -> Mapping[PeerId, int]:
         """The peers that announce a model now, and how many experts each. Raises ModelUnavailable after 10 seconds."""
         member = self._joined
@@ -170,9 +175,9 @@ class Swarm:
         """On the event loop, where two threads that ask at once get the same one."""
         if model not in self._callers:
             member = self._joined
-            self._callers[model] = ExpertCaller(
-                model, member.directory(model), member.experts, member.standings, self._settings
-            )
+            caller = ExpertCaller(model, member.directory(model), member, member.standings, self._settings)
+            member.start(caller.watch(), name="watch")
+            self._callers[model] = caller
         return self._callers[model]
 
 

@@ -6,11 +6,12 @@ Owns the connections, the standing of other peers, and one directory per model i
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from importlib.metadata import version
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from moehive.protocol.errors import ModelUnavailable, PeerError
 from moehive.protocol.ids import ModelId, ShardHash
@@ -79,6 +80,10 @@ class Member:
     ) -> None:
         await self._stack.aclose()  # without the error of the body, which the task group would wrap into a group
 
+    def start(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
+        """Run `work` until we leave."""
+        self._running.append(self._tasks.create_task(work, name=name))
+
     def _cancel_tasks(self) -> None:
         for task in self._running:
             task.cancel()
@@ -89,7 +94,7 @@ class Member:
         if directory is None:
             directory = Directory(self.transport, self.secret, model, self.standings)
             self._directories[model] = directory
-            self._running.append(self._tasks.create_task(directory.run(), name="directory"))
+            self.start(directory.run(), name="directory")
         return directory
 
     async def wait_for_peers(self, model: ModelId, *, timeout: float) -> Directory:

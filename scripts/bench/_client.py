@@ -52,4 +52,4 @@ def joined(ticket: Ticket, converted: Path) -> Iterator[Client]:
 
 async def _make_caller(member: Member, model: ModelId) -> ExpertCaller:
     directory = await member.wait_for_peers(model, timeout=30.0)
-    return ExpertCaller(model, directory, member.experts, member.standings, CallSettings())
+    return ExpertCaller(model, directory, member, member.standings, CallSettings())

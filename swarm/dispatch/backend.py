@@ -46,6 +46,7 @@ class SwarmExperts:
         self._num_experts = num_experts
         self._form = form
         self._local = local
+        self._last_layer = 0
 
     def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H]. Raises ExpertUnavailable."""
@@ -54,7 +55,7 @@ class SwarmExperts:
         here = [a for a in assignments if self._local is not None and self._local.holds(layer, a.expert)]
         held = {assignment.expert for assignment in here}
         away = [assignment for assignment in assignments if assignment.expert not in held]
-        self._caller.stats.layer_calls += 1
+        self._count(layer)
         answers = self._start_soon(self._caller.run, call, away) if away else None
         parts = self._compute_here(call, here)  # while the peers compute theirs
         if answers is not None:
@@ -62,6 +63,12 @@ class SwarmExperts:
         if not parts:
             return torch.zeros_like(hidden)
         return combine_parts(call, parts).to(hidden.device)
+
+    def _count(self, layer: int) -> None:
+        stats = self._caller.stats
+        stats.passes += layer <= self._last_layer or not stats.passes
+        stats.layer_calls += 1
+        self._last_layer = layer
 
     def _compute_here(self, call: LayerInput, assignments: Sequence[Assignment]) -> list[Part]:
         parts = []

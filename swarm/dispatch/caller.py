@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from moehive.kernels.routing import Assignment
 from moehive.protocol.errors import ExpertUnavailable, PeerError, SwarmError
@@ -22,9 +22,11 @@ from moehive.swarm.rpc.pool import ConnectionPool
 from moehive.swarm.standings import Standings
 from moehive.swarm.tasks import task_group
 
-from .asking import Asker, Clock, OnAnswer
+from .asking import Asker, Clock
 from .planner import LayerPlan, plan_layer
+from .prober import Prober
 from .request import LayerInput, Part
+from .spot_checks import SpotChecker
 from .stats import DispatchStats
 
 _NOTICE = 3.0  # seconds of waiting after which the user is told
@@ -43,6 +45,19 @@ class CallSettings:
     answer_timeout: float = 20.0  # one request to one peer; then it is asked of another
     layer_timeout: float = 60.0  # all attempts together; then ExpertUnavailable
     hedge: HedgeSettings | None = field(default_factory=HedgeSettings)
+    spot_checks: float = 0.01  # share of the answers that are computed a second time
+
+
+class CallPools(Protocol):
+    """Connections of the two protocols that calls need; `Member` has them."""
+
+    @property
+    def experts(self) -> ConnectionPool:
+        """For requests."""
+
+    @property
+    def peers(self) -> ConnectionPool:
+        """For asking how busy a peer is."""
 
 
 class ExpertCaller:
@@ -52,11 +67,10 @@ class ExpertCaller:
         self,
         model: ModelId,
         directory: Directory,
-        pool: ConnectionPool,
+        pools: CallPools,
         standings: Standings,
         settings: CallSettings,
         *,
-        on_answer: OnAnswer = lambda peer, call, part: None,
         last_resort: LastResort | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -68,14 +82,23 @@ class ExpertCaller:
         self._budget = HedgeBudget()
         self._ending: set[asyncio.Task[Outcome]] = set()  # withdrawn, not over yet
         self.stats = DispatchStats()
+        self.checks = SpotChecker(
+            settings.spot_checks,
+            standings,
+            self.stats,
+            ask_others=self._second_opinion,
+            compute_here=last_resort,
+            clock=clock,
+        )
+        self._prober = Prober(directory, pools.peers, standings, self.stats, clock=clock)
         self._asker = Asker(
             model,
             directory,
-            pool,
+            pools.experts,
             standings,
             self.stats,
             answer_timeout=settings.answer_timeout,
-            on_answer=on_answer,
+            on_answer=self.checks.saw,
             clock=clock,
         )
 
@@ -88,9 +111,10 @@ class ExpertCaller:
         parts: list[Part] = []
         running: dict[asyncio.Task[Outcome], Sequence[Assignment]] = {}
         pending, reason = list(assignments), ""
+        failed: set[PeerId] = set()  # in this call: asked again only where nobody else can be
         async with task_group() as group:  # an error of our own ends the other requests
             while pending or running:
-                pending = self._launch(group, running, call, pending, deadline)
+                pending = self._launch(group, running, call, pending, failed, deadline)
                 if not running:
                     parts += await self._without_holders(call, pending, deadline, reason)
                     pending = _without(pending, parts)
@@ -104,9 +128,16 @@ class ExpertCaller:
                     if isinstance(outcome, PeerError):
                         self.stats.retries += 1
                         pending, reason = [*pending, *share], str(outcome)
+                        failed.add(PeerId(outcome.peer))
                     else:
                         parts += outcome
         return parts
+
+    async def watch(self) -> None:
+        """Check answers and look after peers that failed, until cancelled; beside `run`."""
+        async with task_group() as group:
+            group.create_task(self.checks.run(), name="spot checks")
+            group.create_task(self._prober.run(), name="probe peers")
 
     def _launch(
         self,
@@ -114,12 +145,13 @@ class ExpertCaller:
         running: dict[asyncio.Task[Outcome], Sequence[Assignment]],
         call: LayerInput,
         pending: Sequence[Assignment],
+        failed: Collection[PeerId],
         deadline: float,
     ) -> list[Assignment]:
         """Ask every peer of a plan at once. Left over: what nobody usable holds, and after the deadline all of it."""
         if self._clock() >= deadline:
             return list(pending)
-        plan = self._plan(call, pending)
+        plan = self._plan(call, pending, last=failed)
         by_expert = {assignment.expert: assignment for assignment in pending}
         for peer, experts in plan.remote.items():
             share = [by_expert[expert] for expert in experts]
@@ -127,15 +159,22 @@ class ExpertCaller:
         self.stats.round_trips += bool(plan.remote)
         return [by_expert[expert] for expert in plan.missing]
 
-    def _plan(self, call: LayerInput, pending: Iterable[Assignment], avoid: Collection[PeerId] = ()) -> LayerPlan:
+    def _plan(
+        self,
+        call: LayerInput,
+        pending: Iterable[Assignment],
+        *,
+        without: Collection[PeerId] = (),
+        last: Collection[PeerId] = (),
+    ) -> LayerPlan:
+        """Who computes what: nobody of `without`, and those of `last` only where there is nobody else."""
         rows = {assignment.expert: assignment.token.shape[0] for assignment in pending}
         holders = self._directory.holders
-        usable = {
-            expert: self._standings.trusted_first(
-                peer for peer in holders.of(ExpertKey(call.layer, expert)) if peer not in avoid
-            )
-            for expert in rows
-        }
+        usable: dict[int, list[PeerId]] = {}
+        for expert in rows:
+            known = [peer for peer in holders.of(ExpertKey(call.layer, expert)) if peer not in without]
+            trusted = self._standings.trusted_first(known)
+            usable[expert] = [peer for peer in trusted if peer not in last] or trusted
         return plan_layer(rows, local=(), holders=usable, facts=self.stats.facts, row_bytes=call.row_bytes)
 
     # --- one peer's share -----------------------------------------------------------------------------------------
@@ -173,7 +212,7 @@ class ExpertCaller:
 
     def _plan_hedge(self, call: LayerInput, late: PeerId, share: Sequence[Assignment]) -> LayerPlan | None:
         """Who else could answer; None where nobody could for some expert, or the budget is spent."""
-        plan = self._plan(call, share, avoid=(late,))
+        plan = self._plan(call, share, without=(late,))
         budget = None if plan.missing else spend(self._budget)
         if budget is None:
             return None
@@ -210,6 +249,18 @@ class ExpertCaller:
         self._ending.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.error("a withdrawn request failed", exc_info=task.exception())
+
+    async def _second_opinion(
+        self, call: LayerInput, share: Sequence[Assignment], first: PeerId, deadline: float
+    ) -> tuple[list[Part], PeerId | None] | None:
+        """What others than `first` answer, and who where it was one peer; None where nobody else can or does."""
+        plan = self._plan(call, share, without=(first,))
+        if plan.missing:
+            return None
+        outcome = await self._ask_all(call, plan, share, deadline)
+        if isinstance(outcome, PeerError):
+            return None
+        return outcome, next(iter(plan.remote)) if len(plan.remote) == 1 else None
 
     # --- nobody to ask --------------------------------------------------------------------------------------------
 

@@ -49,6 +49,22 @@ class Part:
     output: Tensor
 
 
+def sample(call: LayerInput, part: Part, count: int) -> tuple[LayerInput, Part]:
+    """A copy of a few tokens of a call, the first `count` that `part` answers, and of what `part` says about them."""
+    chosen = torch.unique(torch.cat([assignment.token for assignment in part.assignments]))[:count]  # [S] ascending
+    small = LayerInput(call.layer, call.hidden[chosen], call.top_k_weights[chosen], call.form)  # [S, H], [S, K]
+    kept = [torch.isin(assignment.token, chosen) for assignment in part.assignments]
+    assignments = tuple(
+        Assignment(expert, torch.searchsorted(chosen, token[keep]), position[keep])
+        for (expert, token, position), keep in zip(part.assignments, kept, strict=True)
+        if keep.any()
+    )
+    if call.form == "rows":
+        return small, Part(assignments, None, part.output[torch.cat(kept)])
+    answered = chosen if part.tokens is None else torch.searchsorted(part.tokens, chosen)
+    return small, Part(assignments, None, part.output[answered])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertRequest:
     """One request, ready to send."""

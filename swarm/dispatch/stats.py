@@ -55,6 +55,7 @@ class DispatchStats:
 
     peers: dict[PeerId, PeerStats] = field(default_factory=dict)
     local_rows: int = 0
+    passes: int = 0  # forward passes of the model
     layer_calls: int = 0
     round_trips: int = 0  # waves of requests: 1 per layer call where nothing fails
     retries: int = 0

@@ -16,9 +16,9 @@ from moehive.kernels.routing import Assignment, group_by_expert
 from moehive.protocol.codec import Message
 from moehive.protocol.errors import RefusalCode
 from moehive.protocol.ids import ExpertKey, PeerId
-from moehive.protocol.messages import EXPERT, ExpertsDone, RunExperts
+from moehive.protocol.messages import EXPERT, PEER, ExpertsDone, GetLoad, Load, RunExperts
 from moehive.swarm.directory import Directory
-from moehive.swarm.dispatch.caller import CallSettings, ExpertCaller
+from moehive.swarm.dispatch.caller import CallSettings, ExpertCaller, LastResort
 from moehive.swarm.dispatch.combine import combine_parts
 from moehive.swarm.dispatch.request import LayerInput, parse_request, tensor_bytes
 from moehive.swarm.identity import Identity
@@ -62,6 +62,26 @@ def refusing(code: RefusalCode, times: int = 10**9, **options: float) -> Request
     return handle
 
 
+async def tell_load(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+    """Is not busy."""
+    assert isinstance(message, GetLoad)
+    await reply(Load(queued_requests=0, expected_wait=0.0, rows_done=0, bytes_sent=0))
+
+
+async def lying(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+    """Answers with something plausible: a tenth too much."""
+    assert isinstance(message, RunExperts)
+    await reply(ExpertsDone(waited=0.0, computed=0.0), (tensor_bytes(answer_to(message, payload) * 1.1),))
+
+
+async def garbage(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+    """Answers with NaN in one place."""
+    assert isinstance(message, RunExperts)
+    answer = answer_to(message, payload)
+    answer[-1, -1] = float("nan")
+    await reply(ExpertsDone(waited=0.0, computed=0.0), (tensor_bytes(answer),))
+
+
 async def never(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
     """Takes the request and does not answer."""
     await asyncio.Event().wait()
@@ -81,19 +101,27 @@ class World:
     client: MemoryTransport
     standings: Standings
     directory: Directory
-    pool: ConnectionPool
+    experts: ConnectionPool
+    peers: ConnectionPool
 
     def caller(
-        self, *, answer_timeout: float = 5.0, layer_timeout: float = 10.0, hedge: HedgeSettings | None = None
+        self,
+        *,
+        answer_timeout: float = 5.0,
+        layer_timeout: float = 10.0,
+        hedge: HedgeSettings | None = None,
+        spot_checks: float = 0.0,
+        last_resort: LastResort | None = None,
     ) -> ExpertCaller:
-        settings = CallSettings(answer_timeout, layer_timeout, hedge)
-        return ExpertCaller(MODEL, self.directory, self.pool, self.standings, settings)
+        settings = CallSettings(answer_timeout, layer_timeout, hedge, spot_checks)
+        return ExpertCaller(MODEL, self.directory, self, self.standings, settings, last_resort=last_resort)
 
     @asynccontextmanager
     async def peer(self, key: Identity, handle: RequestHandler, experts: Sequence[int]) -> AsyncIterator[PeerId]:
         """A peer that announces some experts and answers with `handle`."""
         async with MemoryTransport(self.network, key) as transport:
             await transport.serve(EXPERT.name, stream_handler(EXPERT, SECRET, transport.peer, "peer", handle))
+            await transport.serve(PEER.name, stream_handler(PEER, SECRET, transport.peer, "peer", tell_load))
             await announce(transport, key, [ExpertKey(LAYER, expert) for expert in experts])
             await self.directory.refresh()
             yield transport.peer
@@ -106,9 +134,10 @@ async def toy_world(clock: Callable[[], float] = lambda: 20 * time.monotonic()) 
     standings = Standings(clock)
     async with (
         MemoryTransport(network, identity(9)) as client,
-        ConnectionPool(client, EXPERT, SECRET, "client") as pool,
+        ConnectionPool(client, EXPERT, SECRET, "client") as experts,
+        ConnectionPool(client, PEER, SECRET, "client") as peers,
     ):
-        yield World(network, client, standings, Directory(client, SECRET, MODEL, standings), pool)
+        yield World(network, client, standings, Directory(client, SECRET, MODEL, standings), experts, peers)
 
 
 class Layer:

@@ -17,6 +17,7 @@ from support.toy_experts import (
     THIRD,
     Layer,
     World,
+    garbage,
     honest,
     never,
     one_row_short,
@@ -63,6 +64,7 @@ FAULTS = [
     pytest.param(never, "paused", id="silent"),
     pytest.param(refusing(RefusalCode.NOT_HELD), "refuted", id="does not hold what it announced"),
     pytest.param(refusing(RefusalCode.UNKNOWN_MODEL), "refuted", id="does not know the model it announced"),
+    pytest.param(garbage, "paused", id="not a number"),
     pytest.param(one_row_short, "banned", id="wrong size"),
 ]
 

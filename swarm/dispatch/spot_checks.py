@@ -1,0 +1,185 @@
+"""Spot checks: a share of the answers is computed a second time, and who is shown to lie is banned and reported.
+
+A second peer is asked first, which costs a request; where the two disagree, or there is no second one, the experts'
+verified weights are fetched and the rows computed here, which is proof. What a banned peer had answered before is
+reported with the forward passes that it went into: whoever generated text in them knows what to generate again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moehive.kernels.routing import Assignment
+from moehive.protocol.errors import PeerError, SwarmError, WrongResult
+from moehive.protocol.ids import PeerId
+from moehive.swarm.log import get_logger
+from moehive.swarm.policy.trust import TOLERANCE, Comparison, Verdict, judge, second_lied
+from moehive.swarm.standings import Standings
+
+from .combine import combine_parts
+from .request import DTYPE_NAMES, LayerInput, Part, sample
+from .stats import DispatchStats
+
+QUEUE = 16  # checks that may wait; more are skipped and counted, never waited for
+TOKENS = 4  # of an answer that are computed again
+REMEMBERED = 4096  # answers of one peer that a report can name
+TIMEOUT = 60.0  # seconds for one check
+_log = get_logger(__name__)
+_unforeseeable = random.SystemRandom().random  # a peer must not know which of its answers will be checked
+
+# Computes assignments by a deadline: at other peers than the one given, or here from verified weights.
+AskOthers = Callable[
+    [LayerInput, Sequence[Assignment], PeerId, float], Awaitable[tuple[list[Part], PeerId | None] | None]
+]
+ComputeHere = Callable[[LayerInput, Sequence[Assignment], float], Awaitable[list[Part]]]
+
+
+@dataclass(frozen=True, slots=True)
+class LiarReport:
+    """A peer that was shown to have computed wrongly."""
+
+    peer: PeerId
+    layer: int
+    experts: tuple[int, ...]
+    error: float  # of the worst row, relative to its length
+    answers: int  # of this peer, that were used before it was found out, as far as remembered
+    rows: int
+    first_pass: int  # forward passes of this model, counted from 1 since it was joined
+    last_pass: int
+
+
+@dataclass(slots=True)
+class CheckCounts:
+    """What came of the checks."""
+
+    checked: int = 0
+    disputed: int = 0
+    unchecked: int = 0
+    skipped: int = 0  # too many waited
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Check:
+    peer: PeerId
+    call: LayerInput
+    part: Part
+
+
+class SpotChecker:
+    """Checks answers of one model's calls. `run()` works until cancelled; `saw` is called for every good answer."""
+
+    def __init__(
+        self,
+        share: float,
+        standings: Standings,
+        stats: DispatchStats,
+        *,
+        ask_others: AskOthers,
+        compute_here: ComputeHere | None,
+        chance: Callable[[], float] = _unforeseeable,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._share = share
+        self._standings = standings
+        self._stats = stats
+        self._ask_others = ask_others
+        self._compute_here = compute_here
+        self._chance = chance
+        self._clock = clock
+        self._queue: asyncio.Queue[_Check] = asyncio.Queue(QUEUE)
+        self._answers: dict[PeerId, deque[tuple[int, int]]] = {}  # (forward pass, rows), the latest
+        self.counts = CheckCounts()
+        self.liars: list[LiarReport] = []
+
+    def saw(self, peer: PeerId, call: LayerInput, part: Part) -> None:
+        """Remember an answer, and sometimes have it checked."""
+        rows = sum(assignment.token.shape[0] for assignment in part.assignments)
+        self._answers.setdefault(peer, deque(maxlen=REMEMBERED)).append((self._stats.passes, rows))
+        if self._chance() >= self._share:
+            return
+        try:
+            self._queue.put_nowait(_Check(peer, *sample(call, part, TOKENS)))
+        except asyncio.QueueFull:
+            self.counts.skipped += 1
+
+    async def run(self) -> None:
+        """Check what is to be checked, one after the other: a check may never cost more than generation does."""
+        while True:
+            check = await self._queue.get()
+            try:
+                await self.check(check.peer, check.call, check.part)
+            except (SwarmError, PeerError) as error:
+                self.counts.unchecked += 1
+                _log.info("an answer could not be checked", peer=check.peer, reason=str(error))
+
+    async def check(self, peer: PeerId, call: LayerInput, part: Part) -> Verdict:
+        """Compute an answer a second time, and act on it. Raises SwarmError where nobody can."""
+        deadline = self._clock() + TIMEOUT
+        tolerance = TOLERANCE[DTYPE_NAMES[call.hidden.dtype]]
+        answer = _rows(call, [part])
+        comparison, second = Comparison(), None  # type: Comparison, PeerId | None
+        asked = await self._ask_others(call, part.assignments, peer, deadline)
+        if asked is not None:
+            parts, second = asked
+            comparison = Comparison(second_peer=_error(answer, _rows(call, parts)))
+        if judge(comparison, tolerance) is not Verdict.AGREES and self._compute_here is not None:
+            own = _rows(call, await self._compute_here(call, part.assignments, deadline))
+            theirs = None if asked is None else _error(_rows(call, asked[0]), own)
+            comparison = Comparison(comparison.second_peer, _error(answer, own), theirs)
+        verdict = judge(comparison, tolerance)
+        self._count(verdict)
+        if verdict is Verdict.LIED:
+            self._report(peer, call, part.assignments, comparison.own or 0.0)
+        if second is not None and second_lied(comparison, tolerance):
+            self._report(second, call, part.assignments, comparison.second_peer_own or 0.0)
+        if verdict is Verdict.DISPUTED:
+            _log.warning("two peers computed different results, and nobody can say who is right", peers=[peer, second])
+        return verdict
+
+    def _count(self, verdict: Verdict) -> None:
+        self.counts.checked += 1
+        self.counts.disputed += verdict is Verdict.DISPUTED
+        self.counts.unchecked += verdict is Verdict.UNCHECKED
+
+    def _report(self, peer: PeerId, call: LayerInput, assignments: Sequence[Assignment], error: float) -> None:
+        experts = tuple(assignment.expert for assignment in assignments)
+        known = self._answers.pop(peer, None) or deque([(self._stats.passes, 0)])
+        report = LiarReport(
+            peer,
+            call.layer,
+            experts,
+            error,
+            answers=len(known),
+            rows=sum(rows for _, rows in known),
+            first_pass=known[0][0],
+            last_pass=known[-1][0],
+        )
+        self.liars.append(report)
+        _log.error(
+            "a peer computed wrongly and is banned; text generated in these forward passes is not to be trusted",
+            peer=peer, layer=call.layer, experts=experts, error=round(error, 4), first_pass=report.first_pass,
+            last_pass=report.last_pass, answers=report.answers,
+        )  # fmt: skip
+        reason = f"computed experts {list(experts)[:8]} of layer {call.layer} wrongly (relative error {error:.3g})"
+        self._standings.blame(WrongResult(reason, peer=peer))
+
+
+def _rows(call: LayerInput, parts: Sequence[Part]) -> Tensor:
+    """What `parts` add to the layer's output: [T, H], fp32."""
+    return combine_parts(call, parts).float()
+
+
+def _error(answer: Tensor, truth: Tensor) -> float:
+    """The largest error of a row of `answer` [T, H], relative to the norm of the row of `truth` [T, H]."""
+    norms = torch.linalg.vector_norm(truth, dim=-1)  # [T]
+    differences = torch.linalg.vector_norm(answer - truth, dim=-1)  # [T]
+    scale = torch.clamp(norms, min=1e-3 * float(norms.max()) + 1e-30)  # a row of almost nothing is no measure
+    return float((differences / scale).max())
