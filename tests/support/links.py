@@ -1,0 +1,185 @@
+"""Links between real processes on one machine: a relay in the path that delays and paces what passes it.
+
+    with Link(rtt=0.020, rate=12.5e6) as link:                       # 20 ms, 100 Mbit/s each way
+        node = nodes.start(model, *link.options, ...)                # the node listens behind the link
+        link.reaches(node)
+
+The relay is a process of its own. Connections share the link: what one sends, the other waits for. It delays with
+threads that sleep, because an event loop's timers are only good to a millisecond. What is on its way is bounded by what
+a link of that rate and delay holds, and a queue of a fifth of a second before it, after which the sender is held up.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Self
+
+PIECE = 16 << 10  # bytes that are paced as one
+_QUEUE_SECONDS = 0.2
+_START_TIMEOUT = 30.0
+
+
+@dataclass
+class _Direction:
+    """One way of the link."""
+
+    delay: float  # seconds
+    rate: float  # bytes per second; infinite: as fast as it goes
+    free: float = 0.0  # when the last byte that was accepted is through
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def due(self, size: int) -> float:
+        """When so many more bytes will have arrived at the other end; waits while the queue before the link is full."""
+        with self.lock:
+            now = time.monotonic()
+            self.free = max(self.free, now) + size / self.rate
+            ahead = self.free - now - _QUEUE_SECONDS
+            due = self.free + self.delay
+        if ahead > 0:
+            time.sleep(ahead)
+        return due
+
+
+class Link:
+    """A link to one listening port; a context manager that starts and ends the relay."""
+
+    def __init__(self, *, rtt: float = 0.0, rate: float = float("inf")) -> None:
+        self.rtt = rtt  # seconds
+        self.rate = rate  # bytes per second, each way
+        self.near = _free_port()  # what others dial
+        self.far = _free_port()  # where the node listens
+        self._pipe: Connection | None = None
+
+    def __enter__(self) -> Self:
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_relay, args=(theirs, self.near, self.far, self.rtt, self.rate))
+        self._process.start()
+        theirs.close()
+        if not self._pipe.poll(_START_TIMEOUT):
+            raise TimeoutError("the relay did not start")
+        self._pipe.recv()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._pipe is not None
+        self._pipe.close()  # it ends when nobody holds the pipe, also after we were killed
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What `moehive node` must be told to be reached over this link only."""
+        return "--listen", f"/ip4/127.0.0.1/tcp/{self.far}", "--announce", f"/ip4/127.0.0.1/tcp/{self.near}"
+
+    def cut(self) -> None:
+        """Break every connection and accept no new one, until `heal`."""
+        self._tell("cut")
+
+    def heal(self) -> None:
+        """Let connections be made again."""
+        self._tell("heal")
+
+    def _tell(self, what: str) -> None:
+        assert self._pipe is not None
+        self._pipe.send(what)
+        self._pipe.recv()
+
+
+# --- the relay's process ----------------------------------------------------------------------------------------------
+
+
+def _relay(pipe: Connection, near: int, far: int, rtt: float, rate: float) -> None:
+    relay = _Relay(far, _Direction(rtt / 2, rate), _Direction(rtt / 2, rate))
+    with socket.create_server(("127.0.0.1", near)) as listener:
+        threading.Thread(target=relay.accept, args=(listener,), daemon=True).start()
+        pipe.send("ready")
+        try:
+            while True:
+                relay.obey(pipe.recv())
+                pipe.send("done")
+        except EOFError:
+            relay.obey("cut")
+
+
+class _Relay:
+    def __init__(self, far: int, there: _Direction, back: _Direction) -> None:
+        self._far = far
+        self._there = there
+        self._back = back
+        self._whole = True
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+
+    def obey(self, what: str) -> None:
+        with self._lock:
+            self._whole = what == "heal"
+            ending, self._open = (set(), self._open) if self._whole else (self._open, set())
+        for one in ending:
+            _shut(one)
+
+    def accept(self, listener: socket.socket) -> None:
+        while True:
+            near, _ = listener.accept()
+            try:
+                far = socket.create_connection(("127.0.0.1", self._far), timeout=5)
+            except OSError:
+                near.close()
+                continue
+            far.settimeout(None)
+            with self._lock:
+                if not self._whole:
+                    near.close()
+                    far.close()
+                    continue
+                self._open |= {near, far}
+            for source, sink, way in ((near, far, self._there), (far, near, self._back)):
+                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                passing: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+                threading.Thread(target=_take, args=(source, way, passing), daemon=True).start()
+                threading.Thread(target=self._give, args=(sink, source, passing), daemon=True).start()
+
+    def _give(
+        self, sink: socket.socket, source: socket.socket, passing: queue.SimpleQueue[tuple[float, bytes]]
+    ) -> None:
+        try:
+            while True:
+                due, data = passing.get()
+                time.sleep(max(due - time.monotonic(), 0.0))
+                if not data:
+                    sink.shutdown(socket.SHUT_WR)
+                    return
+                sink.sendall(data)
+        except OSError:
+            _shut(sink)
+            _shut(source)
+
+
+def _take(source: socket.socket, way: _Direction, passing: queue.SimpleQueue[tuple[float, bytes]]) -> None:
+    with suppress(OSError):  # which is the end, as far as the other side is concerned
+        while data := source.recv(PIECE):
+            passing.put((way.due(len(data)), data))
+    passing.put((way.due(0), b""))
+
+
+def _shut(one: socket.socket) -> None:
+    with suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
+    one.close()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])

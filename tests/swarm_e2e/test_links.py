@@ -1,0 +1,90 @@
+"""The links that tests and benchmarks put between processes are as slow as they say, and can be cut."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+from support.links import Link
+
+pytestmark = pytest.mark.swarm
+
+
+@contextmanager
+def echo(port: int) -> Iterator[None]:
+    """A server that sends back what it gets."""
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                one, _ = listener.accept()
+                threading.Thread(target=answer, args=(one,), daemon=True).start()
+
+    def answer(one: socket.socket) -> None:
+        with one, suppress(OSError):
+            while data := one.recv(1 << 16):
+                one.sendall(data)
+
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+
+
+def dial(link: Link) -> socket.socket:
+    connected = socket.create_connection(("127.0.0.1", link.near), timeout=20)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connected
+
+
+def there_and_back(one: socket.socket, data: bytes) -> float:
+    started = time.monotonic()
+    sender = threading.Thread(target=one.sendall, args=(data,))
+    sender.start()
+    received = bytearray()
+    while len(received) < len(data):
+        piece = one.recv(1 << 16)
+        assert piece, "the connection ended"
+        received += piece
+    sender.join()
+    assert bytes(received) == data
+    return time.monotonic() - started
+
+
+def test_a_link_takes_its_time_and_no_byte_is_lost() -> None:
+    with Link(rtt=0.020, rate=5e6) as link, echo(link.far), dial(link) as one:
+        assert min(there_and_back(one, b"x") for _ in range(5)) >= 0.020
+        data = bytes(range(256)) * 4096  # 1 MiB: 0.21 s each way, the ways at the same time
+        assert there_and_back(one, data) >= 0.020 + len(data) / 5e6
+        with dial(link) as other:  # connections share the link
+            spent: list[float] = []
+            both = [
+                threading.Thread(target=lambda c=c: spent.append(there_and_back(c, data)))  # type: ignore[misc]
+                for c in (one, other)
+            ]
+            for thread in both:
+                thread.start()
+            for thread in both:
+                thread.join()
+            assert max(spent) >= 2 * len(data) / 5e6
+
+
+def test_a_link_can_be_cut_and_healed() -> None:
+    with Link() as link, echo(link.far), dial(link) as one:
+        assert there_and_back(one, b"x") < 10
+        link.cut()
+        with suppress(OSError):
+            assert one.recv(1) == b""
+        with pytest.raises((OSError, AssertionError)), dial(link) as refused:
+            there_and_back(refused, b"x")
+        link.heal()
+        with dial(link) as again:
+            there_and_back(again, b"x")
