@@ -6,6 +6,7 @@ this machine's files through the RAM tier, results equal to transformers' eager 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Protocol, TypeAlias
 
@@ -22,8 +23,8 @@ from moehive.protocol.manifest import ExpertFfn, Manifest
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.tiers.ram import RamTier
 
-from .reading import read_tensors
-from .tensors import short_name
+from .reading import read_tensors, tensor_table
+from .tensors import short_name, tensors_of
 
 
 class ExpertsBackend(Protocol):
@@ -76,12 +77,19 @@ class ExpertLoader:
 
         Raises NotHeld, StorageError, CorruptShard; ManifestError where its tensors make no expert of this model.
         """
-        shard = self._manifest.experts[key]
-        tensors = {short_name(name): t for name, t in read_tensors(self._source, self._manifest, shard).items()}
+        return self._canonical(key, read_tensors(self._source, self._manifest, self._manifest.experts[key]), dtype)
+
+    def from_bytes(self, key: ExpertKey, shard: bytearray, dtype: torch.dtype) -> ExpertWeights:
+        """One expert's weights of `dtype` from its shard's verified bytes, a copy of them. Raises ManifestError."""
+        tensors = tensors_of(bytearray(shard), tensor_table(self._manifest, self._manifest.experts[key]))
+        return self._canonical(key, tensors, dtype)
+
+    def _canonical(self, key: ExpertKey, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> ExpertWeights:
+        short = {short_name(name): tensor for name, tensor in tensors.items()}
         try:
-            return canonical_weights(tensors, self.spec, dtype, fp8_block=self._fp8_block)
+            return canonical_weights(short, self.spec, dtype, fp8_block=self._fp8_block)
         except ValueError as error:
-            raise ManifestError(f"{shard.file}: {error}") from error
+            raise ManifestError(f"{self._manifest.experts[key].file}: {error}") from error
 
 
 def _size(weights: ExpertWeights) -> int:

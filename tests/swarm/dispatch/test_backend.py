@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
 import pytest
@@ -16,6 +17,7 @@ from moehive.protocol.errors import ExpertUnavailable
 from moehive.swarm.dispatch.backend import SwarmExperts
 from moehive.swarm.dispatch.caller import ExpertCaller
 from moehive.swarm.dispatch.request import LayerInput, Part
+from moehive.swarm.dispatch.resident import ResidentExperts
 from moehive.swarm.dispatch.stats import DispatchStats
 
 EXPERTS, HIDDEN = 8, 4
@@ -39,9 +41,9 @@ class Caller:
         if self.error:
             raise self.error
         self.asked += [assignment.expert for assignment in assignments]
-        return [self._part(call, assignment) for assignment in assignments]
+        return [self.part(call, assignment) for assignment in assignments]
 
-    def _part(self, call: LayerInput, assignment: Assignment) -> Part:
+    def part(self, call: LayerInput, assignment: Assignment) -> Part:
         rows = rows_of(call, assignment)
         if call.form == "rows":
             return Part((assignment,), None, rows)
@@ -49,17 +51,31 @@ class Caller:
         return Part((assignment,), assignment.token, rows * weights)
 
 
-class Local:
-    """Holds some experts."""
+class Resident:
+    """Holds some experts; what is leased is their number."""
 
     def __init__(self, *experts: int) -> None:
-        self._experts = experts
+        self.experts = experts
+        self.leased = 0
+        self.seen: list[tuple[int, int, float]] = []  # layer, tokens, seconds waited
 
-    def holds(self, layer: int, expert: int) -> bool:
-        return expert in self._experts
+    def lease(self, layer: int, expert: int, dtype: torch.dtype) -> AbstractContextManager[int] | None:
+        return self._held(expert) if expert in self.experts else None
 
-    def rows(self, layer: int, hidden: Tensor, assignment: Assignment) -> Tensor:
-        return hidden[assignment.token] * (assignment.expert + 1)
+    @contextmanager
+    def _held(self, expert: int) -> Iterator[int]:
+        self.leased += 1
+        yield expert
+        self.leased -= 1
+
+    def part(self, call: LayerInput, assignment: Assignment, weights: int) -> Part:
+        assert weights == assignment.expert
+        return Caller().part(call, assignment)
+
+    def saw(
+        self, layer: int, assignments: Sequence[Assignment], tokens: int, dtype: torch.dtype, waited: float
+    ) -> None:
+        self.seen.append((layer, tokens, waited))
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +84,14 @@ def portal() -> Iterator[BlockingPortal]:
         yield opened
 
 
-def backend_of(portal: BlockingPortal, caller: Caller, form: str, local: Local | None = None) -> SwarmExperts:
-    return SwarmExperts(cast(ExpertCaller, caller), portal.start_task_soon, EXPERTS, form=form, local=local)
+def backend_of(portal: BlockingPortal, caller: Caller, form: str, resident: Resident | None = None) -> SwarmExperts:
+    return SwarmExperts(
+        cast(ExpertCaller, caller),
+        portal.start_task_soon,
+        EXPERTS,
+        form=form,
+        resident=cast(ResidentExperts | None, resident),
+    )
 
 
 def routed(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,23 +102,27 @@ def routed(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("form", ["sum", "rows"])
-@pytest.mark.parametrize("local", [None, Local(), Local(0, 1, 2, 3), Local(*range(EXPERTS))])
+@pytest.mark.parametrize("held", [None, (), (0, 1, 2, 3), range(EXPERTS)])
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_here_and_away_add_up(portal: BlockingPortal, form: str, local: Local | None, tokens: int) -> None:
-    caller = Caller()
+def test_here_and_away_add_up(portal: BlockingPortal, form: str, held: Sequence[int] | None, tokens: int) -> None:
+    caller, resident = Caller(), None if held is None else Resident(*held)
     hidden, index, weights = routed(tokens)
-    out = backend_of(portal, caller, form, local).run(0, hidden, index, weights)
+    out = backend_of(portal, caller, form, resident).run(0, hidden, index, weights)
     torch.testing.assert_close(out, hidden * (weights * (index + 1)).sum(1, keepdim=True))
-    assert not [expert for expert in caller.asked if local is not None and local.holds(0, expert)]
+    assert not set(caller.asked) & set(held or ())
     assert len(caller.asked) == len(set(caller.asked))
-    here = sum(local is not None and local.holds(0, int(expert)) for expert in index.flatten())
-    assert caller.stats.local_rows == here
+    assert caller.stats.local_rows == sum(int(expert) in (held or ()) for expert in index.flatten())
     assert caller.stats.layer_calls == 1
+    if resident is not None:
+        assert resident.leased == 0
+        [(layer, seen, waited)] = resident.seen
+        assert (layer, seen) == (0, tokens)
+        assert (waited > 0) is bool(caller.asked)
 
 
 @pytest.mark.parametrize("form", ["sum", "rows"])
 def test_the_output_has_the_dtype_of_the_hidden_states(portal: BlockingPortal, form: str) -> None:
-    out = backend_of(portal, Caller(), form, Local(0, 1)).run(0, *routed(3, torch.bfloat16))
+    out = backend_of(portal, Caller(), form, Resident(0, 1)).run(0, *routed(3, torch.bfloat16))
     assert out.dtype is torch.bfloat16
 
 

@@ -1,0 +1,162 @@
+"""The experts that a client keeps: fetched in the background where that pays, computed here from then on.
+
+What to fetch is decided by policy/fetch_or_send.py from what is counted here; who leaves a full tier is the tier's own
+policy. Counting happens on the model's thread, fetching on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from moehive.kernels.expert_ffn import ExpertWeights
+from moehive.kernels.routing import Assignment
+from moehive.protocol.errors import BudgetTooSmall, SwarmError
+from moehive.protocol.ids import ExpertKey
+from moehive.protocol.manifest import Manifest
+from moehive.swarm.log import get_logger
+from moehive.swarm.model.backend import WeightsTier
+from moehive.swarm.policy.fetch_or_send import LayerFacts, experts_to_fetch
+from moehive.swarm.tiers.ram import Lease
+
+from .request import LayerInput, Part
+from .weights import SwarmWeights
+
+EVERY = 0.25  # seconds between looks at what could be fetched
+HALVE_AFTER = 1024.0  # tokens after which older uses count half
+FIRST_RATE = 50e6  # bytes per second assumed of the link before anything was fetched
+FETCH_TIMEOUT = 60.0
+_SMOOTHING = 0.2
+_log = get_logger(__name__)
+
+ExpertLease = Lease[tuple[ExpertKey, torch.dtype], ExpertWeights]
+
+
+@dataclass(slots=True)
+class _LayerCounts:
+    uses: Counter[int] = field(default_factory=Counter)
+    tokens: float = 0.0
+    paid: float = 0.0  # seconds waited since an expert was last fetched for it
+    changed: bool = False
+
+
+class ResidentExperts:
+    """Experts of one model in this client's memory. `run()` fetches until cancelled."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        weights: SwarmWeights,
+        tier: WeightsTier,
+        *,
+        horizon: Callable[[], float | None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._manifest = manifest
+        self._weights = weights
+        self._tier = tier
+        self._horizon = horizon  # tokens that will still be generated, where that is known
+        self._clock = clock
+        self._layers: dict[int, _LayerCounts] = {}
+        self._lock = threading.Lock()  # of the counts
+        self._dtype: torch.dtype | None = None  # that the model computes in, once it was seen
+        self._wait = 0.0  # seconds, smoothed
+        self._seconds_per_byte = 1.0 / FIRST_RATE
+        self.fetched = 0  # experts
+        self.fetched_bytes = 0
+
+    # --- the model's thread ---------------------------------------------------------------------------------------
+
+    def lease(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertLease | None:
+        """A resident expert's weights, to be entered once; None where it is not here."""
+        return self._tier.try_lease((ExpertKey(layer, expert), dtype))
+
+    def part(self, call: LayerInput, assignment: Assignment, weights: ExpertWeights) -> Part:
+        """One expert's part of a call, computed here."""
+        return self._weights.part(call, assignment, weights)
+
+    def saw(
+        self, layer: int, assignments: Iterable[Assignment], tokens: int, dtype: torch.dtype, waited: float
+    ) -> None:
+        """Count one layer call: which experts its tokens chose, and the seconds that it waited for peers."""
+        self._dtype = dtype
+        with self._lock:
+            counts = self._layers.setdefault(layer, _LayerCounts())
+            for assignment in assignments:
+                counts.uses[assignment.expert] += assignment.token.shape[0]
+            counts.tokens += tokens
+            counts.paid += waited
+            counts.changed = True
+            if counts.tokens >= HALVE_AFTER:
+                counts.tokens /= 2
+                counts.uses = Counter({expert: uses / 2 for expert, uses in counts.uses.items()})
+            if waited > 0 and tokens == 1:
+                self._wait = self._wait + _SMOOTHING * (waited - self._wait) if self._wait else waited
+
+    # --- the event loop -------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Fetch what pays, for ever."""
+        while True:
+            for key in self.worth_fetching():
+                if not await self._fetch(key):
+                    break
+            await asyncio.sleep(EVERY)
+
+    def worth_fetching(self) -> list[ExpertKey]:
+        """What the policy would fetch now, of the layers that were used since it was last asked."""
+        if self._dtype is None:
+            return []
+        with self._lock:
+            layers = {layer: counts for layer, counts in self._layers.items() if counts.changed}
+            chosen = []
+            for layer, counts in layers.items():
+                counts.changed = False
+                chosen += [ExpertKey(layer, expert) for expert in experts_to_fetch(self._facts(layer, counts))]
+        return chosen
+
+    def _facts(self, layer: int, counts: _LayerCounts) -> LayerFacts:
+        assert self._dtype is not None
+        here = self._tier.keys()
+        resident = {key.expert for key, _ in here if key.layer == layer}
+        size = self._weights.nbytes(self._dtype)
+        return LayerFacts(
+            uses=counts.uses,
+            tokens=counts.tokens,
+            experts=self._manifest.model.num_experts,
+            resident=resident,
+            wait=self._wait,
+            price=self._shard_bytes(layer) * self._seconds_per_byte,
+            horizon=self._horizon(),
+            paid=counts.paid,
+            room=(self._tier.budget_bytes - self._tier.resident_bytes) // size,
+        )
+
+    def _shard_bytes(self, layer: int) -> int:
+        return max((shard.size for key, shard in self._manifest.experts.items() if key.layer == layer), default=0)
+
+    async def _fetch(self, key: ExpertKey) -> bool:
+        """Get one expert; whether to go on with others."""
+        assert self._dtype is not None
+        dtype, size = self._dtype, self._manifest.experts[key].size
+        started = self._clock()
+        try:
+            weights = await self._weights.load(key, dtype, started + FETCH_TIMEOUT)
+            with self._tier.lease((key, dtype), lambda: weights, lambda value: value.nbytes, size_hint=weights.nbytes):
+                pass
+        except (SwarmError, BudgetTooSmall) as error:
+            _log.info("an expert could not be fetched in the background", expert=str(key), reason=str(error))
+            return False
+        measured = (self._clock() - started) / size
+        self._seconds_per_byte += (_SMOOTHING if self.fetched else 1.0) * (measured - self._seconds_per_byte)
+        self.fetched += 1
+        self.fetched_bytes += size
+        with self._lock:
+            self._layers[key.layer].paid = 0.0
+        return True
