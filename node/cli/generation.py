@@ -6,8 +6,9 @@ Owns what the options for sampling mean. Knows nothing of swarms: the experts ar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,8 @@ from moehive.protocol.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NO_DRAFTS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,13 @@ def continue_text(
     write: Callable[[str], None],
     *,
     chat: bool = False,
+    drafts: Mapping[str, Any] = _NO_DRAFTS,
     clock: Callable[[], float] = time.monotonic,
 ) -> Generated:
     """Continue `prompt`, or with `chat` answer it as the chat template puts it; `write` gets the text in pieces.
 
-    Equal arguments and an equal model give equal text. Raises ConfigError for a prompt or a tokenizer that cannot be
-    used, and what the model's experts raise.
+    `drafts` is what drafting.drafting gives. Equal arguments and an equal model give equal text. Raises ConfigError for
+    a prompt or a tokenizer that cannot be used, and what the model's experts raise.
     """
     if tokenizer is None:
         raise ConfigError("this model has no tokenizer: use it from Python, where generate takes token ids")
@@ -81,7 +85,8 @@ def continue_text(
     streamer = _Streamer(tokenizer, write, clock)
     torch.manual_seed(sampling.seed)
     started = clock()
-    output = model.generate(**inputs, **arguments, streamer=streamer, pad_token_id=_padding(model, tokenizer))  # type: ignore[operator]
+    arguments |= {"streamer": streamer, "pad_token_id": _padding(model, tokenizer), **drafts}
+    output = model.generate(**inputs, **arguments)  # type: ignore[operator]
     seconds = clock() - started
     length = inputs["input_ids"].shape[1]
     tokens = tuple(output[0, length:].tolist())

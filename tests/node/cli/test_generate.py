@@ -28,6 +28,7 @@ def _logs_as_they_were():
         (("--model", "ab" * 32), "add --join TICKET"),
         (("--model", "nothing-here"), "neither a converted directory nor a model id"),
         (("--model", "ab" * 32, "--join", "moehive1"), "join ticket"),
+        (("--model", "ab" * 32, "--draft", "nothing-here"), "neither 'lookup'"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_loaded(moehive, arguments, said):
@@ -58,6 +59,25 @@ def test_json_holds_the_same_text_and_a_seed_repeats_it(moehive, converted, monk
     assert said["seconds"] >= said["firstTokenSeconds"] > 0
 
 
+@pytest.mark.parametrize("draft", ["lookup", "the model itself"])
+def test_drafts_change_no_token(moehive, converted, draft):
+    arguments = ("generate", "ROMEO:", "--model", converted, "--max-tokens", 12, "--temperature", 0, "--json")
+    drafted = moehive(*arguments, "--draft", converted if draft != "lookup" else draft, "--draft-tokens", 3)
+
+    assert json.loads(drafted.out)["tokens"] == json.loads(moehive(*arguments).out)["tokens"]
+
+
+def test_a_draft_of_another_vocabulary_is_refused(moehive, converted, tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "draft")
+    outcome = moehive("generate", "ROMEO:", "--model", converted, "--draft", tmp_path / "draft")
+
+    assert outcome.code == 2
+    assert "vocabulary of 64 tokens" in outcome.err
+
+
 def test_what_cannot_be_generated_from_is_refused(moehive, converted):
     arguments = ("--model", converted, "--max-tokens", 1)
 
@@ -81,10 +101,12 @@ def test_the_summary_names_every_peer_with_its_share():
     from moehive.node.cli.generate import peer_table
     from moehive.protocol.ids import PeerId
     from moehive.swarm.dispatch.stats import DispatchStats
+    from moehive.swarm.policy.speed import Speed
 
     stats = DispatchStats()
-    stats.of(PeerId("a")).answered(0.002, rows=30, sent=1, received=1)
-    stats.of(PeerId("b")).answered(0.004, rows=90, sent=1, received=1)
+    for name, rows_done, seconds in (("a", 30, 0.002), ("b", 90, 0.004)):
+        peer = stats.of(PeerId(name))
+        peer.rows, peer.speed = rows_done, Speed(answers=1, network=seconds)
 
     rows = [line.split() for line in peer_table(stats).splitlines()[1:]]
 
