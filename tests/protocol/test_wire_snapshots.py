@@ -26,6 +26,7 @@ from moehive.protocol.messages import (
     EXPERT,
     PEER,
     SHARD,
+    BulkOffer,
     Cancel,
     Chunk,
     ChunkHashes,
@@ -36,6 +37,7 @@ from moehive.protocol.messages import (
     GetLoad,
     Hello,
     Load,
+    OpenBulk,
     Refused,
     RunExperts,
     Welcome,
@@ -59,6 +61,8 @@ SAMPLES: tuple[Message, ...] = (
     ChunkHashes(size=1 << 20),
     GetChunks(hash=HASH, first=300, count=32),
     Chunk(index=300),
+    OpenBulk(),
+    BulkOffer(addresses=("/ip4/10.0.0.1/tcp/4002",), fingerprint=PROOF, token=bytes(32), lifetime=30.0),
     RunExperts(
         model=ModelId(MODEL),
         layer=7,
@@ -146,6 +150,13 @@ FRAMES = {
         "2ca5636f756e74207061796c6f6164"
     ),
     "Chunk": "01230001000001020000000a0000000781a5696e646578cd012c7061796c6f6164",
+    "OpenBulk": "01260001000001020000000100000007807061796c6f6164",
+    "BulkOffer": (
+        "01270001000001020000008b0000000784a961646472657373657391b62f6970342f31302e302e302e312f7463702f34"
+        "303032ab66696e6765727072696e74c4206465666768696a6b6c6d6e6f707172737475767778797a7b7c7d7e7f808182"
+        "83a5746f6b656ec4200000000000000000000000000000000000000000000000000000000000000000a86c6966657469"
+        "6d65cb403e0000000000007061796c6f6164"
+    ),
     "RunExperts": (
         "0130000100000102000000ae000000078aa56d6f64656cd9406162616261626162616261626162616261626162616261"
         "6261626162616261626162616261626162616261626162616261626162616261626162616261626162a56c6179657207"

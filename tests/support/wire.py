@@ -31,6 +31,8 @@ ALL_MESSAGES: tuple[type[Message], ...] = (
     messages.ChunkHashes,
     messages.GetChunks,
     messages.Chunk,
+    messages.OpenBulk,
+    messages.BulkOffer,
     messages.RunExperts,
     messages.ExpertsDone,
 )
@@ -110,6 +112,13 @@ _fields: dict[type[Message], dict[str, st.SearchStrategy[object]]] = {
         "count": st.integers(1, limits.MAX_CHUNKS_PER_REQUEST),
     },
     messages.Chunk: {"index": st.integers(0, 1 << 14)},
+    messages.OpenBulk: {},
+    messages.BulkOffer: {
+        "addresses": st.lists(printable(limits.MAX_ADDRESS_CHARS), max_size=limits.MAX_ADDRESSES).map(tuple),
+        "fingerprint": proofs,
+        "token": proofs,
+        "lifetime": seconds,
+    },
     messages.RunExperts: {
         "model": hashes,
         "layer": st.integers(0, 1 << 16),
