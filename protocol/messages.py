@@ -1,8 +1,8 @@
 """What peers say to each other: the messages of the three protocols, with every bound.
 
     /moehive/peer/1.0.0     who holds what, how busy         GetInventory -> Inventory, GetLoad -> Load
-    /moehive/shard/1.0.0    bytes of stored objects          GetChunkList -> ChunkHashes, GetChunks -> Chunk...
-                                                             OpenBulk -> BulkOffer
+    /moehive/shard/1.0.0    bytes of stored objects          GetChunkList -> ChunkHashes, GetChunks -> Chunk...,
+                                                             GetHave -> Have, OpenBulk -> BulkOffer
     /moehive/expert/1.0.0   run experts on rows of tensors   RunExperts -> ExpertsDone
 
 Every stream begins with Hello -> Welcome (or Refused); see `session`.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from . import limits
-from .codec import Message, blob, hash_text, integer, integers, number, one_of, text, texts, wire
+from .codec import Message, blob, boolean, hash_text, integer, integers, number, one_of, text, texts, wire
 from .errors import ProtocolViolation
 from .ids import ModelId, ShardHash
 from .manifest import ITEM_SIZE
@@ -144,6 +144,23 @@ class Chunk(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GetHave(Message):
+    """Ask which chunks of an object the peer can send now: it may be downloading it itself."""
+
+    KIND: ClassVar[int] = 36
+    hash: ShardHash = wire(hash_text)  # noqa: RUF009 - `wire` declares a field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Have(Message):
+    """The payload is a bitmap of the chunks (see `bits`); none where the object is complete."""
+
+    KIND: ClassVar[int] = 37
+    size: int = wire(integer(0, limits.MAX_SHARD_BYTES))
+    complete: bool = wire(boolean)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenBulk(Message):
     """Ask for a connection of one's own for bytes, so that they do not queue in front of activations."""
 
@@ -253,7 +270,7 @@ class ProtocolSpec:
 PEER = ProtocolSpec("/moehive/peer/1.0.0", {GetInventory: Inventory, GetLoad: Load}, 0, limits.MAX_RECORD_BYTES)
 SHARD = ProtocolSpec(
     "/moehive/shard/1.0.0",
-    {GetChunkList: ChunkHashes, GetChunks: Chunk, OpenBulk: BulkOffer},
+    {GetChunkList: ChunkHashes, GetChunks: Chunk, GetHave: Have, OpenBulk: BulkOffer},
     0,
     max(1 << 20, limits.MAX_SHARD_BYTES >> 15),
 )
