@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from moehive.protocol.chunks import CHUNK_SIZE
 from moehive.protocol.ids import PeerId
 
+MIN_RATE = 64e3  # bytes per second: slower, a chunk takes longer than its receiver waits
 MIN_RETRY = 0.05  # seconds; what a refused peer is told at least
 MAX_RETRY = 30.0
 BURST = 0.05  # seconds of the rate that may leave at once after a pause
@@ -47,6 +49,13 @@ class Place:
 
     refused: bool = False
     displaces: int | None = None  # index of the waiting request that is refused instead
+
+
+def slots_at(rate: float | None, limits: UploadLimits) -> UploadLimits:
+    """The limits where only `rate` bytes per second may leave: so few slots that a chunk does not take long."""
+    if rate is None:
+        return limits
+    return replace(limits, slots=max(min(limits.slots, int(rate * limits.slot_seconds / CHUNK_SIZE)), 1))
 
 
 def free_slots(running: Sequence[Running], limits: UploadLimits, now: float) -> int:
