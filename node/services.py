@@ -38,10 +38,12 @@ class ExpertService:
         holdings: Holdings,
         worker: ComputeWorker,
         on_served: Callable[[int, float], None] = lambda rows, seconds: None,
+        offer: Callable[[PeerId], BulkOffer] | None = None,
     ) -> None:
         self._holdings = holdings
         self._worker = worker
         self._on_served = on_served
+        self._offer = offer  # of a direct connection
         self._leaving = False
         self._answering = 0  # requests that were accepted and whose answer is not written yet
         self._answered = asyncio.Event()
@@ -57,7 +59,12 @@ class ExpertService:
             await self._answered.wait()
 
     async def __call__(self, peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
-        """Answer one RunExperts."""
+        """Answer RunExperts or OpenBulk."""
+        if isinstance(message, OpenBulk):
+            if self._offer is None:
+                raise Refusal(RefusalCode.BUSY, "no direct connections here", retry_after=limits.MAX_DEADLINE)
+            await reply(self._offer(peer))
+            return
         assert isinstance(message, RunExperts)
         started = time.monotonic()
         self._answering += 1

@@ -22,11 +22,12 @@ from moehive.swarm.member import Member
 from moehive.swarm.memory import default_ram_budget
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.policy.upload import UploadLimits
+from moehive.swarm.rpc.direct import DirectServer
 from moehive.swarm.rpc.server import stream_handler
 from moehive.swarm.store.base import NotHeld, ObjectSource
 from moehive.swarm.tasks import task_group
 from moehive.swarm.transfer.pacing import paced
-from moehive.swarm.transfer.tls.server import BulkServer
+from moehive.swarm.transfer.tls.server import BulkServer, interfaces
 from moehive.swarm.transfer.uploads import Uploads
 
 from .acquisition import Acquisition
@@ -64,13 +65,15 @@ class Serving:
         self._bulk = BulkServer(
             settings.listen, settings.bulk_port, agent=member.agent, shelf=self.holdings, uploads=self._uploads
         )
-        self._experts = ExpertService(self.holdings, self._worker, self._uploads.served)
+        self._experts = ExpertService(self.holdings, self._worker, self._uploads.served, self._offer_direct)
+        hosts = () if settings.direct_port is None else interfaces(settings.listen)
+        self._direct = DirectServer(EXPERT, hosts, settings.direct_port or 0, agent=member.agent, handle=self._experts)
         self._shards = ShardService(self.holdings, self._uploads, self._offer_bulk)
         self._peers = PeerService(self.holdings, self._worker, self._uploads, lambda: announcer.record().value)
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         """Hold, serve, announce; leave when `stop` is set."""
-        async with self._bulk, task_group() as tasks:
+        async with self._bulk, self._direct, task_group() as tasks:
             working = [tasks.create_task(self._worker.run(), name="compute")]
             working.append(tasks.create_task(self._uploads.run(), name="uploads"))
             working.append(tasks.create_task(self._hold(on_ready), name="hold"))
@@ -111,6 +114,9 @@ class Serving:
         for spec, service in ((PEER, self._peers), (SHARD, self._shards), (EXPERT, self._experts)):
             handler = stream_handler(spec, member.secret, member.transport.peer, member.agent, service)
             await member.transport.serve(spec.name, paced(handler, self._uploads) if spec is SHARD else handler)
+
+    def _offer_direct(self, peer: PeerId) -> BulkOffer:
+        return self._direct.offer(peer, self._member.transport.addresses)
 
     def _offer_bulk(self, peer: PeerId) -> BulkOffer:
         return self._bulk.offer(peer, self._member.transport.addresses)

@@ -25,6 +25,7 @@ class NodeSettings:
     listen: tuple[str, ...] = (DEFAULT_LISTEN,)
     announce: tuple[str, ...] = ()  # addresses to name instead of the interfaces' own
     bulk_port: int = 0  # of the connections for bytes, on the same interfaces; 0: the system's choice
+    direct_port: int | None = 0  # of the connections for activations; None: they come through the daemon only
     upload_rate: int | None = None  # bytes per second of all uploads; None: no limit
     upload_slots: int = 8  # uploads at the same time
     ram: int | None = None  # bytes for experts in memory; None: from the memory that is free

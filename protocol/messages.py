@@ -3,7 +3,8 @@
     /moehive/peer/1.0.0     who holds what, how busy         GetInventory -> Inventory, GetLoad -> Load
     /moehive/shard/1.0.0    bytes of stored objects          GetChunkList -> ChunkHashes, GetChunks -> Chunk...,
                                                              GetHave -> Have, OpenBulk -> BulkOffer
-    /moehive/expert/1.0.0   run experts on rows of tensors   RunExperts -> ExpertsDone
+    /moehive/expert/1.0.0   run experts on rows of tensors   RunExperts -> ExpertsDone,
+                                                             OpenBulk -> BulkOffer
 
 Every stream begins with Hello -> Welcome (or Refused); see `session`.
 """
@@ -162,7 +163,8 @@ class Have(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenBulk(Message):
-    """Ask for a connection of one's own for bytes, so that they do not queue in front of activations."""
+    """Ask for a TLS connection of one's own for this protocol: bytes then do not queue in front of activations, and
+    activations do not pass through two daemons."""
 
     KIND: ClassVar[int] = 38
 
@@ -171,8 +173,8 @@ class OpenBulk(Message):
 class BulkOffer(Message):
     """Where to connect with TLS, whom to find there, and what to show: good for one connection, soon.
 
-    That connection speaks /moehive/shard from Hello on; the token stands in Hello as the proof (see
-    `proofs`). No addresses: this peer takes no connections.
+    That connection speaks the protocol that the offer was asked for over, from Hello on; the token stands in Hello as
+    the proof (see `proofs`). No addresses: this peer takes no connections.
     """
 
     KIND: ClassVar[int] = 39
@@ -275,5 +277,8 @@ SHARD = ProtocolSpec(
     max(1 << 20, limits.MAX_SHARD_BYTES >> 15),
 )
 EXPERT = ProtocolSpec(
-    "/moehive/expert/1.0.0", {RunExperts: ExpertsDone}, limits.MAX_PAYLOAD_BYTES, limits.MAX_PAYLOAD_BYTES
+    "/moehive/expert/1.0.0",
+    {RunExperts: ExpertsDone, OpenBulk: BulkOffer},
+    limits.MAX_PAYLOAD_BYTES,
+    limits.MAX_PAYLOAD_BYTES,
 )

@@ -22,6 +22,7 @@ from moehive.protocol.messages import EXPERT, PEER, SHARD
 from .directory import Directory
 from .fetch import Fetcher, Progress, Sources
 from .log import get_logger
+from .rpc.direct import dial
 from .rpc.pool import ConnectionPool
 from .standings import Standings
 from .store.content import ContentStore
@@ -60,7 +61,7 @@ class Member:
         self.standings = Standings()
         self.peers = ConnectionPool(transport, PEER, secret, self.agent)
         self.shards = ConnectionPool(transport, SHARD, secret, self.agent)
-        self.experts = ConnectionPool(transport, EXPERT, secret, self.agent)
+        self.experts = ConnectionPool(transport, EXPERT, secret, self.agent, upgrade=partial(dial, agent=self.agent))
         self._directories: dict[ModelId, Directory] = {}
         self._tasks = asyncio.TaskGroup()
         self._running: list[asyncio.Task[None]] = []

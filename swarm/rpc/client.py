@@ -13,6 +13,7 @@ from moehive.protocol import limits
 from moehive.protocol.codec import Message
 from moehive.protocol.errors import PeerError, PeerTimeout, PeerUnreachable
 from moehive.protocol.ids import PeerId
+from moehive.protocol.messages import ProtocolSpec
 from moehive.protocol.session import Buffers, ClientSession, Event, Opened, ReplyReceived, RequestRefused
 from moehive.swarm.transport.base import Stream
 
@@ -42,6 +43,8 @@ class Connection:
         self._slots = asyncio.Semaphore(limits.MAX_REQUESTS_IN_FLIGHT)
         self._waiting: dict[int, asyncio.Queue[Answer | PeerError]] = {}
         self._reader: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.broken: PeerError | None = None
         self.agent = ""
 
@@ -51,9 +54,18 @@ class Connection:
         return self._session.peer
 
     @property
+    def spec(self) -> ProtocolSpec:
+        """The protocol spoken."""
+        return self._session.spec
+
+    @property
     def in_flight(self) -> int:
         """Requests without a final answer."""
         return len(self._waiting)
+
+    async def drained(self) -> None:
+        """Return when no request waits for an answer."""
+        await self._idle.wait()
 
     async def __aenter__(self) -> Self:
         try:
@@ -102,6 +114,7 @@ class Connection:
         request_id, buffers = self._session.send_request(message, payload)
         queue: asyncio.Queue[Answer | PeerError] = asyncio.Queue()
         self._waiting[request_id] = queue
+        self._idle.clear()
         try:
             async with asyncio.timeout_at(deadline):
                 await self._write(buffers)
@@ -117,7 +130,10 @@ class Connection:
         except TimeoutError as error:
             raise PeerTimeout(f"no answer within {timeout:.1f} s", peer=self.peer) from error
         finally:
-            if self._waiting.pop(request_id, None) is not None and self.broken is None:
+            unanswered = self._waiting.pop(request_id, None) is not None
+            if not self._waiting:
+                self._idle.set()
+            if unanswered and self.broken is None:
                 await self._cancel(request_id)
 
     async def _cancel(self, request_id: int) -> None:

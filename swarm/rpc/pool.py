@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -17,8 +17,17 @@ from moehive.swarm.transport.base import Transport
 
 from .client import Connection
 
+UPGRADE_AGAIN = 60.0  # seconds before another try to get a better connection to a peer; doubles
+MAX_UPGRADE_PAUSE = 3600.0
+DRAIN_TIMEOUT = 30.0  # seconds that requests on a connection get which a better one replaces
 FIRST_BACKOFF = 0.25  # seconds before a peer that could not be reached is dialled again; doubles
 MAX_BACKOFF = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pause:
+    seconds: float
+    until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +37,14 @@ class _Backoff:
     error: PeerError
 
 
+Upgrade = Callable[[Connection], Awaitable[Connection | None]]  # a better connection to the same peer, if there is one
+
+
 class ConnectionPool:
-    """Connections of one protocol. An async context manager; leaving closes them all."""
+    """Connections of one protocol. An async context manager; leaving closes them all.
+
+    With `upgrade`, a connection is used as soon as it is open, and replaced once there is a better one.
+    """
 
     def __init__(
         self,
@@ -38,12 +53,16 @@ class ConnectionPool:
         secret: bytes,
         agent: str,
         *,
+        upgrade: Upgrade | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = transport
         self._spec = spec
         self._secret = secret
         self._agent = agent
+        self._upgrade = upgrade
+        self._upgrading: set[asyncio.Task[None]] = set()
+        self._not_upgradable: dict[PeerId, _Pause] = {}
         self._clock = clock
         self._open: dict[PeerId, Connection] = {}
         self._locks: dict[PeerId, asyncio.Lock] = {}
@@ -55,6 +74,9 @@ class ConnectionPool:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for task in self._upgrading:
+            task.cancel()
+        await asyncio.gather(*self._upgrading, return_exceptions=True)
         connections, self._open = self._open.values(), {}
         await asyncio.gather(*(connection.__aexit__(None, None, None) for connection in connections))
 
@@ -99,7 +121,37 @@ class ConnectionPool:
             raise self._back_off(peer, error) from error.__cause__
         self._backoff.pop(peer, None)
         self._open[peer] = connection
+        self._start_upgrade(connection)
         return connection
+
+    def _start_upgrade(self, connection: Connection) -> None:
+        known = self._not_upgradable.get(connection.peer)
+        if self._upgrade is None or (known is not None and self._clock() < known.until):
+            return
+        task = asyncio.create_task(self._upgraded(self._upgrade, connection), name=f"upgrade {connection.peer}")
+        self._upgrading.add(task)
+        task.add_done_callback(self._upgrading.discard)
+
+    async def _upgraded(self, upgrade: Upgrade, old: Connection) -> None:
+        """Replace a connection by a better one; the old one is closed when its requests are answered."""
+        better, peer = await upgrade(old), old.peer
+        if better is None:
+            known = self._not_upgradable.get(peer)
+            pause = UPGRADE_AGAIN if known is None else min(2 * known.seconds, MAX_UPGRADE_PAUSE)
+            self._not_upgradable[peer] = _Pause(pause, self._clock() + pause)
+            return
+        self._not_upgradable.pop(peer, None)
+        if self._open.get(peer) is not old:  # it broke meanwhile, and was replaced
+            await better.__aexit__(None, None, None)
+            return
+        self._open[peer] = better
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT):
+                await old.drained()
+        except TimeoutError:
+            pass  # its requests fail, and are asked anew
+        finally:
+            await old.__aexit__(None, None, None)
 
     async def _dial(self, peer: PeerId, addresses: Sequence[str]) -> Connection:
         stream = await self._transport.open(peer, self._spec.name, addresses)

@@ -56,13 +56,28 @@ def stream_handler(spec: ProtocolSpec, secret: bytes, local: PeerId, agent: str,
 
     async def on_stream(stream: Stream) -> None:
         admission = Admission(secret, local, stream.peer)
-        await _ServedStream(stream, ServerSession(spec, admission, agent), handle).run()
+        await ServedStream(stream, ServerSession(spec, admission, agent), handle).run()
 
     return on_stream
 
 
-class _ServedStream:
-    def __init__(self, stream: Stream, session: ServerSession, handle: RequestHandler) -> None:
+class ServedStream:
+    """One stream at work. `admit` may turn a peer away that has proved to be a member.
+
+    Where `answers_strangers` is false, who has not proved it is not told anything.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        session: ServerSession,
+        handle: RequestHandler,
+        *,
+        admit: Callable[[PeerId], bool] = lambda peer: True,
+        answers_strangers: bool = True,
+    ) -> None:
+        self._admit = admit
+        self._answers = answers_strangers  # from Opened on everybody is answered
         self._stream = stream
         self._session = session
         self._handle = handle
@@ -103,12 +118,17 @@ class _ServedStream:
 
     async def _refuse_stream(self, violation: ProtocolViolation) -> None:
         _log.warning("peer broke the protocol", peer=self._session.peer, reason=violation.reason)
+        if not self._answers:
+            return
         detail = "" if violation.code is RefusalCode.NOT_ADMITTED else violation.reason
         await self._write(self._session.send_refusal(0, violation.code, detail))
 
     async def _on_event(self, event: Event, group: asyncio.TaskGroup) -> None:
         match event:
+            case Opened() if not self._admit(self._session.peer):
+                raise PeerUnreachable("has too many connections already", peer=self._session.peer)
             case Opened():
+                self._answers = True
                 await self._write(self._session.send_welcome())
             case RequestReceived(request_id, message, payload):
                 answering = group.create_task(self._answer(request_id, message, payload))

@@ -81,8 +81,9 @@ class Link:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """What `moehive node` must be told to be reached over this link only."""
-        return "--listen", f"/ip4/127.0.0.1/tcp/{self.far}", "--announce", f"/ip4/127.0.0.1/tcp/{self.near}"
+        """What `moehive node` must be told so that its experts are asked over this link only."""
+        listen, announce = f"/ip4/127.0.0.1/tcp/{self.far}", f"/ip4/127.0.0.1/tcp/{self.near}"
+        return "--listen", listen, "--announce", announce, "--no-direct"
 
     def cut(self) -> None:
         """Break every connection and accept no new one, until `heal`."""
