@@ -2,7 +2,8 @@
 
 Run as a script by `support.processes`. Orders come as lines of JSON on stdin, each is answered by a line on stdout:
 
-    {"arguments": [...], "environment": {...}, "stdout": FILE, "stderr": FILE}  ->  {"pid": PID}
+    {"arguments": [...], "environment": {...}, "stdout": FILE, "stderr": FILE, "fault": see faulty_node, or null}
+                                                                                ->  {"pid": PID}
     {"wait": PID}                                                               ->  {"code": exit code, or null}
 
 The first line, before any order, says {"ready": true}.
@@ -22,6 +23,7 @@ import threading
 from contextlib import redirect_stdout
 from typing import Any, NoReturn
 
+from support import faulty_node
 from support.sessions import kill_session
 
 
@@ -74,6 +76,8 @@ def _run_node(order: dict[str, Any]) -> NoReturn:
         os.environ.clear()
         os.environ.update(order["environment"])
         tempfile.tempdir = None  # to be looked up again, in the new environment
+        if order.get("fault"):
+            faulty_node.install(order["fault"])
         from moehive.node.cli import run
 
         code = run(order["arguments"])

@@ -45,7 +45,7 @@ class NodeFailed(AssertionError):
 class NodeProcess:
     """One started node. Made by `Nodes.start`."""
 
-    def __init__(self, nodes: Nodes, name: str, home: Path, arguments: Iterable[str]) -> None:
+    def __init__(self, nodes: Nodes, name: str, home: Path, arguments: Iterable[str], fault: str | None = None) -> None:
         self.name = name
         self.home = home
         self._nodes = nodes
@@ -60,6 +60,7 @@ class NodeProcess:
             environment={**os.environ, "MOEHIVE_HOME": str(home), "TMPDIR": str(self.temporary)},
             stdout=str(self._files / "stdout"),
             stderr=str(self._files / "log"),
+            fault=fault,
         )
 
     # --- what it says -----------------------------------------------------------------------------------------------
@@ -188,11 +189,16 @@ class Nodes:
             self._parent.communicate(timeout=STOP_TIMEOUT)  # it kills what is left
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def start(self, model: Path | str, *options: str, home: Path | None = None) -> NodeProcess:
-        """Start `moehive node MODEL OPTIONS`; returns at once. `home` of a node that has ended: be its successor."""
+    def start(
+        self, model: Path | str, *options: str, home: Path | None = None, fault: str | None = None
+    ) -> NodeProcess:
+        """Start `moehive node MODEL OPTIONS`; returns at once. `home` of a node that has ended: be its successor.
+
+        `fault` makes it misbehave (see `support.faulty_node`).
+        """
         name = f"node{next(self._numbers)}"
         arguments = [str(model), "--json", "--threads", "1", "--ram", "256MiB", "--log-format", "json", *options]
-        node = NodeProcess(self, name, home or self.directory / name, arguments)
+        node = NodeProcess(self, name, home or self.directory / name, arguments, fault)
         self._living.append(node)
         return node
 

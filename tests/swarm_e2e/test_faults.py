@@ -1,0 +1,123 @@
+"""One of three holders misbehaves, or the network does: the tokens are the reference's as long as any holder lives."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import Checkpoints
+from support.generation import generate, reference_tokens
+from support.links import Link
+from support.processes import NodeProcess, Nodes, eventually
+
+from moehive.protocol.ids import PeerId
+from moehive.swarm.client import Swarm, join
+from moehive.swarm.dispatch.caller import CallSettings
+
+pytestmark = pytest.mark.swarm
+
+FAMILY = "qwen3_moe"
+SETTINGS = CallSettings(answer_timeout=5.0, layer_timeout=60.0)
+
+
+@pytest.fixture(scope="module")
+def wanted(checkpoints: Checkpoints) -> list[int]:
+    """The reference's tokens."""
+    return reference_tokens(checkpoints.reference(FAMILY))
+
+
+def swarm_with(nodes: Nodes, converted: Path, fault: str) -> tuple[NodeProcess, NodeProcess]:
+    """Three nodes that hold everything: the founder, and the one with the fault."""
+    founder = nodes.start(converted, "--experts", "all")
+    bad = nodes.start(converted, "--experts", "all", "--join", founder.ticket, fault=fault)
+    nodes.start(converted, "--experts", "all", "--join", founder.ticket).ready()
+    bad.ready()
+    return founder, bad
+
+
+def everybody_known(swarm: Swarm, founder: NodeProcess, number: int) -> bool:
+    return eventually(lambda: len(swarm.holders(founder.ready()["modelId"])) == number, timeout=20)
+
+
+@pytest.mark.parametrize("fault", ["slow", "garbage", "late", "refuse", "vanish"])
+def test_a_bad_holder_costs_time_only(
+    nodes: Nodes, checkpoints: Checkpoints, cache: Path, wanted: list[int], fault: str
+) -> None:
+    founder, bad = swarm_with(nodes, checkpoints.converted(FAMILY), fault)
+    with join(founder.ticket, cache=cache, settings=SETTINGS) as swarm:
+        model_id = founder.ready()["modelId"]
+        model, _ = swarm.load(model_id, dtype=torch.float32)
+        assert everybody_known(swarm, founder, 3)
+        first_choice(swarm, model_id, bad)
+        started = time.monotonic()
+        assert generate(model) == wanted
+        lost = time.monotonic() - started
+        stats = swarm.stats(model_id)
+        assert stats.hedges + stats.retries > 0  # it was asked, and did not do
+        assert lost < 2 * SETTINGS.answer_timeout  # 72 layer calls, each of which could have cost as much
+
+
+def first_choice(swarm: Swarm, model_id: str, peer: NodeProcess) -> None:
+    """Make the planner believe that a peer is the quickest."""
+    stats = swarm.stats(model_id)
+    from moehive.swarm.policy.speed import Speed
+
+    stats.of(PeerId(peer.peer)).speed = Speed(answers=1, network=1e-6)
+
+
+def test_a_plausible_liar_is_found_banned_and_reported(
+    nodes: Nodes, checkpoints: Checkpoints, cache: Path, wanted: list[int]
+) -> None:
+    founder, bad = swarm_with(nodes, checkpoints.converted(FAMILY), "lie")
+    settings = CallSettings(answer_timeout=5.0, spot_checks=1.0)
+    with join(founder.ticket, cache=cache, settings=settings) as swarm:
+        model_id = founder.ready()["modelId"]
+        model, _ = swarm.load(model_id, dtype=torch.float32)
+        assert everybody_known(swarm, founder, 3)
+        first_choice(swarm, model_id, bad)
+        generate(model)  # what it says may be wrong until the liar is found
+        assert eventually(lambda: bool(swarm.liars(model_id)), timeout=30)
+        [report] = swarm.liars(model_id)
+        assert report.peer == bad.peer
+        assert report.error == pytest.approx(0.1, rel=0.1)
+        assert 1 <= report.first_pass <= report.last_pass
+        assert generate(model) == wanted
+        assert bad.peer not in swarm.holders(model_id)
+
+
+def test_a_partition_that_heals(nodes: Nodes, checkpoints: Checkpoints, cache: Path, wanted: list[int]) -> None:
+    converted = checkpoints.converted(FAMILY)
+    founder = nodes.start(converted, "--experts", "*:0-3")
+    with Link(rtt=0.001) as link:
+        far = nodes.start(converted, "--experts", "*:4-7", "--join", founder.ticket, *link.options)
+        far.ready()
+        with join(founder.ticket, cache=cache, settings=SETTINGS) as swarm:
+            model, _ = swarm.load(founder.ready()["modelId"], dtype=torch.float32)
+            healed: list[float] = []
+
+            def cut_for_a_moment() -> None:
+                link.cut()
+                time.sleep(1.0)  # the length of the partition
+                link.heal()
+                healed.append(time.monotonic())
+
+            assert generate(model, at_token=5, action=cut_for_a_moment) == wanted
+            assert time.monotonic() - healed[0] < 45
+
+
+def test_all_holders_of_an_expert_gone_and_one_returning(
+    nodes: Nodes, checkpoints: Checkpoints, cache: Path, wanted: list[int]
+) -> None:
+    converted = checkpoints.converted(FAMILY)
+    founder, second = nodes.swarm(converted, "*:0-3", "*:4-7")
+    with join(founder.ticket, cache=cache, settings=SETTINGS) as swarm:
+        model, _ = swarm.load(founder.ready()["modelId"], dtype=torch.float32)
+
+        def replace() -> None:
+            second.kill()
+            nodes.start(converted, "--experts", "*:4-7", "--join", founder.ticket, home=second.home)
+
+        assert generate(model, at_token=5, action=replace) == wanted
+        assert swarm.stats(founder.ready()["modelId"]).retries > 0
