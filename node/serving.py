@@ -23,7 +23,7 @@ from moehive.swarm.memory import default_ram_budget
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.direct import DirectServer
-from moehive.swarm.rpc.server import stream_handler
+from moehive.swarm.rpc.server import Inbox, stream_handler
 from moehive.swarm.store.base import NotHeld, ObjectSource
 from moehive.swarm.tasks import task_group
 from moehive.swarm.transfer.pacing import paced
@@ -66,6 +66,7 @@ class Serving:
             settings.listen, settings.bulk_port, agent=member.agent, shelf=self.holdings, uploads=self._uploads
         )
         self._experts = ExpertService(self.holdings, self._worker, self._uploads.served, self._offer_direct)
+        self._inbox = Inbox()
         hosts = () if settings.direct_port is None else interfaces(settings.listen)
         self._direct = DirectServer(EXPERT, hosts, settings.direct_port or 0, agent=member.agent, handle=self._experts)
         self._shards = ShardService(self.holdings, self._uploads, self._offer_bulk)
@@ -112,7 +113,7 @@ class Serving:
     async def _serve(self) -> None:
         member = self._member
         for spec, service in ((PEER, self._peers), (SHARD, self._shards), (EXPERT, self._experts)):
-            handler = stream_handler(spec, member.secret, member.transport.peer, member.agent, service)
+            handler = stream_handler(spec, member.secret, member.transport.peer, member.agent, service, self._inbox)
             await member.transport.serve(spec.name, paced(handler, self._uploads) if spec is SHARD else handler)
 
     def _offer_direct(self, peer: PeerId) -> BulkOffer:

@@ -84,6 +84,11 @@ class FrameDecoder:
         """Whether a frame has begun and is not complete: the end of the stream here is a truncation."""
         return self._header is not None or len(self._buffer) > 0
 
+    @property
+    def buffered(self) -> int:
+        """Bytes held of a frame that is not complete."""
+        return len(self._buffer)
+
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Take received bytes; yield the frames that they complete. Raises ProtocolViolation."""
         view = memoryview(data)

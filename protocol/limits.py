@@ -25,6 +25,9 @@ MAX_MAP_ITEMS = 32  # of one msgpack map: fields of a message
 MAX_REQUESTS_IN_FLIGHT = 64  # per stream; a peer that opens more is refused, then disconnected
 MAX_CHUNKS_PER_REQUEST = 32  # 32 MiB
 MAX_STREAMS_PER_PEER = 16
+MAX_STREAMS = 2048  # of all peers
+MAX_ARRIVING_BYTES = 512 << 20  # of unfinished frames on all streams of a node together
+ALWAYS_TAKEN_BYTES = 256 << 10  # of an unfinished frame, whatever else arrives: so that small requests get through
 HELLO_TIMEOUT = 10.0  # seconds a peer may take to say who it is (slow-loris)
 MAX_DEADLINE = 600.0  # seconds; a longer one in a request is cut to this
 

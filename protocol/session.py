@@ -186,6 +186,11 @@ class _Session(ABC):
         return self._decoder.mid_frame
 
     @property
+    def buffered(self) -> int:
+        """Bytes of a frame that is not complete yet."""
+        return self._decoder.buffered
+
+    @property
     def max_payload(self) -> int:
         """What the next frame may carry, in bytes."""
         return self._decoder.max_payload

@@ -30,7 +30,7 @@ from moehive.swarm.transport.serving import StreamHandlers
 from moehive.swarm.transport.socket_stream import READ_BUFFER, SocketStream
 
 from .client import Connection
-from .server import Refusal, RequestHandler, ServedStream
+from .server import Inbox, Refusal, RequestHandler, ServedStream
 
 MAX_CONNECTIONS = 512
 MAX_PER_PEER = 4
@@ -48,13 +48,21 @@ class DirectServer:
     """
 
     def __init__(
-        self, spec: ProtocolSpec, hosts: Sequence[str], port: int, *, agent: str, handle: RequestHandler
+        self,
+        spec: ProtocolSpec,
+        hosts: Sequence[str],
+        port: int,
+        *,
+        agent: str,
+        handle: RequestHandler,
+        inbox: Inbox | None = None,
     ) -> None:
         self._spec = spec
         self._hosts = tuple(hosts)
         self._port = port
         self._agent = agent
         self._handle = handle
+        self._inbox = inbox or Inbox()
         self._certificate = Certificate()
         self._tokens = Tokens()
         self._streams = StreamHandlers()  # for their supervision
@@ -127,7 +135,9 @@ class DirectServer:
         session = ServerSession(self._spec, RedeemedToken(self._tokens.redeem), self._agent)
         self._unadmitted += 1
         try:
-            await ServedStream(stream, session, self._handle, admit=admit, answers_strangers=False).run()
+            await ServedStream(
+                stream, session, self._handle, inbox=self._inbox, admit=admit, answers_strangers=False
+            ).run()
         finally:
             if admitted:
                 self._open[admitted[0]] -= 1

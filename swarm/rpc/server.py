@@ -28,6 +28,7 @@ from moehive.swarm.transport.base import Handler, Stream
 
 READ_SIZE = 256 << 10
 FRAME_TIMEOUT = 60.0  # seconds in which a frame that has begun must be complete, in either direction (slow-loris)
+BUSY_PAUSE = 1.0  # seconds that a peer is asked to stay away
 _log = get_logger(__name__)
 
 
@@ -41,6 +42,23 @@ class Refusal(Exception):
         self.retry_after = retry_after  # seconds
 
 
+class Inbox:
+    """Bytes of frames that are arriving, over all streams of a node: bounds what peers together can make it hold."""
+
+    def __init__(self, limit: int = limits.MAX_ARRIVING_BYTES) -> None:
+        self._limit = limit
+        self._held: dict[int, int] = {}  # by stream
+
+    def holds(self, stream: int, size: int) -> bool:
+        """Whether a stream's unfinished frame, now of `size` bytes, still fits; a lone small one always does."""
+        self._held.pop(stream, None)
+        if size:
+            if size > limits.ALWAYS_TAKEN_BYTES and sum(self._held.values()) + size > self._limit:
+                return False
+            self._held[stream] = size
+        return True
+
+
 Reply = Callable[..., Awaitable[None]]  # reply(message, payload=(), more=False)
 
 
@@ -51,12 +69,23 @@ class RequestHandler(Protocol):
         """Raises Refusal to say no."""
 
 
-def stream_handler(spec: ProtocolSpec, secret: bytes, local: PeerId, agent: str, handle: RequestHandler) -> Handler:
-    """What `Transport.serve` wants: one protocol of ours on every stream that others open."""
+def stream_handler(
+    spec: ProtocolSpec,
+    secret: bytes,
+    local: PeerId,
+    agent: str,
+    handle: RequestHandler,
+    inbox: Inbox | None = None,
+) -> Handler:
+    """What `Transport.serve` wants: one protocol of ours on every stream that others open.
+
+    Handlers that are given the same `inbox` share its bound.
+    """
+    shared = inbox or Inbox()
 
     async def on_stream(stream: Stream) -> None:
         admission = Admission(secret, local, stream.peer)
-        await ServedStream(stream, ServerSession(spec, admission, agent), handle).run()
+        await ServedStream(stream, ServerSession(spec, admission, agent), handle, inbox=shared).run()
 
     return on_stream
 
@@ -73,9 +102,11 @@ class ServedStream:
         session: ServerSession,
         handle: RequestHandler,
         *,
+        inbox: Inbox,
         admit: Callable[[PeerId], bool] = lambda peer: True,
         answers_strangers: bool = True,
     ) -> None:
+        self._inbox = inbox
         self._admit = admit
         self._answers = answers_strangers  # from Opened on everybody is answered
         self._stream = stream
@@ -89,7 +120,10 @@ class ServedStream:
         """Serve until the other side closes, breaks the protocol, or we are cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
-                await self._serve(group)
+                try:
+                    await self._serve(group)
+                finally:
+                    self._inbox.holds(id(self), 0)
                 for task in self._tasks.values():
                     task.cancel()  # nobody is left to read the answers
         except* PeerUnreachable as broken:
@@ -111,6 +145,10 @@ class ServedStream:
                 return
             for event in events:
                 await self._on_event(event, group)
+            if not self._inbox.holds(id(self), self._session.buffered):
+                _log.warning("stream dropped: too much is arriving at the same time", peer=self._session.peer)
+                await self._refuse(0, RefusalCode.BUSY, "too much is arriving", BUSY_PAUSE)
+                return
             if not self._session.mid_frame:
                 deadline = None if self._session.state is State.OPEN else deadline
             elif events or deadline is None:  # another frame than before: one that trickles in gets no new deadline

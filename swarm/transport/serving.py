@@ -10,7 +10,7 @@ from typing import Any
 
 from moehive.protocol.errors import PeerError
 from moehive.protocol.ids import PeerId
-from moehive.protocol.limits import MAX_STREAMS_PER_PEER
+from moehive.protocol.limits import MAX_STREAMS, MAX_STREAMS_PER_PEER
 
 from .base import Handler, Stream
 
@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 class StreamHandlers:
     """The protocols that a transport serves, and the tasks that serve them."""
 
-    def __init__(self, *, max_streams_per_peer: int = MAX_STREAMS_PER_PEER) -> None:
+    def __init__(self, *, max_streams_per_peer: int = MAX_STREAMS_PER_PEER, max_streams: int = MAX_STREAMS) -> None:
+        self._max_streams = max_streams
         self._max_streams_per_peer = max_streams_per_peer
         self._handlers: dict[str, Handler] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -40,9 +41,10 @@ class StreamHandlers:
         return protocol in self._handlers
 
     async def run(self, protocol: str, stream: Stream) -> None:
-        """Serve one stream to its end, and close it. A peer's streams above the limit are closed at once."""
+        """Serve one stream to its end, and close it. Streams above the limits are closed at once."""
         handler = self._handlers.get(protocol)
-        if handler is None or self._streams[stream.peer] >= self._max_streams_per_peer:
+        full = self._streams[stream.peer] >= self._max_streams_per_peer or self._streams.total() >= self._max_streams
+        if handler is None or full:
             logger.debug("stream of %s for %s closed at once", stream.peer, protocol)
             await stream.close()
             return
