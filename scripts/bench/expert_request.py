@@ -1,19 +1,20 @@
 """What a request for one token's experts costs over the network, against what nobody can do without.
 
-    python scripts/bench/expert_request.py [--dtype bfloat16] [--threads 1] [--rounds 24] [--json FILE]
+    python scripts/bench/expert_request.py [--shape qwen3|deepseek] [--dtype bfloat16] [--threads 1] [--json FILE]
 
-One token of Qwen3-30B-A3B's shape (hidden 2048, experts of 768, top-8, all eight on one node). Four processes on this
-machine: this one as the client, a `moehive node`, an echo server on the same transport, and one that only computes.
-They take turns call by call, so that each finds the caches as cold as eight experts leave them, as it is in a model;
-whoever does not have the turn sleeps.
+One token of a published layer's shape, all its eight experts on one node. Four processes on this machine: this one as
+the client, a `moehive node`, an echo server on the same carrier (TLS over TCP), and one that only computes. They take
+turns call by call, so that each finds the caches as cold as eight experts leave them, as it is in a model; whoever does
+not have the turn sleeps.
 
-    echo      as many bytes there and back over a stream of HivemindTransport, answered at once
+    echo      as many bytes there and back over a connection of the same kind, answered at once
     echo, hot the same back to back, nothing in between: what a benchmark of the transport alone would say
     ffn       the same experts on the same row, in a process of its own
     request   ExpertCaller.run on the client's event loop: plan, frame, admit, queue, compute, answer
     layer     SwarmExperts.run from another thread, as a transformers model calls it
 
-The ratio of a round is the median of `request` over the sum of the medians of `echo` and `ffn`; 1.5 is the limit.
+The ratio of a round is the median of `request` over the sum of the medians of `echo` and `ffn`; at most 1.3 is asked,
+and 2 of the 99th percentiles over all rounds.
 """
 
 from __future__ import annotations
@@ -44,24 +45,25 @@ from _common import (
     repeat,
     write_json,
 )  # fmt: skip
-from _layer import EXPERTS, HIDDEN, Token, compute, load_weights, make_model, make_tokens
+from _layer import SHAPES, Shape, Token, compute, load_weights, make_model, make_tokens
 
 from moehive.protocol.codec import encode
 from moehive.protocol.frames import HEADER
-from moehive.protocol.ids import ModelId
+from moehive.protocol.ids import ModelId, PeerId
 from moehive.protocol.messages import ExpertsDone
 from moehive.swarm.dispatch.backend import SwarmExperts
 from moehive.swarm.dispatch.request import build_request
-from moehive.swarm.identity import Identity
+from moehive.swarm.rpc.direct import connect
+from moehive.swarm.transfer.tls.certificate import Certificate
 from moehive.swarm.transport.base import Stream
-from moehive.swarm.transport.hivemind import HivemindTransport
+from moehive.swarm.transport.socket_stream import READ_BUFFER, SocketStream
 
-ECHO = "/moehive-bench/echo/1.0.0"
+HOST = "127.0.0.1"
 CALLS = 12  # of each kind in one round: short rounds, so that a burst of noise spoils few of them
 REQUESTS = 192  # of one round with many in flight
 TOKENS = 60  # different ones; a multiple of CALLS
 IN_FLIGHT = 32
-MAX_RATIO, GOAL = 1.5, 1.3
+MAX_P50, MAX_P99 = 1.3, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +86,24 @@ class Round:
 def main() -> None:
     """Start everything, take turns, print."""
     parser = arguments(__doc__, rounds=24)
+    parser.add_argument("--shape", default="qwen3", choices=sorted(SHAPES))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--threads", type=int, default=1, help="of the node and of the process that only computes")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    dtype = getattr(torch, options.dtype)
+    dtype, shape = getattr(torch, options.dtype), SHAPES[options.shape]
     facts = conditions(
-        layer=f"hidden {HIDDEN}, ffn 768, top-8 of {EXPERTS} experts on one node, {options.dtype}",
+        layer=f"{shape} on one node, {options.dtype}",
         threads=f"{options.threads} for computing; client, node, echo server and their daemons share the machine",
     )
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        converted = make_model(Path(directory))
-        ticket = stack.enter_context(running_node(converted, Path(directory) / "node", threads=options.threads))
+        converted = make_model(Path(directory), shape)
+        home = Path(directory) / "node"
+        ticket = stack.enter_context(running_node(converted, home, threads=options.threads, ram="3GiB"))
         echo = stack.enter_context(Child(serve_echo))
-        ffn = stack.enter_context(Child(serve_ffn, converted, dtype, options.threads))
+        ffn = stack.enter_context(Child(serve_ffn, converted, dtype, options.threads, shape))
         client = stack.enter_context(joined(ticket, converted))
-        bench = Bench(client, make_tokens(TOKENS, dtype), ffn, echo.answer())
+        bench = Bench(client, make_tokens(TOKENS, dtype, shape), ffn, echo.answer())
         bench.once()  # loads the experts, opens the connections
         rounds = repeat(options.rounds, bench.once)
     report(facts, rounds)
@@ -109,13 +113,13 @@ def main() -> None:
 class Bench:
     """The client's side: one round of everything."""
 
-    def __init__(self, client: Client, tokens: Sequence[Token], ffn: Child, echo: tuple[str, str]) -> None:
+    def __init__(self, client: Client, tokens: Sequence[Token], ffn: Child, echo: tuple[int, bytes]) -> None:
         self._client = client
         self._tokens = cycle(tokens)
         self._ffn = ffn
-        self._experts = SwarmExperts(client.caller, client.portal.start_task_soon, EXPERTS, form="sum")
+        self._experts = SwarmExperts(client.caller, client.portal.start_task_soon, tokens[0].shape.experts, form="sum")
         self._sizes = sizes(tokens[0])
-        self._stream = client.portal.call(client.transport.open, echo[0], ECHO, echo[1:])
+        self._stream = client.portal.call(connect, HOST, *echo, PeerId("echo"))
 
     def once(self) -> Round:
         """Every kind of call for each token, one after the other; then many at once."""
@@ -173,10 +177,10 @@ def sizes(token: Token) -> tuple[int, int]:
 # --- the other processes ----------------------------------------------------------------------------------------------
 
 
-def serve_ffn(pipe: Connection, converted: Path, dtype: torch.dtype, threads: int) -> None:
+def serve_ffn(pipe: Connection, converted: Path, dtype: torch.dtype, threads: int, shape: Shape) -> None:
     """Compute a token whenever asked; answer with the seconds it took."""
     torch.set_num_threads(threads)
-    experts, tokens = load_weights(converted, dtype), cycle(make_tokens(TOKENS, dtype))
+    experts, tokens = load_weights(converted, dtype), cycle(make_tokens(TOKENS, dtype, shape))
     for _ in questions(pipe):
         token = next(tokens)
         started = time.perf_counter()
@@ -190,9 +194,13 @@ def serve_echo(pipe: Connection) -> None:
 
 
 async def _serve_echo(pipe: Connection) -> None:
-    async with HivemindTransport(Identity.ephemeral()) as transport:
-        await transport.serve(ECHO, answer_echoes)
-        pipe.send((transport.peer, *transport.addresses))
+    certificate = Certificate()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await answer_echoes(SocketStream(PeerId("client"), reader, writer))
+
+    async with await asyncio.start_server(serve, HOST, 0, limit=READ_BUFFER, ssl=certificate.context) as server:
+        pipe.send((server.sockets[0].getsockname()[1], certificate.fingerprint))
         await asyncio.to_thread(lambda: list(questions(pipe)))
 
 
@@ -231,11 +239,11 @@ def report(facts: dict[str, Any], rounds: Rounds) -> None:
         rows.append((kind.replace("_", ", "), middle, p99(pooled[kind]), *against))
     print_table(("", "p50 us", "p99 us", "of echo + ffn", "above it, us"), rows)
     ratios = [each.ratio for each in rounds.results]
-    verdict = "missed" if p50(ratios) > MAX_RATIO else "met" if p50(ratios) > GOAL else "met, and the goal"
+    tail = p99(pooled["request"]) / (p99(pooled["echo"]) + p99(pooled["ffn"]))
     hot = p50(pooled["request"]) / (p50(pooled["echo_hot"]) + p50(pooled["ffn"]))
     print(f"request / (echo + ffn): {p50(ratios):.2f}x (rounds {min(ratios):.2f} to {max(ratios):.2f});")
     print(f"with the hot echo instead, which no model would see: {hot:.2f}x;")
-    print(f"at most {MAX_RATIO}x is asked, {GOAL}x is the goal: {verdict}")
+    print(f"99th percentiles: {tail:.2f}x; at most {MAX_P50}x and {MAX_P99}x are asked")
     print(f"{IN_FLIGHT} in flight: {p50([each.in_flight for each in rounds.results]):.0f} requests/s")
     print(f"{rounds}\n", flush=True)
 

@@ -166,7 +166,7 @@ async def _first(connection: Connection, offer: BulkOffer, agent: str) -> Connec
     reason = "it names no address that can be dialled"
     for host, port in filter(None, map(host_and_port, offer.addresses)):
         try:
-            stream = await _connect(host, port, offer.fingerprint, connection.peer)
+            stream = await connect(host, port, offer.fingerprint, connection.peer)
         except OSError as error:
             reason = f"{host} port {port}: {error}"
             continue
@@ -175,7 +175,7 @@ async def _first(connection: Connection, offer: BulkOffer, agent: str) -> Connec
     raise PeerUnreachable(reason, peer=connection.peer)
 
 
-async def _connect(host: str, port: int, fingerprint: bytes, peer: PeerId) -> SocketStream:
+async def connect(host: str, port: int, fingerprint: bytes, peer: PeerId) -> SocketStream:
     """A stream to whoever shows the certificate; nothing of ours is sent before that. Raises OSError."""
     reader, writer = await asyncio.open_connection(
         host, port, limit=READ_BUFFER, ssl=client_context(), server_hostname="", ssl_shutdown_timeout=0.5
