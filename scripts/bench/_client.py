@@ -10,7 +10,7 @@ from pathlib import Path
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from moehive.node.demo.processes import NodeProcess
-from moehive.protocol.ids import ModelId
+from moehive.protocol.ids import ModelId, PeerId
 from moehive.protocol.ticket import Ticket
 from moehive.swarm.dispatch.caller import CallSettings, ExpertCaller
 from moehive.swarm.identity import Identity
@@ -33,7 +33,9 @@ class Client:
 
     portal: BlockingPortal
     transport: HivemindTransport
+    member: Member
     caller: ExpertCaller
+    node: PeerId  # the first that holds the model
 
 
 @contextmanager
@@ -47,9 +49,11 @@ def joined(ticket: Ticket, converted: Path) -> Iterator[Client]:
         )
         stack.enter_context(portal.wrap_async_context_manager(transport))
         member = stack.enter_context(portal.wrap_async_context_manager(Member(transport, ticket.secret)))
-        yield Client(portal, transport, portal.call(_make_caller, member, model))
+        caller, node = portal.call(_make_caller, member, model)
+        yield Client(portal, transport, member, caller, node)
 
 
-async def _make_caller(member: Member, model: ModelId) -> ExpertCaller:
+async def _make_caller(member: Member, model: ModelId) -> tuple[ExpertCaller, PeerId]:
     directory = await member.wait_for_peers(model, timeout=30.0)
-    return ExpertCaller(model, directory, member, member.standings, CallSettings())
+    caller = ExpertCaller(model, directory, member, member.standings, CallSettings())
+    return caller, min(directory.holders.inventories)

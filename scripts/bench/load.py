@@ -1,0 +1,206 @@
+"""Many clients at one node: what batching gains, and what happens when more is asked than it can do.
+
+    python scripts/bench/load.py [--clients 16] [--rounds 4] [--seconds 6] [--json FILE]
+
+One `moehive node` process with all experts of a Qwen3-30B-A3B layer (top-8 of 16, bf16, one thread: a memory-bound
+layer), and clients that each are members of their own with a connection of their own, all in this process.
+
+    batching   tokens per second of many clients that each ask for a token's experts one after the other, against one
+    overload   four times as many requests as the node can do with 16 of each client in flight, offered at a fixed rate: good answers per second against
+               the capacity, how soon a refusal comes, how long accepted requests take, and how soon after the flood
+               the node answers as before
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from _client import Client, joined, running_node
+from _common import arguments, conditions, p50, p99, print_head, print_table, repeat, write_json
+from _layer import QWEN3, Token, make_model, make_tokens
+
+from moehive.protocol.errors import PeerRefused
+from moehive.protocol.ids import ModelId
+from moehive.protocol.ticket import Ticket
+from moehive.swarm.dispatch.request import build_request
+from moehive.swarm.store.directory import ConvertedDirectory
+
+OVER = 4  # times the capacity
+DEADLINE = 2.0  # seconds that an offered request may take
+TOKENS = 64
+IN_FLIGHT = 16  # requests of each client at a time, to find the capacity
+
+
+@dataclass(slots=True)
+class Flood:
+    """What came of the offered requests."""
+
+    answered: list[float] = field(default_factory=list)  # seconds each
+    refused: list[float] = field(default_factory=list)
+    failed: int = 0
+    offered: int = 0
+    recovery: float = 0.0  # seconds after the flood until a request takes at most twice what it took before
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One measurement of everything."""
+
+    alone: float  # tokens per second
+    together: float
+    capacity: float  # requests per second
+    goodput: float
+    flood: Flood
+
+
+def main() -> None:
+    """Start everything, measure, print."""
+    parser = arguments(__doc__, rounds=4)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each part")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    facts = conditions(layer=f"{QWEN3} on one node, bfloat16", clients=str(options.clients))
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        converted = make_model(Path(directory))
+        ticket = stack.enter_context(running_node(converted, Path(directory) / "node", threads=1))
+        clients = stack.enter_context(several(options.clients, ticket, converted))
+        tokens = make_tokens(TOKENS, torch.bfloat16)
+        measure(clients, tokens, 1.0)  # loads the experts, opens the connections
+        rounds = repeat(options.rounds, lambda: once(clients, tokens, converted, options.seconds))
+    report(facts, rounds.results, options.clients)
+    print(f"{rounds}\n", flush=True)
+    write_json(options.json, facts, {"rounds": [asdict(each) for each in rounds.results], "noise": str(rounds)})
+
+
+@contextmanager
+def several(number: int, ticket: Ticket, converted: Path) -> Iterator[list[Client]]:
+    """Clients that know nothing of each other."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(joined(ticket, converted)) for _ in range(number)]
+
+
+def once(clients: Sequence[Client], tokens: Sequence[Token], converted: Path, seconds: float) -> Round:
+    """Everything, one after the other."""
+    alone = measure(clients[:1], tokens, seconds / 2)
+    together = measure(clients, tokens, seconds / 2)
+    capacity = measure(clients, tokens, seconds / 2, at_once=IN_FLIGHT)
+    flood = overload(clients, tokens, converted, capacity, seconds)
+    return Round(alone, together, capacity, len(flood.answered) / seconds, flood)
+
+
+def measure(clients: Sequence[Client], tokens: Sequence[Token], seconds: float, *, at_once: int = 1) -> float:
+    """Tokens per second of all clients together, each with so many requests at a time."""
+    asking = [client for client in clients for _ in range(at_once)]
+    futures = [client.portal.start_task_soon(_ask_for, client, tokens, seconds) for client in asking]
+    return sum(future.result() for future in futures) / seconds
+
+
+async def _ask_for(client: Client, tokens: Sequence[Token], seconds: float) -> int:
+    end = time.perf_counter() + seconds
+    for done, token in enumerate(cycle(tokens)):
+        await client.caller.run(token.call, token.assignments)
+        if time.perf_counter() >= end:
+            return done
+    raise AssertionError
+
+
+def overload(
+    clients: Sequence[Client], tokens: Sequence[Token], converted: Path, capacity: float, seconds: float
+) -> Flood:
+    """Requests at a fixed rate, whatever becomes of those before."""
+    model = ConvertedDirectory(converted).manifest.model_id
+    rate = OVER * capacity / len(clients)
+    usual = p50([clients[0].portal.call(_one, clients[0], tokens[0], model)[1] for _ in range(20)])
+    futures = [client.portal.start_task_soon(_offer, client, tokens, model, rate, seconds) for client in clients]
+    flood = Flood()
+    for future in futures:
+        part = future.result()
+        flood.answered += part.answered
+        flood.refused += part.refused
+        flood.failed += part.failed
+        flood.offered += part.offered
+    started = time.perf_counter()
+    while True:
+        kind, took = clients[0].portal.call(_one, clients[0], tokens[0], model)
+        if (kind == "answered" and took <= 2 * usual) or time.perf_counter() - started > 30:
+            break
+    flood.recovery = time.perf_counter() - started
+    return flood
+
+
+async def _offer(client: Client, tokens: Sequence[Token], model: ModelId, rate: float, seconds: float) -> Flood:
+    flood, started, running = Flood(), time.perf_counter(), set()
+    source = cycle(tokens)
+
+    async def one() -> None:
+        kind, took = await _one(client, next(source), model)
+        if kind == "answered":
+            flood.answered.append(took)
+        elif kind == "refused":
+            flood.refused.append(took)
+        else:
+            flood.failed += 1
+
+    while (now := time.perf_counter() - started) < seconds:
+        while flood.offered < now * rate:
+            flood.offered += 1
+            task = asyncio.create_task(one())
+            running.add(task)
+            task.add_done_callback(running.discard)
+        await asyncio.sleep(0.002)
+    await asyncio.gather(*running)
+    return flood
+
+
+async def _one(client: Client, token: Token, model: ModelId) -> tuple[str, float]:
+    """One request without retries: what became of it, and the seconds it took."""
+    request = build_request(model, token.call, token.assignments, DEADLINE)
+    started = time.perf_counter()
+    try:
+        connection = await client.member.experts.connection(client.node)
+        started = time.perf_counter()
+        await connection.ask(request.message, request.payload, timeout=10 * DEADLINE)
+    except PeerRefused:
+        return "refused", time.perf_counter() - started
+    except OSError:
+        return "failed", time.perf_counter() - started
+    return "answered", time.perf_counter() - started
+
+
+def report(facts: dict[str, object], rounds: Sequence[Round], clients: int) -> None:
+    """The tables."""
+    print_head("Many clients at one node", facts)
+    gain = p50([each.together / each.alone for each in rounds])
+    alone, together = (p50([getattr(each, side) for each in rounds]) for side in ("alone", "together"))
+    print_table(("", "tokens/s"), [("one client", alone), (f"{clients} clients", together)])
+    print(f"batching: {gain:.2f}x; at least 4x is asked\n")
+    answered = [value * 1e3 for each in rounds for value in each.flood.answered]
+    refused = [value * 1e3 for each in rounds for value in each.flood.refused] or [0.0]
+    rows = [
+        ("offered, requests/s", OVER * p50([each.capacity for each in rounds])),
+        ("capacity, requests/s", p50([each.capacity for each in rounds])),
+        ("goodput, requests/s", p50([each.goodput for each in rounds])),
+        ("goodput of capacity", p50([each.goodput / each.capacity for each in rounds])),
+        ("accepted, p50 ms", p50(answered)),
+        ("accepted, p99 ms", p99(answered)),
+        ("refused, p50 ms", p50(refused)),
+        ("refused, p99 ms", p99(refused)),
+        ("refused", sum(len(each.flood.refused) for each in rounds)),
+        ("failed", sum(each.flood.failed for each in rounds)),
+        ("recovery, s", max(each.flood.recovery for each in rounds)),
+    ]
+    print_table((f"overload, {OVER}x", ""), rows)
+    print("asked: goodput at least 0.9 of the capacity, refusals within 50 ms, recovery within 5 s")
+
+
+if __name__ == "__main__":
+    main()
