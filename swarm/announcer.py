@@ -47,10 +47,18 @@ class Announcer:
             peer=identity.peer, model=model, issued=0.0, expires=0.0, held=frozenset(), swarm=swarm_tag(secret)
         )
 
-    def hold(self, held: frozenset[ExpertKey], *, skeleton: bool, complete: bool = False) -> None:
+    def hold(
+        self, held: frozenset[ExpertKey], *, skeleton: bool, complete: bool = False, loading: bool = False
+    ) -> None:
         """Set what is claimed from now on: only what is verified and can be served (see Inventory). From any thread."""
-        addresses = tuple(self._transport.addresses)[: limits.MAX_ADDRESSES]
-        self._claim = replace(self._claim, held=held, skeleton=skeleton, complete=complete, addresses=addresses)
+        self._claim = replace(
+            self._claim,
+            held=held,
+            skeleton=skeleton,
+            complete=complete,
+            loading=loading,
+            addresses=tuple(self._transport.addresses)[: limits.MAX_ADDRESSES],
+        )
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._changed.set)
 
@@ -87,5 +95,5 @@ class Announcer:
         now = self._wall_clock()
         claim = replace(self._claim, issued=now, expires=now + LIFETIME)
         if self._withdrawn:  # here, because a thread may still call `hold`
-            claim = replace(claim, held=frozenset(), skeleton=False, complete=False)
+            claim = replace(claim, held=frozenset(), skeleton=False, complete=False, loading=False)
         return Record(encode_inventory(claim, self._identity.sign), claim.expires)

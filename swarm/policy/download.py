@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from moehive.protocol.bits import Bits, full, indices, lowest_from, run_from, span
-from moehive.protocol.ids import PeerId, ShardHash
+from moehive.protocol.ids import PeerId
 
-from .expectation import Flight, Queue, is_late, late_at, queue_of
+from .expectation import Flight, ItemKey, Queue, is_late, late_at, queue_of
 from .pace import Pace
 
 RUN = 8  # neighbouring chunks of one request, at most
@@ -35,7 +35,7 @@ NEAR = 2.0  # seconds: a peer that is paused for less than that is waited for
 class Item:
     """An object on its way."""
 
-    key: ShardHash
+    key: ItemKey
     chunks: int
     missing: Bits  # not verified yet
     holders: Mapping[PeerId, Bits]  # which chunks each peer says that it can send
@@ -68,7 +68,7 @@ class Ask:
     """Ask a peer for some chunks."""
 
     peer: PeerId
-    item: ShardHash
+    item: ItemKey
     first: int
     count: int
     duplicate: bool = False  # somebody else is asked for them already
@@ -82,7 +82,7 @@ class Plan:
     cancel: tuple[int, ...] = ()  # flights that nobody waits for: others brought their chunks, or their peer is gone
     late: tuple[PeerId, ...] = ()  # peers whose timeout is over: take all of their flights back
     stalled: tuple[PeerId, ...] = ()  # those of them whose connections are given up
-    stuck: tuple[ShardHash, ...] = ()  # objects of which nothing is under way, and nobody can be asked for any of it now
+    stuck: tuple[ItemKey, ...] = ()  # objects of which nothing is under way, and nobody can be asked for any of it now
     wake: float = math.inf  # when to decide again if nothing happens until then
 
 
@@ -113,7 +113,7 @@ class _Board:
         kept = [flight for flight in wanted if flight.peer not in self.late]
         self.kept = {flight.number for flight in kept}
         self.flights = _by_peer(sorted(kept, key=lambda flight: flight.number))
-        self.owned: defaultdict[ShardHash, Bits] = defaultdict(int)
+        self.owned: defaultdict[ItemKey, Bits] = defaultdict(int)
         for flight in kept:
             self.owned[flight.item] |= flight.bits
         self.left = MAX_IN_FLIGHT - sum(flight.count for flight in kept)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NewType
 
 from moehive.protocol.bits import Bits, span
 from moehive.protocol.chunks import CHUNK_SIZE
-from moehive.protocol.ids import PeerId, ShardHash
+from moehive.protocol.ids import PeerId
 
 from .pace import Pace
+
+ItemKey = NewType("ItemKey", str)  # one download; two of them may be for the same object
 
 GUESSED_RTT = 0.05  # seconds
 SILENCE = 4.0  # chunk times without a chunk that are nothing unusual: requests to one peer take turns
@@ -26,7 +29,7 @@ class Flight:
 
     number: int  # ascending in the order of asking
     peer: PeerId
-    item: ShardHash
+    item: ItemKey
     next: int
     stop: int
     heard: float  # when it was asked, or its last chunk came

@@ -7,8 +7,9 @@ peer, and only for downloads.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -22,10 +23,10 @@ from moehive.protocol.errors import (
     PeerUnreachable,
     RefusalCode,
 )
-from moehive.protocol.ids import PeerId, ShardHash
-from moehive.swarm.policy.claims import Claim, after_have, after_refusal
+from moehive.protocol.ids import PeerId
+from moehive.swarm.policy.claims import ASK_AGAIN, EVERYTHING, Claim, after_have, after_refusal
 from moehive.swarm.policy.download import Ask, Facts, Item, Peer, Plan, batch, plan
-from moehive.swarm.policy.expectation import Flight
+from moehive.swarm.policy.expectation import Flight, ItemKey
 from moehive.swarm.policy.pace import Pace, after_answer, after_asking, after_busy, after_chunk, after_release, after_timeout
 from moehive.swarm.policy.standing import Offence
 from moehive.swarm.standings import Standings, offence_of
@@ -49,13 +50,14 @@ class Steps:
     start: tuple[Flight, ...] = ()  # requests to send
     cancel: tuple[int, ...] = ()  # requests to withdraw; they are forgotten already
     close: tuple[PeerId, ...] = ()  # connections to give up; forgotten already, with their requests
-    stuck: tuple[ShardHash, ...] = ()  # objects that nobody can go on with now
+    questions: tuple[tuple[PeerId, ItemKey], ...] = ()  # peers to be asked which chunks of an object they have
+    stuck: tuple[ItemKey, ...] = ()  # objects that nobody can go on with now
     wake: float = 0.0  # when to ask for steps again if nothing happens until then
 
 
 @dataclass(slots=True)
 class _Wanted:
-    key: ShardHash
+    key: ItemKey
     urgent: bool
     chunks: int = 0  # 0: not known yet
     missing: Bits = 0
@@ -73,39 +75,41 @@ class Traffic:
         self._standings = standings
         self._pauses = pauses
         self._seed = seed
-        self._items: dict[ShardHash, _Wanted] = {}
+        self._items: dict[ItemKey, _Wanted] = {}
         self._peers: dict[PeerId, bool] = {}  # the connected ones: whether they are a last resort
         self._paces: OrderedDict[PeerId, Pace] = OrderedDict()
         self._flights: dict[int, Flight] = {}
         self._last_number = 0
+        self._asking: set[tuple[PeerId, ItemKey]] = set()  # questions without an answer
         self._cancel: list[int] = []  # with the next steps
         self._close: list[PeerId] = []
 
     # --- objects --------------------------------------------------------------------------------------------------
 
-    def begin(self, key: ShardHash, *, urgent: bool = False) -> None:
+    def begin(self, key: ItemKey, *, urgent: bool = False) -> None:
         """An object is wanted; nothing is asked for before `open`."""
         assert key not in self._items, key
         self._items[key] = _Wanted(key, urgent)
 
-    def open(self, key: ShardHash, chunks: int, missing: Bits) -> None:
+    def open(self, key: ItemKey, chunks: int, missing: Bits) -> None:
         """It has so many chunks, of which `missing` are to be got."""
         self.due = True
         item = self._items[key]
         item.chunks, item.missing = chunks, missing
         item.start = Random(f"{self._seed}/{key}").randrange(max(chunks, 1))
 
-    def end(self, key: ShardHash) -> None:
+    def end(self, key: ItemKey) -> None:
         """It is not wanted any more: complete, or given up."""
         self.due = True
         del self._items[key]
+        self._asking = {question for question in self._asking if question[1] != key}
         self._take_back([flight for flight in self._flights.values() if flight.item == key])
 
-    def missing(self, key: ShardHash) -> Bits:
+    def missing(self, key: ItemKey) -> Bits:
         """The chunks that are not verified yet."""
         return self._items[key].missing
 
-    def reasons(self, key: ShardHash) -> Mapping[PeerId, str]:
+    def reasons(self, key: ItemKey) -> Mapping[PeerId, str]:
         """What was wrong last with each peer that failed with an object."""
         return self._items[key].reasons
 
@@ -122,6 +126,10 @@ class Traffic:
         self.due = True
         if self._peers.pop(peer, None) is not None:
             self._take_back(self._flights_of(peer))
+            self._asking = {question for question in self._asking if question[0] != peer}
+            for item in self._items.values():
+                if (claim := item.claims.pop(peer, None)) and claim.refuted:  # this is not forgotten by hanging up
+                    item.claims[peer] = Claim(refuted=claim.refuted, ask_at=0.0)
 
     def ready_at(self, peer: PeerId) -> float:
         """From when on a peer may be bothered again."""
@@ -137,16 +145,32 @@ class Traffic:
 
     # --- claims ---------------------------------------------------------------------------------------------------
 
-    def claimed(self, peer: PeerId, key: ShardHash, have: Bits, now: float) -> None:
-        """A peer said, here or to everybody, which chunks of an object it has."""
+    def offers(self, peer: PeerId, key: ItemKey, now: float, *, partial: bool) -> None:
+        """A peer is said to have an object, or with `partial` some of it. What it says itself is not overwritten."""
+        item = self._items[key]
+        if peer not in item.claims:
+            self.due = True
+            item.claims[peer] = Claim(ask_at=now) if partial else after_have(Claim(), EVERYTHING, now)
+
+    def claimed(self, peer: PeerId, key: ItemKey, have: Bits, now: float) -> None:
+        """A peer answered which chunks of an object it has."""
         self.due = True
+        self._asking.discard((peer, key))
         if item := self._items.get(key):
             item.claims[peer] = after_have(item.claims.get(peer, Claim()), have, now)
 
-    def claim(self, peer: PeerId, key: ShardHash) -> Claim | None:
-        """What a peer says that it has of an object; None where it was not asked yet."""
+    def have(self, peer: PeerId, key: ItemKey) -> Bits:
+        """What a peer says that it has of an object."""
         item = self._items.get(key)
-        return item.claims.get(peer) if item else None
+        return item.claims.get(peer, Claim()).have if item else 0
+
+    def is_used(self, peer: PeerId, key: ItemKey) -> bool:
+        """Whether a connected peer is known to have, or being asked for what it has of, an object."""
+        return peer in self._peers and peer in self._items[key].claims
+
+    def is_asking(self, key: ItemKey) -> bool:
+        """Whether a peer has not answered yet what it has of an object."""
+        return any(asked == key for _, asked in self._asking)
 
     def answered(self, peer: PeerId, seconds: float) -> None:
         """A small request took so long."""
@@ -154,7 +178,7 @@ class Traffic:
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def chunk(self, number: int, key: ShardHash, index: int, size: int, now: float) -> bool:
+    def chunk(self, number: int, key: ItemKey, index: int, size: int, now: float) -> bool:
         """A chunk came and was verified; whether it is news."""
         flight, item = self._flights.get(number), self._items.get(key)
         if flight is not None:
@@ -203,21 +227,24 @@ class Traffic:
             self._set_pace(flight.peer, after_timeout(self._pace(flight.peer), now))
         self.trouble(flight.item, error, now, chunk=1 << flight.next)
 
-    def trouble(self, key: ShardHash, error: PeerError, now: float, *, chunk: Bits = 0) -> None:
+    def trouble(self, key: ItemKey, error: PeerError, now: float, *, chunk: Bits = 0) -> None:
         """Something went wrong with a peer while it was asked about an object, perhaps for `chunk`."""
         self.due = True
         peer = PeerId(error.peer)
+        self._asking.discard((peer, key))
+        self.note(key, error)
         item = self._items.get(key)
-        if item is not None:
-            item.reasons[peer] = error.reason
-        if isinstance(error, PeerRefused) and error.code is RefusalCode.NOT_HELD:
-            if item is None:
-                return
+        if not isinstance(error, PeerRefused) or error.code is not RefusalCode.NOT_HELD:
+            self.blame(error)
+        elif item is not None:
             item.claims[peer], lied = after_refusal(item.claims.get(peer, Claim()), chunk, now)
-            if not lied:
-                return
-            error = FalseClaim(f"claims again what it refuses: {error.reason}", peer=peer)
-        self.blame(error)
+            if lied:
+                self.blame(FalseClaim(f"claims again what it refuses: {error.reason}", peer=peer))
+
+    def note(self, key: ItemKey, error: PeerError) -> None:
+        """Remember what was wrong with a peer, to be told if nobody can supply the object."""
+        if item := self._items.get(key):
+            item.reasons[PeerId(error.peer)] = error.reason
 
     def blame(self, error: PeerError) -> None:
         """Count an error against its peer; whose connection is of no use any more is given up."""
@@ -240,9 +267,10 @@ class Traffic:
         for number in decided.cancel:
             self._take_back([self._flights[number]])
         start = tuple(self._start(ask, now) for ask in decided.ask)
+        questions = tuple(self._ask_what_they_have(now))
         cancel, self._cancel = tuple(self._cancel), []
         close, self._close = tuple(self._close), []
-        return Steps(start, cancel, close, decided.stuck, decided.wake)
+        return Steps(start, cancel, close, questions, decided.stuck, min(decided.wake, self._ask_at()))
 
     def _facts(self, now: float) -> Facts:
         return Facts(
@@ -271,12 +299,32 @@ class Traffic:
             pace = self._pace(peer)
             error = PeerTimeout(f"no chunk for {pace.timeout:.1f} s", peer=peer)
             for key in {flight.item for flight in self._flights_of(peer)}:
-                self._items[key].reasons[peer] = error.reason
+                self.note(key, error)
             self._take_back(self._flights_of(peer), excused=False)
             self._set_pace(peer, after_timeout(pace, now))
             self._pauses.blame(error)
             if peer in decided.stalled:
                 self._give_up(peer)
+
+    def _ask_what_they_have(self, now: float) -> Iterator[tuple[PeerId, ItemKey]]:
+        for key, item in self._items.items():
+            for peer, claim in item.claims.items():
+                due = claim.ask_at is not None and claim.ask_at <= now
+                if due and peer in self._peers and self.ready_at(peer) <= now:
+                    item.claims[peer] = replace(claim, ask_at=now + ASK_AGAIN)  # unless the answer says more
+                    self._asking.add((peer, key))
+                    yield peer, key
+
+    def _ask_at(self) -> float:
+        return min(
+            (
+                max(claim.ask_at, self.ready_at(peer))
+                for item in self._items.values()
+                for peer, claim in item.claims.items()
+                if claim.ask_at is not None and peer in self._peers
+            ),
+            default=math.inf,
+        )
 
     def _start(self, ask: Ask, now: float) -> Flight:
         self._last_number += 1

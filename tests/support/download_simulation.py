@@ -22,9 +22,9 @@ from moehive.protocol.errors import (
     PeerUnreachable,
     RefusalCode,
 )
-from moehive.protocol.ids import PeerId, ShardHash
+from moehive.protocol.ids import PeerId
 from moehive.swarm.policy.claims import EVERYTHING
-from moehive.swarm.policy.expectation import Flight
+from moehive.swarm.policy.expectation import Flight, ItemKey
 from moehive.swarm.standings import Standings
 from moehive.swarm.transfer.traffic import Traffic
 
@@ -109,9 +109,9 @@ class Simulation:
         self.standings = Standings(lambda: self.now)
         self.traffic = Traffic(self.standings, Standings(lambda: self.now), seed=seed)
         self._servers = {PeerId(name): _Server(PeerId(name), script) for name, script in scripts.items()}
-        self._objects = {ShardHash(f"object {number}"): count for number, count in enumerate(objects)}
+        self._objects = {ItemKey(f"object {number}"): count for number, count in enumerate(objects)}
         self._waiting = deque(self._objects)
-        self._open: set[ShardHash] = set()
+        self._open: set[ItemKey] = set()
         self._at_once = at_once
         self._flights: dict[int, Flight] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -152,20 +152,16 @@ class Simulation:
             self.traffic.open(key, self._objects[key], full(self._objects[key]))
             for server in self._servers.values():
                 if server.connected:
-                    self._claim(server, key)
+                    self._offer(server, key)
 
     def _look_for_peers(self) -> None:
-        """What the engine does besides: connect to whoever is there and not paused, ask the partial holders."""
+        """What the engine does besides: connect to whoever is there and not paused."""
         for server in self._servers.values():
             appeared = self._start + server.script.appears <= self.now < self._start + server.script.dies
             if appeared and not server.connected and self.traffic.ready_at(server.id) <= self.now:
                 server.connected = True
                 server.generation += 1
                 self._at(self.now + server.script.rtt, lambda server=server: self._connected(server))
-            for key in self._open:
-                claim = self.traffic.claim(server.id, key)
-                if server.connected and claim and claim.ask_at is not None and claim.ask_at <= self.now:
-                    self._claim(server, key)
         self._at(self.now + LOOK_FOR_PEERS, self._look_for_peers)
 
     def _connected(self, server: _Server) -> None:
@@ -174,9 +170,14 @@ class Simulation:
         self.traffic.connected(server.id, last_resort=server.script.last_resort)
         self.traffic.answered(server.id, server.script.rtt)
         for key in self._open:
-            self._claim(server, key)
+            self._offer(server, key)
 
-    def _claim(self, server: _Server, key: ShardHash) -> None:
+    def _offer(self, server: _Server, key: ItemKey) -> None:
+        self.traffic.offers(server.id, key, self.now, partial=server.script.said is not None)
+
+    def _claim(self, server: _Server, key: ItemKey) -> None:
+        if not server.connected or self._silent(server):
+            return
         said = server.script.said
         have = EVERYTHING if said is None else from_indices(said) & full(self._objects[key])
         self.traffic.claimed(server.id, key, have, self.now)
@@ -206,6 +207,9 @@ class Simulation:
         for peer in steps.close:
             self._servers[peer].connected = False
             self._servers[peer].queue.clear()
+        for peer, key in steps.questions:
+            server = self._servers[peer]
+            self._at(self.now + server.script.rtt, lambda s=server, k=key: self._claim(s, k))
         for flight in steps.start:
             self._check(flight)
             self._flights[flight.number] = flight
@@ -224,17 +228,13 @@ class Simulation:
             under_way = 0
             for other in others:
                 under_way |= other.bits
-            outcome.two_owners_early += bool(self.traffic.missing(flight.item) & ~under_way & self._claimed(flight))
+            outcome.two_owners_early += bool(self.traffic.missing(flight.item) & ~under_way & self.traffic.have(flight.peer, flight.item))
         if outcome.first_chunk < 0:
             outcome.first_chunk = flight.next
         outcome.longest_run = max(outcome.longest_run, flight.count)
         outcome.asked_after_ban += self.standings.banned(flight.peer)
         of_peer = sum(f.count for f in self._flights.values() if f.peer == flight.peer) + flight.count
         outcome.deepest[flight.peer] = max(outcome.deepest[flight.peer], of_peer)
-
-    def _claimed(self, flight: Flight) -> int:
-        claim = self.traffic.claim(flight.peer, flight.item)
-        return claim.have if claim else 0
 
     def _arrive(self, server: _Server, flight: Flight) -> None:
         if flight.number in self._cancelled or not server.connected:
@@ -299,7 +299,7 @@ class Simulation:
         if self._flights.pop(flight.number, None):
             self.traffic.failed(flight.number, error, self.now)
 
-    def _finish(self, key: ShardHash) -> None:
+    def _finish(self, key: ItemKey) -> None:
         self._open.discard(key)
         self.traffic.end(key)
         self.outcome.finished[key] = self.now - self._start
