@@ -12,18 +12,22 @@ import torch
 
 from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.protocol.errors import CorruptShard
-from moehive.protocol.ids import ExpertKey
+from moehive.protocol.ids import ExpertKey, PeerId
 from moehive.protocol.manifest import Manifest
-from moehive.protocol.messages import EXPERT, PEER, SHARD
+from moehive.protocol.messages import EXPERT, PEER, SHARD, BulkOffer
 from moehive.swarm.announcer import Announcer
 from moehive.swarm.dispatch.request import DTYPES
 from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
 from moehive.swarm.memory import default_ram_budget
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.server import stream_handler
 from moehive.swarm.store.base import NotHeld, ObjectSource
 from moehive.swarm.tasks import task_group
+from moehive.swarm.transfer.pacing import paced
+from moehive.swarm.transfer.tls.server import BulkServer
+from moehive.swarm.transfer.uploads import Uploads
 
 from .acquisition import Acquisition
 from .holdings import Holdings
@@ -56,14 +60,19 @@ class Serving:
             expert_ram=self._loader.nbytes(DTYPES[manifest.model.dtype]),
         )
         self._worker = ComputeWorker(self._lease, self._loader.spec, settings.queue)
-        self._experts = ExpertService(self.holdings, self._worker)
-        self._shards = ShardService(self.holdings)
-        self._peers = PeerService(self.holdings, self._worker, self._shards, lambda: announcer.record().value)
+        self._uploads = Uploads(UploadLimits(slots=settings.upload_slots), rate=settings.upload_rate)
+        self._bulk = BulkServer(
+            settings.listen, settings.bulk_port, agent=member.agent, shelf=self.holdings, uploads=self._uploads
+        )
+        self._experts = ExpertService(self.holdings, self._worker, self._uploads.served)
+        self._shards = ShardService(self.holdings, self._uploads, self._offer_bulk)
+        self._peers = PeerService(self.holdings, self._worker, self._uploads, lambda: announcer.record().value)
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         """Hold, serve, announce; leave when `stop` is set."""
-        async with task_group() as tasks:
+        async with self._bulk, task_group() as tasks:
             working = [tasks.create_task(self._worker.run(), name="compute")]
+            working.append(tasks.create_task(self._uploads.run(), name="uploads"))
             working.append(tasks.create_task(self._hold(on_ready), name="hold"))
             await stop.wait()
             await self._leave()
@@ -101,7 +110,10 @@ class Serving:
         member = self._member
         for spec, service in ((PEER, self._peers), (SHARD, self._shards), (EXPERT, self._experts)):
             handler = stream_handler(spec, member.secret, member.transport.peer, member.agent, service)
-            await member.transport.serve(spec.name, handler)
+            await member.transport.serve(spec.name, paced(handler, self._uploads) if spec is SHARD else handler)
+
+    def _offer_bulk(self, peer: PeerId) -> BulkOffer:
+        return self._bulk.offer(peer, self._member.transport.addresses)
 
     async def _leave(self) -> None:
         """Accept nothing new, withdraw, drain."""

@@ -2,7 +2,7 @@
 
     /moehive/peer/1.0.0     who holds what, how busy         GetInventory -> Inventory, GetLoad -> Load
     /moehive/shard/1.0.0    bytes of stored objects          GetChunkList -> ChunkHashes, GetChunks -> Chunk...,
-                                                             GetHave -> Have
+                                                             GetHave -> Have, OpenBulk -> BulkOffer
     /moehive/expert/1.0.0   run experts on rows of tensors   RunExperts -> ExpertsDone
 
 Every stream begins with Hello -> Welcome (or Refused); see `session`.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from . import limits
-from .codec import Message, blob, boolean, hash_text, integer, integers, number, one_of, text, wire
+from .codec import Message, blob, boolean, hash_text, integer, integers, number, one_of, text, texts, wire
 from .errors import ProtocolViolation
 from .ids import ModelId, ShardHash
 from .manifest import ITEM_SIZE
@@ -23,6 +23,7 @@ from .manifest import ITEM_SIZE
 MAX_EXPERTS = 1024  # experts of one layer in one request
 MAX_ROWS = 1 << 20  # tokens in one request; the payload limit is reached long before
 PROOF_BYTES = 32
+FINGERPRINT_BYTES = 32  # SHA-256 of a certificate's DER form
 TENSOR_DTYPES = ("F32", "BF16", "F16")
 
 
@@ -159,6 +160,28 @@ class Have(Message):
     complete: bool = wire(boolean)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenBulk(Message):
+    """Ask for a connection of one's own for bytes, so that they do not queue in front of activations."""
+
+    KIND: ClassVar[int] = 38
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BulkOffer(Message):
+    """Where to connect with TLS, whom to find there, and what to show: good for one connection, soon.
+
+    That connection speaks /moehive/shard from Hello on; the token stands in Hello as the proof (see
+    `proofs`). No addresses: this peer takes no connections.
+    """
+
+    KIND: ClassVar[int] = 39
+    addresses: tuple[str, ...] = wire(texts(limits.MAX_ADDRESS_CHARS, limits.MAX_ADDRESSES))  # /ip4/1.2.3.4/tcp/5
+    fingerprint: bytes = wire(blob(FINGERPRINT_BYTES, FINGERPRINT_BYTES))
+    token: bytes = wire(blob(PROOF_BYTES, PROOF_BYTES))
+    lifetime: float = wire(number(0.0, limits.MAX_DEADLINE))  # seconds in which the token must be shown
+
+
 # --- /moehive/expert ----------------------------------------------------------------------------------------------
 
 
@@ -247,7 +270,7 @@ class ProtocolSpec:
 PEER = ProtocolSpec("/moehive/peer/1.0.0", {GetInventory: Inventory, GetLoad: Load}, 0, limits.MAX_RECORD_BYTES)
 SHARD = ProtocolSpec(
     "/moehive/shard/1.0.0",
-    {GetChunkList: ChunkHashes, GetChunks: Chunk, GetHave: Have},
+    {GetChunkList: ChunkHashes, GetChunks: Chunk, GetHave: Have, OpenBulk: BulkOffer},
     0,
     max(1 << 20, limits.MAX_SHARD_BYTES >> 15),
 )
