@@ -26,7 +26,8 @@ RUN = 8  # neighbouring chunks of one request, at most
 MAX_IN_FLIGHT = 256  # chunks over all peers: what a careless carrier would hold in memory
 GUESSED_RATE = 16e6  # bytes per second, while no peer has sent anything
 SOONER = 1.5  # how many times sooner somebody else must be expected to bring a chunk, to be asked for it as well
-HEAD_START = 0.05  # seconds that this must be worth besides
+HEAD_START = 0.05  # seconds that this must be worth besides, where its owner is silent
+LONG_HEAD_START = 0.15  # the same where its owner is only slow: its bytes are on the wire, and would come twice
 LOOK_AGAIN = 0.05  # seconds between looks at the clock while peers with nothing to do watch the last chunks
 NEAR = 2.0  # seconds: a peer that is paused for less than that is waited for
 
@@ -276,7 +277,7 @@ def _by_then(board: _Board, item: Item) -> dict[int, float]:
 
 def _clearly_before(when: float, queue: Queue) -> float:
     """The head start is a round trip at least: a chunk that is on the wire already cannot be cancelled."""
-    return (when - max(HEAD_START, queue.rtt)) / SOONER
+    return (when - max(HEAD_START if queue.silent else LONG_HEAD_START, queue.rtt)) / SOONER
 
 
 def _duplicates_for(board: _Board, peer: Peer, item: Item, by_then: dict[int, float]) -> Iterator[Ask]:

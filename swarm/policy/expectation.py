@@ -53,6 +53,7 @@ class Queue:
     gap: float  # seconds per chunk
     base: float  # seconds from now until all that is under way has come
     rtt: float
+    silent: bool = False  # it should have sent something by now
 
     def when(self, number: int) -> float:
         """Seconds until the `number`-th new chunk would come, counted from 1."""
@@ -71,9 +72,11 @@ def queue_of(pace: Pace, flights: Sequence[Flight], now: float, guessed_rate: fl
     """What can be expected of a peer; `guessed_rate` (bytes per second) stands in where it never sent a chunk."""
     gap, rtt = CHUNK_SIZE / (pace.rate or guessed_rate), pace.rtt or GUESSED_RTT
     silence = now - pace.heard
-    first = silence if silence > SILENCE * gap + rtt else max(gap + rtt - silence, 0.0)
+    silent = bool(flights) and silence > SILENCE * gap + rtt
+    first = silence if silent else max(gap + rtt - silence, 0.0)
     due = sum(flight.count for flight in flights)
-    return Queue(first, gap, max(rtt, first + (due - 1) * gap) if due else rtt, rtt)
+    base = max(rtt, first + (due - 1) * gap) if due else rtt
+    return Queue(first, gap, base + pace.reluctance, rtt, silent)
 
 
 def is_late(pace: Pace, flights: Sequence[Flight], now: float) -> bool:

@@ -34,6 +34,7 @@ class Pace:
     wait: float = 0.0  # EWMA: seconds from asking, or from the request's last chunk, to the next one
     limit: int = MAX_DEPTH  # chunks; low after trouble, grows with each chunk
     strikes: int = 0  # timeouts in a row
+    refusals: int = 0  # in a row: it was busy
     heard: float = 0.0  # when its last chunk came, or when it was asked having nothing to do
     quiet_since: float | None = None  # since when it owes us a chunk
 
@@ -53,6 +54,11 @@ class Pace:
         """Seconds of silence after which what was asked for is asked from somebody else."""
         patience = max(MIN_TIMEOUT, _WAIT_MARGIN * self.wait) if self.wait else FIRST_TIMEOUT
         return min(patience * 2.0 ** min(self.strikes, 8), MAX_TIMEOUT)
+
+    @property
+    def reluctance(self) -> float:
+        """Seconds that must be added to what could be expected of it: who was busy will probably be so again."""
+        return HORIZON * (2.0 ** min(self.refusals, 8) - 1)
 
     def stalled(self, now: float) -> bool:
         """Whether to give the connection up and look for somebody else."""
@@ -77,6 +83,7 @@ def after_chunk(pace: Pace, size: int, waited: float, now: float, *, more: bool)
         wait=max(wait, 1e-6),
         limit=min(pace.limit + 1, MAX_DEPTH),
         strikes=0,
+        refusals=0,
         heard=now,
         quiet_since=now if more else None,
     )
@@ -95,7 +102,7 @@ def after_timeout(pace: Pace, now: float) -> Pace:
 
 def after_busy(pace: Pace, in_flight: int) -> Pace:
     """It has too much to do: half of what was asked for is enough."""
-    return replace(pace, limit=max(1, min(pace.limit, in_flight // 2)))
+    return replace(pace, limit=max(1, min(pace.limit, in_flight // 2)), refusals=pace.refusals + 1)
 
 
 def after_release(pace: Pace) -> Pace:

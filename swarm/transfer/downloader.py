@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -126,11 +127,11 @@ class Downloader:
     async def fetch_to_memory(self, wanted: Wanted, buffer: memoryview, *, deadline: float) -> None:
         """The object, verified, into `buffer`, which has its size, within `deadline` seconds in all.
 
-        It goes before everything that is fetched into a store, and touches no disk. Raises ShardUnavailable, and
-        ValueError for a buffer of another size; the buffer's contents are then worth nothing.
+        It goes before everything that is fetched into a store, and touches no disk. Raises ShardUnavailable; ManifestError
+        for a buffer of another size. The buffer's contents are then worth nothing.
         """
         started = self._engine.now
-        download = self._download(wanted, Share(Meter(None, 0, 1), 0), timeout=deadline, urgent=True)
+        download = self._download(wanted, Share(Meter(None, 0, 1), 0), timeout=math.inf, urgent=True)
         async with download.running():
             try:
                 async with asyncio.timeout(deadline):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from moehive.protocol.bits import Bits, from_indices, full
-from moehive.protocol.chunks import ChunkList
+from moehive.protocol.chunks import CHUNK_SIZE, ChunkList, chunk_range
 from moehive.protocol.ids import ShardHash
 from moehive.swarm.store.partial import PartialObject
 
@@ -40,10 +40,13 @@ class Partials:
         partial = self._get(object_hash)
         return full(len(partial.chunks.hashes)) & ~from_indices(partial.missing()) if partial else 0
 
-    def read_chunk(self, object_hash: ShardHash, index: int) -> bytes | None:
-        """One chunk; None where it is not there. Blocks on the disk. Raises StorageError."""
+    def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes | None:
+        """One whole chunk; None where it is not there, or for other ranges. Blocks on the disk. Raises StorageError."""
         partial = self._get(object_hash)
-        return partial.read_chunk(index) if partial else None
+        index, rest = divmod(offset, CHUNK_SIZE)
+        if partial is None or rest or index >= len(partial.chunks.hashes):
+            return None
+        return partial.read_chunk(index) if length == chunk_range(index, partial.chunks.size)[1] else None
 
     def _get(self, object_hash: ShardHash) -> PartialObject | None:
         with self._lock:

@@ -6,8 +6,9 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
-from moehive.protocol.bits import Bits, from_indices, full
+from moehive.protocol.bits import Bits, from_indices
 from moehive.protocol.chunks import Buffer, ChunkList, chunk_range
+from moehive.protocol.errors import ManifestError
 from moehive.protocol.ids import ShardHash
 from moehive.swarm.store.base import WrongBytes
 from moehive.swarm.store.partial import PartialObject
@@ -33,11 +34,11 @@ class Sink(Protocol):
 
 
 class MemorySink:
-    """Chunks go to their place in `buffer`, which has the object's size."""
+    """Chunks go to their place in `buffer`. Raises ManifestError where that has not the object's size."""
 
     def __init__(self, chunks: ChunkList, buffer: memoryview) -> None:
         if buffer.nbytes != chunks.size:
-            raise ValueError(f"a buffer of {buffer.nbytes} bytes for an object of {chunks.size}")
+            raise ManifestError(f"an object has {chunks.size} bytes, {buffer.nbytes} were expected")
         self.chunks = chunks
         self._buffer = buffer.cast("B")
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from contextlib import aclosing
 
-from moehive.protocol.bits import from_bitmap, indices
-from moehive.protocol.chunks import ChunkList, chunk_count
-from moehive.protocol.errors import IntegrityError, PeerError, ProtocolViolation
+from moehive.protocol.chunks import ChunkList
+from moehive.protocol.errors import PeerError
 from moehive.protocol.ids import PeerId, ShardHash
 from moehive.protocol.messages import Chunk, ChunkHashes, GetChunkList, GetChunks, GetHave, Have
 from moehive.swarm.rpc.client import Connection
@@ -16,6 +14,7 @@ from moehive.swarm.rpc.pool import ConnectionPool
 from moehive.swarm.threads import to_its_end
 
 from .channel import Deliver, OpenChannel
+from .replies import ExpectedChunks, read_chunk_list, read_have
 
 
 def stream_channels(pool: ConnectionPool) -> OpenChannel:
@@ -47,39 +46,25 @@ class StreamChannel:
         """See ChunkChannel."""
         answer = await self._connection.ask(GetChunkList(hash=object_hash), timeout=timeout)
         assert isinstance(answer.message, ChunkHashes)
-        try:
-            chunks = ChunkList.from_bytes(answer.message.size, answer.payload)
-        except ValueError as error:
-            raise ProtocolViolation(str(error), peer=self.peer) from error
-        if chunks.root != object_hash:
-            raise IntegrityError(f"sent the chunk list of another object than {object_hash}", peer=self.peer)
-        return chunks
+        return read_chunk_list(answer.message, answer.payload, object_hash, self.peer)
 
     async def have(self, object_hash: ShardHash, *, timeout: float) -> frozenset[int] | None:
         """See ChunkChannel."""
         answer = await self._connection.ask(GetHave(hash=object_hash), timeout=timeout)
         assert isinstance(answer.message, Have)
-        if answer.message.complete:
-            return None
-        try:
-            return frozenset(indices(from_bitmap(answer.payload, chunk_count(answer.message.size))))
-        except ValueError as error:
-            raise ProtocolViolation(str(error), peer=self.peer) from error
+        return read_have(answer.message, answer.payload, self.peer)
 
     async def get_chunks(
         self, object_hash: ShardHash, first: int, count: int, deliver: Deliver, *, timeout: float
     ) -> None:
         """See ChunkChannel."""
-        expected = deque(range(first, first + count))
-        request = GetChunks(hash=object_hash, first=first, count=count)
+        request, expected = GetChunks(hash=object_hash, first=first, count=count), ExpectedChunks(first, count)
         async with aclosing(self._connection.ask_many(request, timeout=timeout)) as answers:
             async for answer in answers:
                 assert isinstance(answer.message, Chunk)
-                index = answer.message.index
-                if not expected or index != expected.popleft() or answer.more != bool(expected):
-                    raise ProtocolViolation(f"chunk {index} comes unasked or out of order", peer=self.peer)
+                expected.accept(answer.message, more=answer.more, peer=self.peer)
                 with memoryview(answer.payload) as data:
-                    await to_its_end(deliver, index, data)
+                    await to_its_end(deliver, answer.message.index, data)
 
     async def close(self) -> None:
         """See ChunkChannel."""
