@@ -45,14 +45,25 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return pauses
 
 
-async def test_a_frame_leaves_in_pieces_that_pay_for_themselves(slept: list[float]) -> None:
-    recorder, clock = Recorder(), Clock()
-    stream = PacedStream(recorder, Uploads(clock=clock))  # type: ignore[arg-type]
+async def test_beside_activations_a_frame_leaves_in_pieces_that_pay_for_themselves(slept: list[float]) -> None:
+    recorder, uploads = Recorder(), Uploads(clock=Clock())
+    uploads.asked(recorder.peer)
+    stream = PacedStream(recorder, uploads)  # type: ignore[arg-type]
     data = bytes(range(256)) * (10 * PIECE // 256)
     await stream.write(b"head", data, b"")
     assert b"".join(recorder.written) == b"head" + data
     assert max(map(len, recorder.written)) == PIECE
     assert slept[-1] == pytest.approx(len(data + b"head") / SHARED_RATE)  # the clock stood still
+
+
+async def test_where_nobody_waits_it_leaves_as_fast_as_it_goes(slept: list[float]) -> None:
+    recorder, uploads = Recorder(), Uploads()
+    uploads.asked(PeerId("another"))
+    data = bytes(16 * PIECE)
+    await PacedStream(recorder, uploads).write(data)  # type: ignore[arg-type]
+    assert b"".join(recorder.written) == data
+    assert len(recorder.written) == 4
+    assert not slept
 
 
 async def test_small_frames_leave_whole(slept: list[float]) -> None:
@@ -65,7 +76,7 @@ async def test_small_frames_leave_whole(slept: list[float]) -> None:
 async def test_frames_of_several_tasks_do_not_mix(slept: list[float]) -> None:
     recorder = Recorder()
     stream = PacedStream(recorder, Uploads())  # type: ignore[arg-type]
-    frames = [bytes([number]) * (3 * PIECE) for number in range(4)]
+    frames = [bytes([number + 1]) * (3 * PIECE) for number in range(4)]
     await asyncio.gather(*(stream.write(frame) for frame in frames))
     sent = b"".join(recorder.written)
     assert sorted(sent[start : start + 3 * PIECE] for start in range(0, len(sent), 3 * PIECE)) == frames

@@ -16,7 +16,7 @@ from moehive.swarm.policy.priority import FLOOR, INTERVAL, MIN_SAMPLES, Interval
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.server import Refusal
 from moehive.swarm.transfer.supply import Answer
-from moehive.swarm.transfer.uploads import SHARED_RATE, Turn, Uploads
+from moehive.swarm.transfer.uploads import ACTIVE, SHARED_RATE, Turn, Uploads
 
 A, B, C = PeerId("A"), PeerId("B"), PeerId("C")
 LIMITS = UploadLimits(slots=1, slots_per_peer=1, waiting=2, waiting_per_peer=2, slot_seconds=5.0)
@@ -113,7 +113,9 @@ def test_the_peers_that_are_remembered_are_bounded() -> None:
     uploads = Uploads(UploadLimits())
     for number in range(3000):
         uploads.end(uploads.ask(PeerId(str(number))))
+        uploads.asked(PeerId(str(number)))
     assert len(uploads._turns) <= 1024
+    assert len(uploads._active) <= 1024
 
 
 async def test_coroutines_wait_without_blocking(uploads: Uploads) -> None:
@@ -199,9 +201,15 @@ def test_the_rate_holds_for_all_uploads_together(clock: Clock) -> None:
     assert uploads.pay(1) == 0.0
 
 
-def test_beside_activations_there_is_always_a_rate(uploads: Uploads) -> None:
-    waits = [uploads.pay(1 << 20, shared=True) for _ in range(201)]
+def test_beside_activations_of_the_same_peer_there_is_a_rate(uploads: Uploads, clock: Clock) -> None:
+    assert [uploads.pay_beside(A, 1 << 20) for _ in range(100)] == [0.0] * 100
+    uploads.asked(A)
+    waits = [uploads.pay_beside(A, 1 << 20) for _ in range(201)]
     assert waits[-1] - waits[100] == pytest.approx(100 * (1 << 20) / SHARED_RATE)
+    assert uploads.pay_beside(B, 1 << 20) == 0.0
+    assert uploads.pay(1 << 20) == 0.0  # its own connections
+    clock.now += ACTIVE
+    assert uploads.pay_beside(A, 1 << 20) == 0.0
 
 
 def test_a_slow_rate_leaves_few_slots(clock: Clock) -> None:
