@@ -64,7 +64,7 @@ class Serving:
         self._bulk = BulkServer(
             settings.listen, settings.bulk_port, agent=member.agent, shelf=self.holdings, uploads=self._uploads
         )
-        self._experts = ExpertService(self.holdings, self._worker, self._uploads.served)
+        self._experts = ExpertService(self.holdings, self._worker, self._uploads)
         self._shards = ShardService(self.holdings, self._uploads, self._offer_bulk)
         self._peers = PeerService(self.holdings, self._worker, self._uploads, lambda: announcer.record().value)
 
