@@ -31,18 +31,18 @@ from .worker import ComputeWorker
 
 
 class ExpertService:
-    """/moehive/expert: runs experts that this node holds. `on_served` is told the rows and seconds of each request."""
+    """/moehive/expert: runs experts that this node holds, and tells `uploads`, which make way for that."""
 
     def __init__(
         self,
         holdings: Holdings,
         worker: ComputeWorker,
-        on_served: Callable[[int, float], None] = lambda rows, seconds: None,
+        uploads: Uploads | None = None,
         offer: Callable[[PeerId], BulkOffer] | None = None,
     ) -> None:
         self._holdings = holdings
         self._worker = worker
-        self._on_served = on_served
+        self._uploads = uploads or Uploads()
         self._offer = offer  # of a direct connection
         self._leaving = False
         self._answering = 0  # requests that were accepted and whose answer is not written yet
@@ -67,10 +67,11 @@ class ExpertService:
             return
         assert isinstance(message, RunExperts)
         started = time.monotonic()
+        self._uploads.asked(peer)
         self._answering += 1
         try:
             await self._run(peer, message, payload, reply)
-            self._on_served(message.rows, time.monotonic() - started)
+            self._uploads.served(message.rows, time.monotonic() - started)
         finally:
             self._answering -= 1
             self._answered.set()

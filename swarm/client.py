@@ -27,16 +27,16 @@ from moehive.protocol.ids import ModelId, PeerId, is_hash
 from moehive.protocol.manifest import Manifest
 from moehive.protocol.ticket import Ticket
 
-from .dispatch.backend import SwarmExperts
-from .dispatch.caller import CallSettings, ExpertCaller
+from .dispatch.caller import CallSettings
 from .dispatch.spot_checks import LiarReport
 from .dispatch.stats import DispatchStats
-from .fetch import Progress
+from .dispatch.swarm_model import SwarmModel
 from .identity import Identity
 from .member import Member, is_genuine
 from .paths import Paths
 from .skeleton import lay_out_skeleton
 from .store.content import ContentStore
+from .transfer.progress import Observer
 from .transport.base import Transport
 
 if TYPE_CHECKING:
@@ -78,14 +78,14 @@ class Swarm:
         self._stack = ExitStack()
         self._portal: BlockingPortal | None = None
         self._member: Member | None = None
-        self._callers: dict[ModelId, ExpertCaller] = {}
+        self._models: dict[ModelId, SwarmModel] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             portal = stack.enter_context(start_blocking_portal("asyncio"))
             member = stack.enter_context(portal.wrap_async_context_manager(_membership(self._ticket)))
             self._stack = stack.pop_all()
-        self._portal, self._member, self._callers = portal, member, {}
+        self._portal, self._member, self._models = portal, member, {}
         return self
 
     def __exit__(
@@ -102,8 +102,9 @@ class Swarm:
         *,
         dtype: torch.dtype | None = None,
         answers: AnswerForm = "sum",
+        ram: int = 0,
         timeout: float = 60.0,
-        progress: Progress | None = None,
+        observer: Observer | None = None,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
         """A transformers model whose routed experts are computed by the swarm, and its tokenizer.
 
@@ -111,24 +112,26 @@ class Swarm:
         per token comes back from each peer: fast) or "rows" (every expert's row comes back and is added in the order of
         transformers: equal to it bit for bit on like machines, more bytes). Experts are never replaced or left out.
 
+        With `ram`, a budget in bytes, the experts that are worth it are fetched in the background and computed here from
+        then on; it is the same for all loads of one model.
+
         Waits up to `timeout` seconds for a peer that has the model. Raises ModelUnavailable, ShardUnavailable,
-        ManifestError, StorageError, TransportError; ConfigError for a `model` that is neither, or when not joined.
+        ManifestError, StorageError, TransportError, BudgetTooSmall; ConfigError for a `model` that is neither, or when not joined.
         """
         from .loading import open_local
 
-        directory, manifest = self._skeleton(model, timeout, progress)
-        backend = SwarmExperts(
-            self._caller(manifest.model_id), self._open_portal.start_task_soon, manifest.model.num_experts, form=answers
-        )
+        directory, manifest = self._skeleton(model, timeout, observer)
+        opened = self._open_portal.call(self._open_model, manifest, ram)
+        backend = opened.backend(self._open_portal.start_task_soon, answers)
         return open_local(directory, dtype=dtype, backend=backend)
 
     def stats(self, model_id: str) -> DispatchStats:
-        """Who computed how much for this client so far."""
-        return self._caller(ModelId(model_id)).stats
+        """Who computed how much for this client so far, of a model that was loaded."""
+        return self._loaded(model_id).caller.stats
 
     def liars(self, model_id: str) -> Sequence[LiarReport]:
         """Peers that were shown to have computed wrongly, with the forward passes that used their answers."""
-        return tuple(self._caller(ModelId(model_id)).checks.liars)
+        return tuple(self._loaded(model_id).caller.checks.liars)
 
     def holders(self, model_id: str) -> Mapping[PeerId, int]:
         """The peers that announce a model now, and how many experts each. Raises ModelUnavailable after 10 seconds."""
@@ -150,35 +153,36 @@ class Swarm:
             raise ConfigError(_NOT_JOINED)
         return self._member
 
-    def _skeleton(self, model: str | Path, timeout: float, progress: Progress | None) -> tuple[Path, Manifest]:
+    def _skeleton(self, model: str | Path, timeout: float, observer: Observer | None) -> tuple[Path, Manifest]:
         from .store.directory import ConvertedDirectory
 
         if not is_hash(str(model)):
             if not Path(model).is_dir():
                 raise ConfigError(f"{model} is neither a model id (64 hexadecimal digits) nor a converted directory")
             return Path(model), ConvertedDirectory(Path(model)).manifest
-        fetch = partial(self._fetch_skeleton, ModelId(str(model)), timeout, progress)
+        fetch = partial(self._fetch_skeleton, ModelId(str(model)), timeout, observer)
         manifest = self._open_portal.call(fetch)
         return lay_out_skeleton(manifest, self._store, self._paths.skeleton(manifest.model_id)), manifest
 
-    async def _fetch_skeleton(self, model: ModelId, timeout: float, progress: Progress | None) -> Manifest:
+    async def _fetch_skeleton(self, model: ModelId, timeout: float, observer: Observer | None) -> Manifest:
         manifest = await self._joined.fetch_manifest(model, self._store, timeout=timeout)
-        await self._joined.fetch_skeleton(manifest, self._store, timeout=timeout, progress=progress)
+        await self._joined.fetch_skeleton(manifest, self._store, timeout=timeout, observer=observer)
         return manifest
 
-    def _caller(self, model: ModelId) -> ExpertCaller:
-        if model in self._callers:
-            return self._callers[model]
-        return self._open_portal.call(self._make_caller, model)
+    def _loaded(self, model_id: str) -> SwarmModel:
+        model = self._models.get(ModelId(model_id)) if self._joined else None
+        if model is None:
+            raise ConfigError(f"model {model_id} is not loaded: swarm.load(model_id) first")
+        return model
 
-    async def _make_caller(self, model: ModelId) -> ExpertCaller:
+    async def _open_model(self, manifest: Manifest, ram: int) -> SwarmModel:
         """On the event loop, where two threads that ask at once get the same one."""
-        if model not in self._callers:
-            member = self._joined
-            caller = ExpertCaller(model, member.directory(model), member, member.standings, self._settings)
-            member.start(caller.watch(), name="watch")
-            self._callers[model] = caller
-        return self._callers[model]
+        model = self._models.get(manifest.model_id)
+        if model is None:
+            model = SwarmModel(manifest, self._joined, self._store, self._settings, ram=ram)
+            self._joined.start(model.run(), name="model")
+            self._models[manifest.model_id] = model
+        return model
 
 
 @asynccontextmanager

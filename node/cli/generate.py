@@ -17,7 +17,7 @@ from moehive.protocol.errors import ConfigError
 from moehive.protocol.ids import is_hash
 from moehive.protocol.ticket import Ticket
 
-from .arguments import Flag, NotNegative, Positive, TicketText
+from .arguments import Flag, NotNegative, Positive, Size, TicketText
 from .drafting import check_draft, drafting
 from .node import check_converted
 from .output import note, progress_bar, say, say_json, table
@@ -66,6 +66,10 @@ class GenerateOptions:
     answers: Literal["sum", "rows"] = "sum"
     """What peers send back: one sum for each token (fast), or every expert's row, added up here in transformers' own
     order (bit for bit its result)."""
+
+    ram: Size | None = None
+    """Memory for experts that are fetched in the background, where that pays, and computed here from then on. By default
+    none are kept. Only with --join."""
 
     threads: Positive | None = None
     """Threads that compute here. By default one for each core."""
@@ -232,27 +236,14 @@ def _loaded(options: GenerateOptions) -> Iterator[Loaded]:
     with join(options.join) as swarm:
         local = not is_hash(options.model)
         model_id = ConvertedDirectory(Path(options.model)).model_id if local else options.model
-        with nullcontext(_no_bytes) if local else _fetching() as fetched:
-            model, tokenizer = swarm.load(options.model, dtype=dtype, answers=options.answers, progress=fetched)
+        with nullcontext() if local else progress_bar("fetching the dense part") as move:
+            model, tokenizer = swarm.load(
+                options.model,
+                dtype=dtype,
+                answers=options.answers,
+                observer=(lambda seen: move(seen.verified, seen.total)) if move else None,
+            )
         yield model, tokenizer, swarm.stats(model_id)
-
-
-@contextmanager
-def _fetching() -> Iterator[Any]:
-    """A bar for the dense part, which comes from the swarm the first time."""
-    with progress_bar("fetching the dense part") as move:
-        done = 0
-
-        def fetched(count: int) -> None:
-            nonlocal done
-            done += count
-            move(done, None)
-
-        yield fetched
-
-
-def _no_bytes(count: int) -> None:
-    pass
 
 
 def _set_threads(threads: int | None) -> None:

@@ -6,9 +6,9 @@ One `moehive node` process with all experts of a Qwen3-30B-A3B layer (top-8 of 1
 layer), and clients that each are members of their own with a connection of their own, all in this process.
 
     batching   tokens per second of many clients that each ask for a token's experts one after the other, against one
-    overload   four times as many requests as the node can do with 16 of each client in flight, offered at a fixed rate: good answers per second against
-               the capacity, how soon a refusal comes, how long accepted requests take, and how soon after the flood
-               the node answers as before
+    overload   four times as many requests as the node can do with 16 of each client in flight, offered at a fixed
+               rate: good answers per second against the capacity, how soon a refusal comes, how long accepted
+               requests take, and how soon after the flood the node answers as before
 """
 
 from __future__ import annotations

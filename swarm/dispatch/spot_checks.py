@@ -114,6 +114,8 @@ class SpotChecker:
         """Check what is to be checked, one after the other: a check may never cost more than generation does."""
         while True:
             check = await self._queue.get()
+            if self._standings.banned(check.peer):
+                continue  # one proof is enough
             try:
                 await self.check(check.peer, check.call, check.part)
             except (SwarmError, PeerError) as error:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
+from weakref import WeakValueDictionary
 
 from moehive.protocol.errors import PeerError, PeerTimeout, PeerUnreachable
 from moehive.protocol.ids import PeerId
@@ -22,6 +24,8 @@ MAX_UPGRADE_PAUSE = 3600.0
 DRAIN_TIMEOUT = 30.0  # seconds that requests on a connection get which a better one replaces
 FIRST_BACKOFF = 0.25  # seconds before a peer that could not be reached is dialled again; doubles
 MAX_BACKOFF = 30.0
+MAX_BACKOFFS = 1024  # peers that could not be reached and are remembered
+MAX_CONNECTIONS = 256  # beyond that, the one that was used longest ago and has nothing to do is closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +66,11 @@ class ConnectionPool:
         self._agent = agent
         self._upgrade = upgrade
         self._upgrading: set[asyncio.Task[None]] = set()
-        self._not_upgradable: dict[PeerId, _Pause] = {}
+        self._not_upgradable: OrderedDict[PeerId, _Pause] = OrderedDict()  # the latest at the end
         self._clock = clock
-        self._open: dict[PeerId, Connection] = {}
-        self._locks: dict[PeerId, asyncio.Lock] = {}
-        self._backoff: dict[PeerId, _Backoff] = {}
+        self._open: OrderedDict[PeerId, Connection] = OrderedDict()  # the one used last at the end
+        self._locks: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()  # those that are held
+        self._backoff: OrderedDict[PeerId, _Backoff] = OrderedDict()  # the latest at the end
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,7 +81,7 @@ class ConnectionPool:
         for task in self._upgrading:
             task.cancel()
         await asyncio.gather(*self._upgrading, return_exceptions=True)
-        connections, self._open = self._open.values(), {}
+        connections, self._open = self._open.values(), OrderedDict()
         await asyncio.gather(*(connection.__aexit__(None, None, None) for connection in connections))
 
     async def connection(self, peer: PeerId, addresses: Sequence[str] = (), *, timeout: float = 10.0) -> Connection:
@@ -87,6 +91,7 @@ class ConnectionPool:
         """
         connection = self._open.get(peer)
         if connection is not None and connection.broken is None:
+            self._open.move_to_end(peer)
             return connection
         deadline = asyncio.get_running_loop().time() + timeout
         lock = self._locks.setdefault(peer, asyncio.Lock())
@@ -122,6 +127,7 @@ class ConnectionPool:
         self._backoff.pop(peer, None)
         self._open[peer] = connection
         self._start_upgrade(connection)
+        await self._close_surplus()
         return connection
 
     def _start_upgrade(self, connection: Connection) -> None:
@@ -139,10 +145,13 @@ class ConnectionPool:
             known = self._not_upgradable.get(peer)
             pause = UPGRADE_AGAIN if known is None else min(2 * known.seconds, MAX_UPGRADE_PAUSE)
             self._not_upgradable[peer] = _Pause(pause, self._clock() + pause)
+            self._not_upgradable.move_to_end(peer)
+            if len(self._not_upgradable) > MAX_BACKOFFS:
+                self._not_upgradable.popitem(last=False)
             return
         self._not_upgradable.pop(peer, None)
         if self._open.get(peer) is not old:  # it broke meanwhile, and was replaced
-            await better.__aexit__(None, None, None)
+            await better.close()
             return
         self._open[peer] = better
         try:
@@ -151,7 +160,15 @@ class ConnectionPool:
         except TimeoutError:
             pass  # its requests fail, and are asked anew
         finally:
-            await old.__aexit__(None, None, None)
+            await old.close()
+
+    async def _close_surplus(self) -> None:
+        """Close what is broken or idle where there are too many."""
+        for peer, connection in tuple(self._open.items()):
+            if len(self._open) <= MAX_CONNECTIONS:
+                return
+            if not connection.in_flight and self._open.pop(peer, None) is not None:
+                await connection.close()
 
     async def _dial(self, peer: PeerId, addresses: Sequence[str]) -> Connection:
         stream = await self._transport.open(peer, self._spec.name, addresses)
@@ -159,7 +176,9 @@ class ConnectionPool:
         return await Connection(stream, session).__aenter__()
 
     def _back_off(self, peer: PeerId, error: PeerError) -> PeerError:
-        last = self._backoff.get(peer)
+        last = self._backoff.pop(peer, None)
         seconds = min(2 * last.seconds, MAX_BACKOFF) if last else FIRST_BACKOFF
         self._backoff[peer] = _Backoff(seconds, self._clock() + seconds, error)
+        if len(self._backoff) > MAX_BACKOFFS:
+            self._backoff.popitem(last=False)
         return error

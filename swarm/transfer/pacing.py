@@ -13,9 +13,11 @@ from moehive.swarm.transport.base import Buffer, Handler, Stream
 
 from .uploads import PIECE, Uploads
 
+_LARGE_PIECE = 256 << 10  # bytes, where nobody waits behind them
+
 
 class PacedStream:
-    """A `Stream` whose writes pay for themselves in `uploads` first, as shared ones."""
+    """A `Stream` whose writes pay for themselves in `uploads` first."""
 
     def __init__(self, stream: Stream, uploads: Uploads) -> None:
         self._stream = stream
@@ -34,8 +36,8 @@ class PacedStream:
     async def write(self, *buffers: Buffer) -> None:
         """See `Stream`."""
         async with self._writing:  # several writes below are one to our callers
-            for piece in _pieces(buffers):
-                pause = self._uploads.pay(len(piece), shared=True)
+            for piece in self._pieces(buffers):
+                pause = self._uploads.pay_beside(self.peer, len(piece))
                 if pause:
                     await asyncio.sleep(pause)
                 await self._stream.write(piece)
@@ -43,6 +45,18 @@ class PacedStream:
     async def close(self) -> None:
         """See `Stream`."""
         await self._stream.close()
+
+    def _pieces(self, buffers: tuple[Buffer, ...]) -> Iterator[Buffer]:
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        if sum(map(len, views)) <= PIECE:
+            yield b"".join(views)
+            return
+        for view in views:
+            start = 0
+            while start < len(view):  # whether it must be small may change meanwhile
+                size = PIECE if self._uploads.beside(self.peer) or self._uploads.rate is not None else _LARGE_PIECE
+                yield view[start : start + size]
+                start += size
 
 
 def paced(handler: Handler, uploads: Uploads) -> Handler:
@@ -52,13 +66,3 @@ def paced(handler: Handler, uploads: Uploads) -> Handler:
         await handler(PacedStream(stream, uploads))
 
     return on_stream
-
-
-def _pieces(buffers: tuple[Buffer, ...]) -> Iterator[Buffer]:
-    views = [memoryview(buffer).cast("B") for buffer in buffers]
-    if sum(map(len, views)) <= PIECE:
-        yield b"".join(views)
-        return
-    for view in views:
-        for start in range(0, len(view), PIECE):
-            yield view[start : start + PIECE]

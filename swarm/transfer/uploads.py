@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from moehive.protocol.errors import RefusalCode
 from moehive.protocol.ids import PeerId
@@ -34,8 +35,10 @@ from moehive.swarm.rpc.server import Refusal
 
 from .supply import Answer
 
+T = TypeVar("T")
 PIECE = 64 << 10  # bytes that leave at once where the rate is limited: what a small message may have to wait for
-SHARED_RATE = 100e6  # bytes per second on a connection that carries activations too (docs/architecture.md)
+SHARED_RATE = 100e6  # bytes per second to peers on whose connection activations wait
+ACTIVE = 10.0  # seconds after a peer's last expert request in which its next one is expected
 _MAX_SAMPLES = 1024
 _MAX_REMEMBERED = 1024  # peers whose last turn is known
 _SMOOTHING = 0.1
@@ -70,7 +73,7 @@ class Uploads:
         self.limits = limits or UploadLimits()
         self.bytes_sent = 0  # of objects
         self._paid = 0  # bytes, frames and all
-        self._cap = rate
+        self.cap = rate
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: deque[Turn] = deque()
@@ -82,6 +85,7 @@ class Uploads:
         self._shared_bucket = Bucket()
         self._priority = Priority()
         self._samples: deque[Sample] = deque(maxlen=_MAX_SAMPLES)
+        self._active: OrderedDict[PeerId, float] = OrderedDict()  # when each peer last asked for experts
 
     # --- turns ----------------------------------------------------------------------------------------------------
 
@@ -141,14 +145,8 @@ class Uploads:
             if self._resolve(turn, None):
                 turn.since = now
                 self._running.append(turn)
-                self._remember(turn.peer)
-
-    def _remember(self, peer: PeerId) -> None:
-        self._count += 1
-        self._turns[peer] = self._count
-        self._turns.move_to_end(peer)
-        if len(self._turns) > _MAX_REMEMBERED:
-            self._turns.popitem(last=False)
+                self._count += 1
+                _remember(self._turns, turn.peer, self._count)
 
     def _busy(self) -> Refusal:
         seconds = retry_after(len(self._waiting) + 1, self._seconds_each, self.limits)
@@ -170,7 +168,7 @@ class Uploads:
     @property
     def rate(self) -> float | None:
         """Bytes per second that may leave now; None for as many as can."""
-        limits = [limit for limit in (self._cap, self._priority.allowed) if limit is not None]
+        limits = [limit for limit in (self.cap, self._priority.allowed) if limit is not None]
         return min(limits, default=None)
 
     def sent(self, answer: Answer) -> None:
@@ -179,8 +177,20 @@ class Uploads:
             with self._lock:
                 self.bytes_sent += len(answer.payload)
 
-    def pay(self, size: int, *, shared: bool = False) -> float:
-        """Ask to send `size` bytes: the seconds to wait before. `shared`: on a connection with activations."""
+    def pay(self, size: int) -> float:
+        """Ask to send `size` bytes on a connection of their own: the seconds to wait before."""
+        return self._pay(size, shared=False)
+
+    def pay_beside(self, peer: PeerId, size: int) -> float:
+        """`pay`, on a connection that also carries the activations of `peer`: slower, while there are any."""
+        return self._pay(size, shared=self.beside(peer))
+
+    def beside(self, peer: PeerId) -> bool:
+        """Whether `peer` has asked for experts just now."""
+        asked = self._active.get(peer)
+        return asked is not None and self._clock() - asked < ACTIVE
+
+    def _pay(self, size: int, *, shared: bool) -> float:
         with self._lock:
             self._paid += size
             now, wait, rate = self._clock(), 0.0, self.rate
@@ -191,8 +201,14 @@ class Uploads:
                 wait = max(wait, beside)
             return wait
 
+    # --- activations, on the event loop ---------------------------------------------------------------------------
+
+    def asked(self, peer: PeerId) -> None:
+        """An expert request has arrived: bulk makes way for its answer, and for those that follow."""
+        _remember(self._active, peer, self._clock())
+
     def served(self, rows: int, seconds: float) -> None:
-        """An expert request was answered: what bulk must not slow down."""
+        """It was answered."""
         self._samples.append(Sample(self._clock(), rows, seconds))
 
     async def run(self) -> None:
@@ -212,3 +228,11 @@ class Uploads:
             self._grant()  # uploads may have become slow
         if (old is None) is not (self._priority.limit is None):
             _log.info("uploads make way for activations" if old is None else "uploads run freely again")
+
+
+def _remember(values: OrderedDict[PeerId, T], peer: PeerId, value: T) -> None:
+    """Keep the latest value of each of so many peers."""
+    values[peer] = value
+    values.move_to_end(peer)
+    if len(values) > _MAX_REMEMBERED:
+        values.popitem(last=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,16 +21,9 @@ def swarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Swarm:
     return join(Ticket(SECRET, ()), cache=tmp_path)
 
 
-def test_threads_that_ask_for_the_same_model_share_its_statistics(swarm: Swarm) -> None:
-    with swarm, ThreadPoolExecutor(8) as threads:
-        assert len({id(stats) for stats in threads.map(lambda _: swarm.stats(MODEL), range(8))}) == 1
-
-
-def test_a_swarm_joined_again_starts_anew(swarm: Swarm) -> None:
-    with swarm:
-        before = swarm.stats(MODEL)
-    with swarm:
-        assert swarm.stats(MODEL) is not before
+def test_statistics_are_those_of_a_loaded_model(swarm: Swarm) -> None:
+    with swarm, pytest.raises(ConfigError, match="is not loaded"):
+        swarm.stats(MODEL)
 
 
 def test_before_joining_the_message_says_what_to_do(swarm: Swarm) -> None:

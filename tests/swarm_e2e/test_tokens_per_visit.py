@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.checkpoints import Checkpoints
 from support.generation import TOKENS, generate, prompt, reference_tokens
-from support.processes import Nodes
+from support.processes import Nodes, eventually
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from moehive.swarm.client import Swarm, join
@@ -75,3 +75,33 @@ def test_several_requests_share_their_passes(swarm: tuple[Swarm, str], wanted: l
     assert [list(output.generated_tokens) for output in together.values()] == alone
     # Three requests in little more than the passes of one.
     assert (trips_of(joined, model_id) - before) * 2 <= before
+
+
+def test_experts_that_pay_are_kept_and_outlive_the_swarm(
+    nodes: Nodes, checkpoints: Checkpoints, cache: Path, wanted: list[int]
+) -> None:
+    first, second = nodes.swarm(checkpoints.converted(FAMILY), "*:0-3", "*:4-7")
+    model_id = str(first.ready()["modelId"])
+    with join(first.ticket, cache=cache) as joined:
+        model, _ = joined.load(model_id, dtype=torch.float32, ram=64 << 20)
+
+        def all_here() -> bool:
+            before = trips_of(joined, model_id)
+            assert generate(model) == wanted
+            return trips_of(joined, model_id) == before
+
+        assert eventually(all_here, timeout=60)
+        first.kill()
+        second.kill()
+        assert generate(model) == wanted
+
+
+def test_what_nobody_computes_is_fetched_and_computed_here(
+    nodes: Nodes, checkpoints: Checkpoints, cache: Path, wanted: list[int]
+) -> None:
+    """A node that holds nothing to compute with still has every byte."""
+    node = nodes.start(checkpoints.converted(FAMILY), "--experts", "none")
+    with join(node.ticket, cache=cache) as joined:
+        model, _ = joined.load(str(node.ready()["modelId"]), dtype=torch.float32)
+        assert generate(model) == wanted
+        assert joined.stats(str(node.ready()["modelId"])).round_trips == 0

@@ -97,12 +97,16 @@ class TlsLink:
         filled = 0
         while filled < len(target):
             try:
-                with self._lock:  # typeshed knows neither memoryviews here nor the count that comes back
-                    filled += self._tls.read(len(target) - filled, target[filled:])  # type: ignore[operator]
+                with self._lock:  # typeshed does not know of the count that comes back where a buffer is given
+                    count: int = self._tls.read(len(target) - filled, target[filled:])  # type: ignore[assignment]
             except ssl.SSLWantReadError:
                 self._receive_raw()
-            except OSError as error:  # SSLError too; SSLZeroReturnError is an orderly end
+                continue
+            except OSError as error:  # SSLError too
                 raise PeerUnreachable(f"connection lost: {error}", peer=self.peer) from error
+            if not count:
+                raise PeerUnreachable("closed the connection", peer=self.peer)
+            filled += count
 
     def _receive_raw(self) -> None:
         try:

@@ -129,15 +129,17 @@ class Receiver:
 
     def _on_chunk(self, event: ReplyReceived, buffer: memoryview, size: int) -> bool:
         """Whether the buffer is needed for longer."""
-        request = self._ended(event.request_id) if not event.more else self._pending.get(event.request_id)
+        request = self._pending[event.request_id]
         assert isinstance(event.message, Chunk)
         assert isinstance(request, ChunkRequest)
-        request.moved = time.monotonic()
-        if request.over:
-            return False
         request.expected.accept(event.message, more=event.more, peer=self._link.peer)
-        self._delivery.chunk(request, event.message.index, buffer, size, last=not event.more)
-        return True
+        if not event.more:  # not before: a request that ends in a violation must be found among those that fail
+            self._ended(event.request_id)
+        request.moved = time.monotonic()
+        if not request.over:
+            self._delivery.chunk(request, event.message.index, buffer, size, last=not event.more)
+            return True
+        return False
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -165,6 +167,7 @@ class Receiver:
             self._call(settle, pending.done, None, error)
 
     def _fail(self, error: PeerError) -> None:
+        error.peer = error.peer or self._link.peer
         with self._lock:
             self.broken = error
             pending, self._pending = self._pending, {}

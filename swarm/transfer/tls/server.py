@@ -55,18 +55,28 @@ class BulkServer:
         listen: multiaddrs that the node listens at; the server takes the same interfaces.
         port: of all of them; 0 lets the system choose.
         agent: how this build introduces itself.
+        clock: seconds, for the expiry of tokens.
 
     Entering raises TransportError where the port is taken.
     """
 
-    def __init__(self, listen: Sequence[str], port: int, *, agent: str, shelf: Shelf, uploads: Uploads) -> None:
+    def __init__(
+        self,
+        listen: Sequence[str],
+        port: int,
+        *,
+        agent: str,
+        shelf: Shelf,
+        uploads: Uploads,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._hosts = interfaces(listen)
         self._port = port
         self._agent = agent
         self._shelf = shelf
         self._uploads = uploads
         self._certificate = Certificate()
-        self._tokens = Tokens()
+        self._tokens = Tokens(clock)
         self._readers = ThreadPoolExecutor(uploads.limits.slots, "bulk read", initializer=give_way)
         self._listeners: list[socket.socket] = []
         self._lock = threading.Lock()  # of what follows
@@ -119,7 +129,7 @@ class BulkServer:
             raise Refusal(RefusalCode.BUSY, "all bulk connections are taken", retry_after=_RETRY_AFTER)
         addresses = dict.fromkeys(filter(None, (with_port(address, self._port) for address in announced)))
         return BulkOffer(
-            addresses=tuple(addresses)[: limits.MAX_ADDRESSES],
+            addresses=tuple(addresses)[: limits.MAX_ADDRESSES] if self._listeners else (),
             fingerprint=self._certificate.fingerprint,
             token=self._tokens.issue(peer),
             lifetime=LIFETIME,
