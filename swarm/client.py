@@ -112,11 +112,12 @@ class Swarm:
         per token comes back from each peer: fast) or "rows" (every expert's row comes back and is added in the order of
         transformers: equal to it bit for bit on like machines, more bytes). Experts are never replaced or left out.
 
-        With `ram`, a budget in bytes, the experts that are worth it are fetched in the background and computed here from
-        then on; it is the same for all loads of one model.
+        With `ram`, a budget in bytes, experts that are worth it are fetched in the background and then computed here;
+        the budget is the same for all loads of one model.
 
         Waits up to `timeout` seconds for a peer that has the model. Raises ModelUnavailable, ShardUnavailable,
-        ManifestError, StorageError, TransportError, BudgetTooSmall; ConfigError for a `model` that is neither, or when not joined.
+        ManifestError, StorageError, TransportError, BudgetTooSmall; ConfigError for a `model` that is neither, or when
+        not joined.
         """
         from .loading import open_local
 
