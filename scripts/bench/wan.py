@@ -95,7 +95,7 @@ def drafted(directory: Path, rtt: float) -> dict[str, tuple[float, float]]:
     """Tokens per second and round trips per token of the demo model behind a link, by how its tokens are drafted."""
     with bundled_checkpoint() as source:
         convert(source, directory / "demo")
-    local: Any = open_local(directory / "demo")[0]
+    local: Any = open_local(directory / "demo", dtype=torch.float32)[0]
     options = (str(directory / "demo"), "--experts", "all", "--ram", "1GiB", "--threads", "1")
     found = {}
     with (
@@ -103,7 +103,7 @@ def drafted(directory: Path, rtt: float) -> dict[str, tuple[float, float]]:
         NodeProcess("node", directory / "demo-node", (*options, *link.options)) as node,
         join(node.wait_until_ready().ticket) as swarm,
     ):
-        model, tokenizer = swarm.load(directory / "demo")
+        model, tokenizer = swarm.load(directory / "demo", dtype=torch.float32)
         assert tokenizer is not None
         inputs = tokenizer(SPEECH, return_tensors="pt")
         model_id = ConvertedDirectory(directory / "demo").model_id
