@@ -47,7 +47,7 @@ class Serving:
         self._settings = settings
         self._member = member
         self._announcer = announcer
-        self.holdings = Holdings(manifest, source, on_change=self._claim)
+        self.holdings = Holdings(manifest, source, on_change=self._claim, partials=member.downloads.partials)
         self._loader = ExpertLoader(manifest, source)
         ram_budget = settings.ram if settings.ram is not None else default_ram_budget()
         self._tier = weights_tier(ram_budget)
@@ -80,19 +80,22 @@ class Serving:
                 task.cancel()
 
     async def _hold(self, on_ready: Callable[[], None]) -> None:
-        """Get what is to be held, announce it, and go on doing so."""
+        """Get what is to be held, announcing it as it comes: what is here can be used, and supplied, from the start."""
         await self._serve()
-        left = await self._acquisition.first_pass()
-        if not await self._announcer.announce():
-            _log.warning("no peer stored the first announcement; others find this node only later")
-        on_ready()
         async with task_group() as tasks:
             tasks.create_task(self._announcer.run(), name="announce")
+            left = await self._acquisition.first_pass()
+            if not await self._announcer.announce():
+                _log.warning("no peer stored the first announcement; others find this node only later")
+            on_ready()
             tasks.create_task(self._acquisition.keep_trying(left), name="fetch the rest")
             tasks.create_task(self._acquisition.verify_all(), name="verify the rest")
 
     def _claim(self) -> None:
-        self._announcer.hold(self.holdings.experts, skeleton=self.holdings.skeleton, complete=self.holdings.complete)
+        holdings = self.holdings
+        self._announcer.hold(
+            holdings.experts, skeleton=holdings.skeleton, complete=holdings.complete, loading=holdings.is_loading
+        )
 
     def _lease(self, layer: int, expert: int, dtype: torch.dtype) -> AbstractContextManager[ExpertWeights]:
         key = ExpertKey(layer, expert)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from moehive.protocol.bits import Bits, full, to_bitmap
 from moehive.protocol.chunks import ChunkList, chunk_count, chunk_range
 from moehive.protocol.codec import Message
 from moehive.protocol.errors import RefusalCode
@@ -20,8 +21,11 @@ class Shelf(Protocol):
     def chunk_list(self, object_hash: ShardHash) -> ChunkList | None:
         """The chunk list of an object; None where it is not held."""
 
+    def have(self, object_hash: ShardHash) -> Bits:
+        """Which of an object's chunks can be read now; more than it has where it is complete."""
+
     def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes | None:
-        """Verified bytes of an object; None where they are not held."""
+        """Verified bytes of an object, one whole chunk; None where they are not held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +44,19 @@ def answers(shelf: Shelf, request: Message) -> Iterator[Answer]:
             chunks = _list(shelf, object_hash)
             yield Answer(ChunkHashes(size=chunks.size), chunks.to_bytes())
         case GetHave(hash=object_hash):
-            yield Answer(Have(size=_list(shelf, object_hash).size, complete=True), b"")
+            yield _have(shelf, object_hash)
         case GetChunks():
             yield from _chunks(shelf, request)
         case _:
             raise Refusal(RefusalCode.BAD_REQUEST, f"{type(request).__name__} is not answered here")
+
+
+def _have(shelf: Shelf, object_hash: ShardHash) -> Answer:
+    size = _list(shelf, object_hash).size
+    every = full(chunk_count(size))
+    have = shelf.have(object_hash) & every
+    complete = have == every
+    return Answer(Have(size=size, complete=complete), b"" if complete else to_bitmap(have, chunk_count(size)))
 
 
 def _chunks(shelf: Shelf, request: GetChunks) -> Iterator[Answer]:
