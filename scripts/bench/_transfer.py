@@ -19,6 +19,7 @@ from pathlib import Path
 from _common import questions
 
 from moehive.node.services import ShardService
+from moehive.protocol.bits import Bits, full
 from moehive.protocol.chunks import CHUNK_SIZE, ChunkList, chunk_count
 from moehive.protocol.ids import PeerId, ShardHash
 from moehive.protocol.messages import SHARD, BulkOffer
@@ -68,6 +69,10 @@ class Shelf:
     def chunk_list(self, object_hash: ShardHash) -> ChunkList:
         """See `supply.Shelf`."""
         return self._hot if object_hash == HOT else self._store.chunk_list(object_hash)
+
+    def have(self, object_hash: ShardHash) -> Bits:
+        """See `supply.Shelf`."""
+        return full(chunk_count(self.chunk_list(object_hash).size))
 
     def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes:
         """See `supply.Shelf`. One reader at a time, here."""
