@@ -59,7 +59,7 @@ def is_genuine(key: bytes, subkey: str, record: Record) -> bool:
 class Member:
     """Membership of one swarm; an async context manager around an entered transport.
 
-    `open_channel` is the carrier of downloads; by default direct TLS, and streams of the transport where that fails.
+    `open_channel` is the carrier of downloads; default: connections of their own, or else streams of the transport.
     """
 
     def __init__(self, transport: Transport, secret: bytes, open_channel: OpenChannel | None = None) -> None:
