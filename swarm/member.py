@@ -25,9 +25,10 @@ from .standings import Standings
 from .store.content import ContentStore
 from .transfer.channel import OpenChannel
 from .transfer.downloader import Downloader
+from .transfer.opening import ChannelOpener
 from .transfer.progress import Observer
 from .transfer.sources import Source, Sources, Wanted
-from .transfer.stream_channel import stream_channels
+from .transfer.stream_channel import StreamChannel
 from .transport.base import Record, Transport
 
 _log = get_logger(__name__)
@@ -56,7 +57,7 @@ def is_genuine(key: bytes, subkey: str, record: Record) -> bool:
 class Member:
     """Membership of one swarm; an async context manager around an entered transport.
 
-    `open_channel` is the carrier of downloads; default: streams of the transport.
+    `open_channel` is the carrier of downloads; default: connections of their own, or else streams of the transport.
     """
 
     def __init__(self, transport: Transport, secret: bytes, open_channel: OpenChannel | None = None) -> None:
@@ -67,9 +68,8 @@ class Member:
         self.peers = ConnectionPool(transport, PEER, secret, self.agent)
         self.shards = ConnectionPool(transport, SHARD, secret, self.agent)
         self.experts = ConnectionPool(transport, EXPERT, secret, self.agent)
-        self.downloads = Downloader(
-            open_channel or stream_channels(self.shards), self.standings, seed=transport.peer
-        )  # fmt: skip
+        carrier = open_channel or ChannelOpener(self.shards, self.agent, StreamChannel)
+        self.downloads = Downloader(carrier, self.standings, seed=transport.peer)
         self._directories: dict[ModelId, Directory] = {}
         self._tasks = asyncio.TaskGroup()
         self._running: list[asyncio.Task[None]] = []
