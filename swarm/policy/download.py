@@ -125,6 +125,7 @@ class _Board:
         self.usable = sorted(usable, key=lambda peer: (self.queues[peer.id].when(1), peer.id))  # the soonest first
         self.items = {peer.id: self._items_for(peer.id) for peer in usable}
         self.room = {peer.id: self._room(peer) for peer in usable}
+        self.asked: set[PeerId] = set()
         self.watching = False
 
     def _items_for(self, peer: PeerId) -> list[Item]:
@@ -145,6 +146,7 @@ class _Board:
         self.room[ask.peer] -= ask.count
         self.left -= ask.count
         self.owned[ask.item] |= span(ask.first, ask.count)
+        self.asked.add(ask.peer)
         return ask
 
     def open(self, item: Item) -> Bits:
@@ -169,6 +171,7 @@ class _Board:
         now = self.facts.now
         times = [peer.ready_at for peer in self.facts.peers if peer.ready_at > now]
         times += [late_at(self.peers[peer].pace, flights) for peer, flights in self.flights.items() if flights]
+        times += [now + self.peers[peer].pace.timeout for peer in self.asked]
         if self.watching:
             times.append(now + LOOK_AGAIN)
         return min(times, default=math.inf)

@@ -103,10 +103,17 @@ class Download:
             news.set()
 
         for peer in choose(self._candidates(sources), self._engine.now, self._key):
-            if peer not in self._contacts and not self._engine.traffic.is_used(peer, self._key):
+            if peer not in self._contacts and not self._is_served_by(peer):
                 contact = tasks.create_task(self._use(peer, sources[peer]), name=f"contact {peer}")
                 contact.add_done_callback(partial(made, peer))
                 self._contacts[peer] = contact
+
+    def _is_served_by(self, peer: PeerId) -> bool:
+        """Whether there is nothing to ask a peer for, beyond what the engine asks."""
+        traffic = self._engine.traffic
+        if self._chunks.done():
+            return traffic.is_used(peer, self._key)
+        return traffic.refuses(peer, self._key, self._engine.now)
 
     def _candidates(self, sources: Sources) -> dict[PeerId, Candidate]:
         traffic = self._engine.traffic

@@ -106,7 +106,7 @@ class Engine:
         """The channel to a peer, which is used for an object from now on. Raises PeerError."""
         channel = await self._channels.get(peer, source)
         self.traffic.offers(peer, key, self.now, partial=source.partial)
-        self._changed.set()
+        self._may_go_on(key)
         return channel
 
     def is_connected(self, peer: PeerId) -> bool:
@@ -115,7 +115,12 @@ class Engine:
 
     def is_stuck(self, key: ItemKey) -> bool:
         """Whether nothing is under way, nobody can be asked for anything now, and no answer is outstanding."""
-        return key in self._stuck and not self.traffic.due and not self.traffic.is_asking(key)
+        return key in self._stuck and not self.traffic.is_asking(key)
+
+    def _may_go_on(self, key: ItemKey) -> None:
+        """Somebody new may be asked for an object; if that is not so, the next steps say it again."""
+        self._stuck -= {key}
+        self._changed.set()
 
     async def work(self, job: Job) -> None:
         """Return when every chunk is in the sink; nothing is written to it afterwards. Raises LocalError."""
@@ -225,8 +230,7 @@ class Engine:
             self.traffic.answered(peer, self.now - asked)
             bits = EVERYTHING if have is None else from_indices(have)
             self.traffic.claimed(peer, key, bits, self.now)
-        self._tell_everybody()
-        self._changed.set()
+        self._may_go_on(key)
 
     # --- channels -------------------------------------------------------------------------------------------------
 

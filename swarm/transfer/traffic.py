@@ -176,6 +176,11 @@ class Traffic:
         """Whether a connected peer is known to have, or being asked for what it has of, an object."""
         return peer in self._peers and peer in self._items[key].claims
 
+    def refuses(self, peer: PeerId, key: ItemKey, now: float) -> bool:
+        """Whether a peer said, not long ago, that it has nothing of an object."""
+        claim = self._items[key].claims.get(peer)
+        return claim is not None and not claim.have and claim.ask_at is not None and claim.ask_at > now
+
     def is_asking(self, key: ItemKey) -> bool:
         """Whether a peer has not answered yet what it has of an object."""
         return any(asked == key for _, asked in self._asking)
@@ -316,7 +321,7 @@ class Traffic:
 
     def _ask_what_they_have(self, now: float) -> Iterator[tuple[PeerId, ItemKey]]:
         for key, item in self._items.items():
-            for peer, claim in item.claims.items():
+            for peer, claim in item.claims.items() if item.chunks else ():
                 due = claim.ask_at is not None and claim.ask_at <= now
                 if due and peer in self._peers and self.ready_at(peer) <= now:
                     item.claims[peer] = replace(claim, ask_at=now + ASK_AGAIN)  # unless the answer says more
@@ -329,6 +334,7 @@ class Traffic:
                 max(claim.ask_at, self.ready_at(peer))
                 for item in self._items.values()
                 for peer, claim in item.claims.items()
+                if item.chunks
                 if claim.ask_at is not None and peer in self._peers
             ),
             default=math.inf,

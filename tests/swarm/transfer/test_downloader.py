@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from support.sources import FakeSource, World, downloading, make_data
-from support.swarm_fakes import identity
+from support.sources import FakeSource, OwnShelf, World, downloading, make_data
+from support.swarm_fakes import identity, supplying
 
 from moehive.protocol.chunks import CHUNK_SIZE, ChunkList
 from moehive.protocol.errors import DiskFull, ManifestError, RefusalCode, ShardUnavailable, TransportError
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.transfer.progress import TransferProgress
-from moehive.swarm.transfer.sources import Sources, Wanted
+from moehive.swarm.transfer.sources import Source, Sources, Wanted
 
 DATA = make_data(12)
 CHUNKS = ChunkList.of(DATA)
@@ -277,6 +277,22 @@ async def test_what_is_being_downloaded_can_be_supplied(world: World) -> None:
             assert await fetching == DATA
     assert partials.chunk_list(root) is None
     assert partials.have(root) == 0
+
+
+async def test_two_downloaders_help_each_other(world: World, tmp_path: Path) -> None:
+    """Each has a source with one half, and the other downloader: what that one has got so far is enough."""
+    halves = [frozenset(range(6)), frozenset(range(6, 13))]
+    async with downloading(tmp_path / "other", speed=20.0) as other:
+        for one, two, half, key in ((world, other, halves[0], A), (other, world, halves[1], B)):
+            one.sources[key.peer] = Source(partial=True)
+            one.sources[identity(20).peer] = Source(partial=True)
+        async with (
+            world.source(A, FakeSource(DATA, have=halves[0]), partial=True),
+            other.source(B, FakeSource(DATA, have=halves[1]), partial=True),
+            supplying(world.network, identity(20), OwnShelf(other)),
+            supplying(other.network, identity(20), OwnShelf(world)),
+        ):
+            assert await asyncio.gather(world.fetch(DATA), other.fetch(DATA)) == [DATA, DATA]
 
 
 # --- many ---------------------------------------------------------------------------------------------------------
