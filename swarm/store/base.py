@@ -52,11 +52,13 @@ class DiskBudgetFull(DiskFull):
     def __init__(self, root: Path, object_hash: ShardHash, *, needed: int, used: int, budget: int) -> None:
         super().__init__(
             f"store {root}: the disk budget is {format_size(budget)}, {format_size(used)} are used, and object "
-            f"{object_hash} needs {format_size(needed)} more; raise the budget (--disk) or delete objects"
+            f"{object_hash} needs {format_size(needed)} more; raise the budget (--disk), or make room: "
+            "moehive store prune --help"
         )
         self.needed = needed  # bytes
         self.used = used
         self.budget = budget
+        self.short = used + needed - budget  # what has to go
 
 
 class PartialBusy(StorageError):

@@ -73,6 +73,12 @@ class FileSystem(Protocol):
     def unlink(self, path: Path) -> None:
         """Remove a name; one that is gone already is fine."""
 
+    def modified(self, path: Path) -> float | None:
+        """When the file was last written to or touched, in seconds since the epoch; None where there is none."""
+
+    def touch(self, path: Path, seconds: float) -> None:
+        """Set what `modified` says. Never durable by itself."""
+
 
 class LocalFileSystem:
     """The operating system's."""
@@ -167,6 +173,17 @@ class LocalFileSystem:
     def unlink(self, path: Path) -> None:
         """See FileSystem."""
         path.unlink(missing_ok=True)
+
+    def modified(self, path: Path) -> float | None:
+        """See FileSystem."""
+        try:
+            return os.stat(path).st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def touch(self, path: Path, seconds: float) -> None:
+        """See FileSystem."""
+        os.utime(path, (seconds, seconds))
 
 
 LOCAL = LocalFileSystem()

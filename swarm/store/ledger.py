@@ -96,7 +96,8 @@ class Ledger:
         self._make_directory(self._layout.object(object_hash).parent)
 
     def _prepare(self) -> None:
-        for directory in (self._layout.root, self._layout.objects, self._layout.partials):
+        layout = self._layout
+        for directory in (layout.root, layout.objects, layout.partials, layout.pins, layout.uses):
             self._make_directory(directory)
 
     def _make_directory(self, path: Path) -> None:
