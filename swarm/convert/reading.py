@@ -36,6 +36,9 @@ class SourceReader(Protocol):
     def read(self, span: Span) -> bytearray:
         """A small span as bytes. Raises CheckpointError."""
 
+    def close(self) -> None:
+        """Close what is open; whatever is read afterwards is opened again."""
+
 
 class SourceFiles:
     """A SourceReader over a directory. Use as a context manager."""
@@ -52,6 +55,10 @@ class SourceFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """See SourceReader."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
