@@ -16,6 +16,7 @@ from moehive.protocol.limits import MAX_MANIFEST_BYTES
 from moehive.protocol.manifest import MANIFEST_START, Manifest
 from moehive.swarm.policy.eviction import ObjectFacts, Rank
 
+from .base import NotHeld
 from .content import ContentStore
 from .filesystem import LOCAL, FileSystem, storage_errors
 from .keeping import Kept
@@ -99,6 +100,8 @@ class Cataloguer:
             for key in objects:
                 try:
                     manifest = self._manifest(key, objects[key])
+                except NotHeld:  # deleted since
+                    continue
                 except (ManifestError, StorageError) as error:
                     unreadable[key] = str(error)
                 else:
@@ -118,8 +121,8 @@ class Cataloguer:
 
     def _starts_as_manifest(self, key: ShardHash) -> bool:
         path = self._store.path(key)
-        if path is None:  # deleted since
-            return False
+        if path is None:
+            raise NotHeld(key)
         with storage_errors("read", path):
             fd = self._fs.open_read(path)
             try:

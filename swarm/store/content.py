@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from moehive.protocol.chunks import Buffer, ChunkList, chunk_count, chunk_hash, chunk_range
+from moehive.protocol.chunks import Buffer, ChunkList, chunk_range
 from moehive.protocol.errors import StorageError
 from moehive.protocol.ids import ModelId, ShardHash, is_hash
 from moehive.protocol.limits import MAX_MANIFEST_BYTES, MAX_SHARD_BYTES
@@ -139,31 +139,6 @@ class ContentStore:
                     partial.write_chunk(index, view[offset : offset + length])
             partial.commit()
         return object_hash
-
-    def build(self, object_hash: ShardHash, size: int, blocks: Iterable[Buffer]) -> Path:
-        """Store an object whose chunk hashes nobody knows before its bytes are there; its final path.
-
-        `blocks` are its chunks from the first to the last, valid until the next one is asked for; where the object is
-        held already, none is asked for. Nothing is visible before all of it is verified. Raises WrongBytes where they
-        are not the object, DiskFull, PartialBusy, StorageError, and what `blocks` raises.
-        """
-        fd, path = self.open_file(object_hash, size)
-        if fd is None:
-            return path
-        hashes: list[bytes] = []
-        try:
-            for block in blocks:
-                with storage_errors("write", path):
-                    self._fs.pwrite(fd, block, chunk_range(len(hashes), size)[0])
-                hashes.append(chunk_hash(block))
-        finally:
-            self._fs.close(fd)
-        chunks = ChunkList(size, tuple(hashes))
-        if len(hashes) != chunk_count(size) or chunks.root != object_hash:
-            self.drop_partial(object_hash)
-            raise WrongBytes(f"{len(hashes)} chunks that were made here are not object {object_hash}")
-        with self.open_partial(object_hash, chunks) as partial:  # which reads it all back
-            return partial.commit()
 
     def delete(self, object_hash: ShardHash) -> bool:
         """Remove a finished object; whether there was one. Open files go on being readable. Raises StorageError."""

@@ -132,7 +132,7 @@ def test_bytes_that_change_after_they_were_verified_do_not_leave(
 
 
 def test_the_checkpoint_of_another_model_is_refused_with_what_differs(checkpoints: Checkpoints) -> None:
-    with pytest.raises(SeedChanged, match="another model than .*: its model_type is qwen3_moe, not mixtral"):
+    with pytest.raises(SeedChanged, match=r"another model than .*: its model_type is qwen3_moe, not mixtral"):
         open_seed(parse_seed(str(checkpoints.source("qwen3_moe"))), manifest_of(checkpoints, "mixtral"))
 
 
