@@ -82,7 +82,7 @@ class Swarm:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             portal = stack.enter_context(start_blocking_portal("asyncio"))
-            member = stack.enter_context(portal.wrap_async_context_manager(_membership(self._ticket)))
+            member = stack.enter_context(portal.wrap_async_context_manager(membership(self._ticket)))
             self._stack = stack.pop_all()
         self._portal, self._member, self._callers = portal, member, {}
         return self
@@ -177,7 +177,8 @@ class Swarm:
 
 
 @asynccontextmanager
-async def _membership(ticket: Ticket) -> AsyncIterator[Member]:
+async def membership(ticket: Ticket) -> AsyncIterator[Member]:
+    """A member of a ticket's swarm that listens nowhere. Raises PeerUnreachable, TransportError."""
     async with _client_transport(ticket) as transport, Member(transport, ticket.secret) as member:
         yield member
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from moehive.protocol.errors import ManifestError, StorageError
 from moehive.protocol.ids import ModelId, ShardHash
 from moehive.protocol.limits import MAX_MANIFEST_BYTES
-from moehive.protocol.manifest import MANIFEST_START, Manifest
+from moehive.protocol.manifest import MANIFEST_NAME, MANIFEST_START, Manifest
 from moehive.swarm.policy.eviction import ObjectFacts, Rank
 
 from .base import NotHeld
@@ -56,6 +56,18 @@ class Catalogue:
     def claimed(self) -> frozenset[ShardHash]:
         """The objects that some model is known to consist of."""
         return frozenset().union(*self.members.values())
+
+    def name_of(self, object_hash: ShardHash) -> str:
+        """What people call an object: a model and a file of it."""
+        return self._names.get(object_hash, f"object {object_hash}")
+
+    @cached_property
+    def _names(self) -> Mapping[ShardHash, str]:
+        names = {}
+        for model, manifest in self.models.items():
+            names[ShardHash(model)] = f"{manifest.model.name}/{MANIFEST_NAME}"
+            names.update((shard.hash, f"{manifest.model.name}/{shard.file}") for shard in manifest.shards)
+        return names
 
     def is_pinned(self, object_hash: ShardHash) -> bool:
         """Whether a pinned model may need an object: one of which nothing is known may need any that nobody claims."""

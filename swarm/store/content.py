@@ -51,6 +51,11 @@ class ContentStore:
         self._bad: set[ShardHash] = set()  # corrupt, and could not be moved away
         self._reader = VerifiedFiles(self.path, self.quarantine, fs=fs)
 
+    @property
+    def root(self) -> Path:
+        """The store's directory."""
+        return self._layout.root
+
     # --- looking --------------------------------------------------------------------------------------------------
 
     def path(self, object_hash: ShardHash) -> Path | None:

@@ -7,9 +7,10 @@ all costs worse evictions, never a wrong byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from types import TracebackType
 
 from moehive.protocol.errors import StorageError
 from moehive.protocol.ids import ModelId, ShardHash, is_hash
@@ -38,24 +39,12 @@ class Keeping:
         self._clock = clock
         self._uses = Uses(layout, fs)
 
-    @contextmanager
-    def use(self, objects: Collection[ShardHash]) -> Iterator[None]:
+    def use(self, objects: Collection[ShardHash]) -> AbstractContextManager[None]:
         """Keep every process from evicting `objects`, held already or not, while the context lasts.
 
-        The end of this process ends it too, however it comes. Raises StorageError.
+        The end of this process ends it too, however it comes. Entering raises StorageError.
         """
-        if not objects:
-            yield
-            return
-        with self._ledger.locked(change=False):
-            fd, path = self._uses.begin(objects)
-        self._touch(objects)
-        try:
-            yield
-        finally:
-            self._touch(objects)
-            with suppress(StorageError):  # without its lock the file means nothing, and whoever finds it removes it
-                self._uses.end(fd, path)
+        return _Use(self, objects)
 
     def now(self) -> Kept:
         """Pins and uses, this process' own included. Raises StorageError."""
@@ -93,6 +82,21 @@ class Keeping:
             self._fs.fsync_dir(path.parent)
         return pinned
 
+    # --- what a use asks ------------------------------------------------------------------------------------------
+
+    def begin_use(self, objects: Collection[ShardHash]) -> Callable[[], None]:
+        """Begin a use; what ends it."""
+        with self._ledger.locked(change=False):
+            fd, path = self._uses.begin(objects)
+        self._touch(objects)
+
+        def end() -> None:
+            self._touch(objects)
+            with suppress(StorageError):  # without its lock the file means nothing, and whoever finds it removes it
+                self._uses.end(fd, path)
+
+        return end
+
     # --- parts ----------------------------------------------------------------------------------------------------
 
     def _pins(self) -> frozenset[ModelId]:
@@ -104,3 +108,22 @@ class Keeping:
         for object_hash in objects:
             with suppress(OSError):  # not here yet; or the file is another user's
                 self._fs.touch(self._layout.object(object_hash), now)
+
+
+class _Use:
+    """One use, as a context. Not a generator: one that is dropped ends nothing before its process does."""
+
+    def __init__(self, keeping: Keeping, objects: Collection[ShardHash]) -> None:
+        self._keeping = keeping
+        self._objects = objects
+        self._end: Callable[[], None] | None = None
+
+    def __enter__(self) -> None:
+        if self._objects:
+            self._end = self._keeping.begin_use(self._objects)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._end is not None:
+            self._end()

@@ -131,6 +131,17 @@ class FaultyFileSystem:
         if offset < len(node.durable):
             node.durable[offset] ^= 1
 
+    def lose(self, below: Path) -> None:
+        """Delete every file below a directory, as a user might: at once, durably, and whoever has it open keeps it."""
+        for names in (self._names, self._durable_names):
+            for path in [path for path, node in names.items() if node is not None and path.is_relative_to(below)]:
+                del names[path]
+        self._pending = [
+            change
+            for change in self._pending
+            if not any(path is not None and path.is_relative_to(below) for path in (change.source, change.target))
+        ]
+
     # --- FileSystem -----------------------------------------------------------------------------------------------
 
     def mkdir(self, path: Path) -> bool:
