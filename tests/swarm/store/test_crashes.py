@@ -161,7 +161,7 @@ class KeepingUnderFire(StoreUnderFire):
 
     @rule(process=st.integers(0, 1))
     def announce(self, process: int) -> None:
-        store = self.stores[process]
+        store = self.stores[process] = make_store(self.fs)  # a node that has just started: it knows nothing yet
         context = store.keeping.use(HASHES)
         if not self.attempt(context.__enter__):
             return
