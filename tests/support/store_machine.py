@@ -173,6 +173,12 @@ class StoreUnderFire(RuleBasedStateMachine):
             self.durable.add(LISTS[which].root)
 
     @rule(process=st.integers(0, 1), which=WHICH)
+    def put(self, process: int, which: int) -> None:
+        """A whole download, so that there usually is something to lose."""
+        if which not in self.partials and self.attempt(lambda: download(self.stores[process], which), uncertain=which):
+            self.durable.add(HASHES[which])
+
+    @rule(process=st.integers(0, 1), which=WHICH)
     def delete(self, process: int, which: int) -> None:
         self.durable.discard(LISTS[which].root)
         self.attempt(lambda: self.stores[process].delete(LISTS[which].root))
