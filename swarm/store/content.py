@@ -212,6 +212,7 @@ class ContentStore:
         fs, path = self._fs, self._layout.partial(object_hash)
         with self._ledger.locked(change=True):
             if self.has(object_hash):
+                self._sync_name(object_hash)  # whoever published it may have been killed, or have failed, before that
                 return None, self._layout.object(object_hash)
             fresh = object_hash not in self._ledger.partials
             self._ledger.reserve(object_hash, size)
@@ -241,8 +242,7 @@ class ContentStore:
             self._ledger.objects[object_hash] = chunks.size
             self._bad.discard(object_hash)
             self._reader.remember(chunks)
-        with storage_errors("sync", path.parent):
-            self._fs.fsync_dir(path.parent)
+        self._sync_name(object_hash)
         return path
 
     def discard(self, object_hash: ShardHash) -> None:
@@ -253,6 +253,12 @@ class ContentStore:
             self._ledger.partials.pop(object_hash, None)
 
     # --- parts ----------------------------------------------------------------------------------------------------
+
+    def _sync_name(self, object_hash: ShardHash) -> None:
+        """Make an object's final name durable."""
+        with storage_errors("sync", path := self._layout.object(object_hash).parent):
+            self._ledger.make_fan_out(object_hash)
+            self._fs.fsync_dir(path)
 
     def _evict(self, victim: ShardHash) -> int:
         """Inside the ledger's lock: bytes freed."""
