@@ -88,12 +88,14 @@ class _Download:
 class StoreUnderFire(RuleBasedStateMachine):
     """Two processes on one store: downloads, reads, deletions, bit rot, faults, kills and power cuts in any order."""
 
-    @initialize(seed=st.integers(0, 1 << 30))
-    def boot(self, seed: int) -> None:
+    @initialize(seed=st.integers(0, 1 << 30), filled=st.booleans())
+    def boot(self, seed: int, filled: bool) -> None:
         self.fs = FaultyFileSystem(HOME, seed=seed)
         self.durable: set[ShardHash] = set()  # committed, and not deleted since
         self.rotten: set[ShardHash] = set()  # a bit was flipped in a final file, which a power cut may bring back
         self.start_processes()
+        for which in range(len(OBJECTS) * filled):
+            self.put(0, which)
 
     def start_processes(self) -> None:
         """Two that have just begun."""
