@@ -138,12 +138,13 @@ class KeepingUnderFire(StoreUnderFire):
     Each process is a node that announces what it has verified, and uses it for as long as it does so.
     """
 
+    pinned = False  # for sure: a pin that failed half-way may be there too
+
     def start_processes(self) -> None:
         super().start_processes()
         self.uses: list[_Use] = []
         self.holdings: list[Holdings | None] = [None, None]
         self.deleted: set[ShardHash] = set()  # by a user who does not ask, since they were announced
-        self.pinned = False
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
