@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from functools import partial
+from pathlib import Path
 
-from moehive.protocol.errors import ShardUnavailable, StorageError
+from moehive.protocol.errors import StorageError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import ShardEntry
 from moehive.swarm.directory import Holders
-from moehive.swarm.fetch import Fetcher
 from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
-from moehive.swarm.policy.placement import fill_budget
+from moehive.swarm.policy.placement import fill_budget, rarest_first
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.store.content import ContentStore
+from moehive.swarm.transfer.sources import Wanted
 
 from .holdings import Holdings
 from .selection import AUTO, parse_selection
@@ -49,16 +49,15 @@ class Acquisition:
 
     async def first_pass(self) -> list[ShardEntry]:
         """Hold what can be had now; returns what could not. Raises ConfigError, DiskFull, StorageError."""
-        wanted = [self._manifest.experts[key] for key in sorted(await self._select())]
-        if self._settings.skeleton:
-            wanted += self._manifest.skeleton
         if not isinstance(self._source, ContentStore):  # a converted directory is not added to
-            await asyncio.to_thread(self._holdings.verify, wanted)  # which names what is missing
+            await asyncio.to_thread(self._holdings.verify, await self._choose())  # which names what is missing
             return []
-        here = [shard for shard in wanted if self._source.path(shard.hash) is not None]
-        await asyncio.to_thread(self._holdings.verify, here)
-        left = [shard for shard in wanted if self._source.path(shard.hash) is None]  # corrupt ones too
-        return await self._fetch(self._source, left, FIRST_TRY)
+        with self._holdings.loading():
+            wanted = await self._choose()
+            here = [shard for shard in wanted if self._source.path(shard.hash) is not None]
+            await asyncio.to_thread(self._holdings.verify, here)
+            left = [shard for shard in wanted if self._source.path(shard.hash) is None]  # corrupt ones too
+            return await self._fetch(self._source, left, FIRST_TRY)
 
     async def keep_trying(self, left: list[ShardEntry]) -> None:
         """Fetch what is left as soon as somebody can supply it; gives up where this machine's disk does."""
@@ -66,7 +65,8 @@ class Acquisition:
             assert isinstance(self._source, ContentStore)
             await asyncio.sleep(TRY_AGAIN)
             try:
-                left = await self._fetch(self._source, left, 0.0)
+                with self._holdings.loading():
+                    left = await self._fetch(self._source, left, 0.0)
             except StorageError as error:  # what is held already is served all the same
                 _log.error("no more shards are fetched", left=len(left), reason=str(error))
                 return
@@ -77,6 +77,14 @@ class Acquisition:
             return
         if all(self._source.path(shard.hash) is not None for shard in self._manifest.shards):
             await asyncio.to_thread(self._holdings.verify_seed)
+
+    async def _choose(self) -> list[ShardEntry]:
+        """What is to be held: what the swarm lacks most, and what others who load now do not begin with, comes first."""
+        selected = await self._select()
+        replicas = self._member.directory(self._manifest.model_id).holders.replicas
+        order = rarest_first(selected, replicas, seed=self._member.transport.peer)
+        experts = [self._manifest.experts[key] for key in order]
+        return [*experts, *self._manifest.skeleton] if self._settings.skeleton else experts
 
     async def _select(self) -> frozenset[ExpertKey]:
         if self._settings.experts != AUTO:
@@ -112,18 +120,18 @@ class Acquisition:
     async def _fetch(self, store: ContentStore, shards: Sequence[ShardEntry], timeout: float) -> list[ShardEntry]:
         """Fetch and hold; returns what nobody could supply. `timeout`: seconds to wait for suppliers, once for all."""
         directory = self._member.directory(self._manifest.model_id)
-        fetcher = Fetcher(self._member.shards, self._member.standings, store)
-        left = []
-        for number, shard in enumerate(shards, start=1):
-            try:
-                await fetcher.fetch(
-                    shard.hash, partial(self._member.sources, directory, shard), name=shard.file, timeout=timeout
-                )
-            except ShardUnavailable as error:
-                _log.warning("shard not available yet; trying again later", file=shard.file, reason=str(error))
-                left.append(shard)
-                timeout = 0.0  # we have waited: whoever has one of the others is known by now
-            else:
-                self._holdings.add(shard)
-                _log.info("shard fetched", file=shard.file, number=number, of=len(shards))
-        return left
+        entries = {shard.hash: shard for shard in shards}
+        wanted = [self._member.wanted(directory, shard) for shard in entries.values()]
+        done = 0
+
+        def fetched(what: Wanted, path: Path) -> None:
+            nonlocal done
+            done += 1
+            self._holdings.add(entries[what.hash])
+            _log.info("shard fetched", file=what.name, number=done, of=len(entries))
+
+        failures = await self._member.downloads.fetch_many(wanted, store, timeout=timeout, on_done=fetched)
+        for object_hash, error in failures.items():
+            file = entries[object_hash].file
+            _log.warning("shard not available yet; trying again later", file=file, reason=str(error))
+        return [entries[object_hash] for object_hash in failures]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
+from moehive.protocol.bits import Bits
 from moehive.protocol.chunks import ChunkList
 from moehive.protocol.errors import CorruptShard, StorageError
 from moehive.protocol.ids import ExpertKey, ShardHash
 from moehive.protocol.manifest import Manifest, ShardEntry
 from moehive.swarm.log import get_logger
+from moehive.swarm.policy.claims import EVERYTHING
 from moehive.swarm.store.base import NotHeld, ObjectSource
+from moehive.swarm.transfer.partials import Partials
 
+TELL_EVERY = 1.0  # seconds: thousands of shards are not to be announced one by one
 T = TypeVar("T")
 _log = get_logger(__name__)
 
@@ -22,12 +28,21 @@ class Holdings:
     `verify` and the reading methods block and belong into threads; the rest is cheap.
     """
 
-    def __init__(self, manifest: Manifest, source: ObjectSource, *, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        source: ObjectSource,
+        *,
+        on_change: Callable[[], None],
+        partials: Partials | None = None,
+    ) -> None:
         self.manifest = manifest
         self._source = source
         self._on_change = on_change
+        self._partials = partials or Partials()  # what is being downloaded: its verified chunks are supplied too
         self._verified: dict[ShardHash, ShardEntry] = {}  # held: announced and computed with
         self._seed: set[ShardHash] = set()  # beyond that verified, and supplied to others
+        self._loading = 0  # passes of fetching that are under way
 
     @property
     def experts(self) -> frozenset[ExpertKey]:
@@ -49,13 +64,30 @@ class Holdings:
         """Whether every shard of the model can be fetched here."""
         return all(shard.hash in self._verified or shard.hash in self._seed for shard in self.manifest.shards)
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether more is being fetched, of which parts may be supplied already."""
+        return self._loading > 0
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """More is being fetched while the body runs."""
+        self._loading += 1
+        self._on_change()
+        try:
+            yield
+        finally:
+            self._loading -= 1
+            self._on_change()
+
     def holds(self, layer: int, expert: int) -> bool:
         """Whether an expert can be computed here."""
         shard = self.manifest.experts.get(ExpertKey(layer, expert))
         return shard is not None and shard.hash in self._verified
 
     def verify(self, shards: Iterable[ShardEntry]) -> None:
-        """Hash shards and hold those that are right; the others are left out, loudly."""
+        """Hash shards and hold those that are right; the others are left out, loudly. What is right is told as it goes."""
+        told = time.monotonic()
         for shard in shards:
             try:
                 self._source.chunk_list(shard.hash)
@@ -65,6 +97,9 @@ class Holdings:
                 _log.error("shard is unusable: not announced", file=shard.file, reason=str(error))
             else:
                 self._verified[shard.hash] = shard
+            if time.monotonic() - told >= TELL_EVERY:
+                self._on_change()
+                told = time.monotonic()
         self._on_change()
 
     def verify_seed(self) -> None:
@@ -95,16 +130,25 @@ class Holdings:
     # --- serving --------------------------------------------------------------------------------------------------
 
     def chunk_list(self, object_hash: ShardHash) -> ChunkList | None:
-        """The chunk list of an object that may be served; None where it is not held."""
-        return self._guarded(object_hash, lambda: self._source.chunk_list(object_hash))
+        """The chunk list of an object that may be served; None where nothing of it is held."""
+        held = self._guarded(object_hash, lambda: self._source.chunk_list(object_hash))
+        return held or self._partials.chunk_list(object_hash)
+
+    def have(self, object_hash: ShardHash) -> Bits:
+        """Which of an object's chunks may be served now."""
+        return EVERYTHING if self._is_held(object_hash) else self._partials.have(object_hash)
 
     def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes | None:
-        """Verified bytes of an object that may be served; None where it is not held."""
-        return self._guarded(object_hash, lambda: self._source.read_range(object_hash, offset, length))
+        """Verified bytes of an object that may be served; None where they are not held."""
+        held = self._guarded(object_hash, lambda: self._source.read_range(object_hash, offset, length))
+        return held if held is not None else self._partials.read_range(object_hash, offset, length)
+
+    def _is_held(self, object_hash: ShardHash) -> bool:
+        held = object_hash in self._verified or object_hash in self._seed
+        return held or object_hash == ShardHash(self.manifest.model_id)
 
     def _guarded(self, object_hash: ShardHash, read: Callable[[], T]) -> T | None:
-        held = object_hash in self._verified or object_hash in self._seed
-        if not held and object_hash != ShardHash(self.manifest.model_id):
+        if not self._is_held(object_hash):
             return None
         try:
             return read()

@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from moehive.protocol import limits
-from moehive.protocol.chunks import chunk_count, chunk_range
 from moehive.protocol.codec import Message
 from moehive.protocol.errors import RefusalCode
-from moehive.protocol.ids import PeerId, ShardHash
+from moehive.protocol.ids import PeerId
 from moehive.protocol.messages import (
-    Chunk,
-    ChunkHashes,
+    BulkOffer,
     ExpertsDone,
-    GetChunkList,
-    GetChunks,
     GetInventory,
     GetLoad,
     Inventory,
     Load,
+    OpenBulk,
     RunExperts,
 )
 from moehive.swarm.dispatch.request import tensor_bytes
 from moehive.swarm.rpc.server import Refusal, Reply
+from moehive.swarm.transfer.supply import Shelf, answers
+from moehive.swarm.transfer.uploads import Uploads
 
 from .compute import Work
 from .holdings import Holdings
 from .worker import ComputeWorker
 
-UPLOAD_SLOTS = 8  # chunk requests answered at the same time; more are told to come back
-UPLOAD_RETRY = 0.2  # seconds
-
 
 class ExpertService:
-    """/moehive/expert: runs experts that this node holds."""
+    """/moehive/expert: runs experts that this node holds, and tells `uploads`, which make way for that."""
 
-    def __init__(self, holdings: Holdings, worker: ComputeWorker) -> None:
+    def __init__(self, holdings: Holdings, worker: ComputeWorker, uploads: Uploads | None = None) -> None:
         self._holdings = holdings
         self._worker = worker
+        self._uploads = uploads or Uploads()
         self._leaving = False
         self._answering = 0  # requests that were accepted and whose answer is not written yet
         self._answered = asyncio.Event()
@@ -56,9 +54,12 @@ class ExpertService:
     async def __call__(self, peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
         """Answer one RunExperts."""
         assert isinstance(message, RunExperts)
+        started = time.monotonic()
+        self._uploads.asked(peer)
         self._answering += 1
         try:
             await self._run(message, payload, reply)
+            self._uploads.served(message.rows, time.monotonic() - started)
         finally:
             self._answering -= 1
             self._answered.set()
@@ -91,55 +92,36 @@ class ExpertService:
 
 
 class ShardService:
-    """/moehive/shard: bytes of objects that this node holds."""
+    """/moehive/shard: bytes of objects that this node holds, and the offer of a faster way to them."""
 
-    def __init__(self, holdings: Holdings) -> None:
-        self._holdings = holdings
-        self._slots = asyncio.Semaphore(UPLOAD_SLOTS)
-        self.bytes_sent = 0
+    def __init__(self, shelf: Shelf, uploads: Uploads, offer: Callable[[PeerId], BulkOffer]) -> None:
+        self._shelf = shelf
+        self._uploads = uploads
+        self._offer = offer
 
     async def __call__(self, peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
-        """Answer GetChunkList or GetChunks."""
-        if self._slots.locked():
-            raise Refusal(RefusalCode.BUSY, f"{UPLOAD_SLOTS} uploads are running", retry_after=UPLOAD_RETRY)
-        async with self._slots:
-            if isinstance(message, GetChunkList):
-                await self._send_list(message, reply)
-            else:
-                assert isinstance(message, GetChunks)
-                await self._send_chunks(message, reply)
-
-    async def _send_list(self, message: GetChunkList, reply: Reply) -> None:
-        chunks = await asyncio.to_thread(self._holdings.chunk_list, message.hash)
-        if chunks is None:
-            raise _not_held(message.hash)
-        await reply(ChunkHashes(size=chunks.size), (chunks.to_bytes(),))
-
-    async def _send_chunks(self, message: GetChunks, reply: Reply) -> None:
-        chunks = await asyncio.to_thread(self._holdings.chunk_list, message.hash)
-        if chunks is None:
-            raise _not_held(message.hash)
-        stop = message.first + message.count
-        if stop > chunk_count(chunks.size):
-            raise Refusal(RefusalCode.BAD_REQUEST, f"the object has {chunk_count(chunks.size)} chunks")
-        for index in range(message.first, stop):
-            offset, length = chunk_range(index, chunks.size)
-            data = await asyncio.to_thread(self._holdings.read_range, message.hash, offset, length)
-            if data is None:
-                raise _not_held(message.hash)
-            await reply(Chunk(index=index), (data,), more=index + 1 < stop)
-            self.bytes_sent += length
+        """Answer one request of the protocol: each answer has a turn of its own."""
+        if isinstance(message, OpenBulk):
+            await reply(self._offer(peer))
+            return
+        coming, more = answers(self._shelf, message), True
+        while more:
+            async with self._uploads.turn(peer):
+                answer = await asyncio.to_thread(next, coming)
+                await reply(answer.message, (answer.payload,), more=answer.more)
+            self._uploads.sent(answer)
+            more = answer.more
 
 
 class PeerService:
     """/moehive/peer: what this node holds and how busy it is."""
 
     def __init__(
-        self, holdings: Holdings, worker: ComputeWorker, shards: ShardService, record: Callable[[], bytes]
+        self, holdings: Holdings, worker: ComputeWorker, uploads: Uploads, record: Callable[[], bytes]
     ) -> None:
         self._holdings = holdings
         self._worker = worker
-        self._shards = shards
+        self._uploads = uploads
         self._record = record  # the signed announcement as of now
 
     async def __call__(self, peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
@@ -158,9 +140,5 @@ class PeerService:
             queued_requests=facts.requests,
             expected_wait=min(facts.expected_wait, limits.MAX_DEADLINE),  # all that the field holds
             rows_done=self._worker.rows_done,
-            bytes_sent=self._shards.bytes_sent,
+            bytes_sent=self._uploads.bytes_sent,
         )
-
-
-def _not_held(object_hash: ShardHash) -> Refusal:
-    return Refusal(RefusalCode.NOT_HELD, f"object {object_hash} is not held here")

@@ -12,18 +12,22 @@ import torch
 
 from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.protocol.errors import CorruptShard
-from moehive.protocol.ids import ExpertKey
+from moehive.protocol.ids import ExpertKey, PeerId
 from moehive.protocol.manifest import Manifest
-from moehive.protocol.messages import EXPERT, PEER, SHARD
+from moehive.protocol.messages import EXPERT, PEER, SHARD, BulkOffer
 from moehive.swarm.announcer import Announcer
 from moehive.swarm.dispatch.request import DTYPES
 from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
 from moehive.swarm.memory import default_ram_budget
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.server import stream_handler
 from moehive.swarm.store.base import NotHeld, ObjectSource
 from moehive.swarm.tasks import task_group
+from moehive.swarm.transfer.pacing import paced
+from moehive.swarm.transfer.tls.server import BulkServer
+from moehive.swarm.transfer.uploads import Uploads
 
 from .acquisition import Acquisition
 from .holdings import Holdings
@@ -43,7 +47,7 @@ class Serving:
         self._settings = settings
         self._member = member
         self._announcer = announcer
-        self.holdings = Holdings(manifest, source, on_change=self._claim)
+        self.holdings = Holdings(manifest, source, on_change=self._claim, partials=member.downloads.partials)
         self._loader = ExpertLoader(manifest, source)
         ram_budget = settings.ram if settings.ram is not None else default_ram_budget()
         self._tier = weights_tier(ram_budget)
@@ -56,14 +60,19 @@ class Serving:
             expert_ram=self._loader.nbytes(DTYPES[manifest.model.dtype]),
         )
         self._worker = ComputeWorker(self._lease, self._loader.spec, settings.queue)
-        self._experts = ExpertService(self.holdings, self._worker)
-        self._shards = ShardService(self.holdings)
-        self._peers = PeerService(self.holdings, self._worker, self._shards, lambda: announcer.record().value)
+        self._uploads = Uploads(UploadLimits(slots=settings.upload_slots), rate=settings.upload_rate)
+        self._bulk = BulkServer(
+            settings.listen, settings.bulk_port, agent=member.agent, shelf=self.holdings, uploads=self._uploads
+        )
+        self._experts = ExpertService(self.holdings, self._worker, self._uploads)
+        self._shards = ShardService(self.holdings, self._uploads, self._offer_bulk)
+        self._peers = PeerService(self.holdings, self._worker, self._uploads, lambda: announcer.record().value)
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         """Hold, serve, announce; leave when `stop` is set."""
-        async with task_group() as tasks:
+        async with self._bulk, task_group() as tasks:
             working = [tasks.create_task(self._worker.run(), name="compute")]
+            working.append(tasks.create_task(self._uploads.run(), name="uploads"))
             working.append(tasks.create_task(self._hold(on_ready), name="hold"))
             await stop.wait()
             await self._leave()
@@ -71,19 +80,22 @@ class Serving:
                 task.cancel()
 
     async def _hold(self, on_ready: Callable[[], None]) -> None:
-        """Get what is to be held, announce it, and go on doing so."""
+        """Get what is to be held, announcing it as it comes: what is here can be used, and supplied, from the start."""
         await self._serve()
-        left = await self._acquisition.first_pass()
-        if not await self._announcer.announce():
-            _log.warning("no peer stored the first announcement; others find this node only later")
-        on_ready()
         async with task_group() as tasks:
             tasks.create_task(self._announcer.run(), name="announce")
+            left = await self._acquisition.first_pass()
+            if not await self._announcer.announce():
+                _log.warning("no peer stored the first announcement; others find this node only later")
+            on_ready()
             tasks.create_task(self._acquisition.keep_trying(left), name="fetch the rest")
             tasks.create_task(self._acquisition.verify_all(), name="verify the rest")
 
     def _claim(self) -> None:
-        self._announcer.hold(self.holdings.experts, skeleton=self.holdings.skeleton, complete=self.holdings.complete)
+        holdings = self.holdings
+        self._announcer.hold(
+            holdings.experts, skeleton=holdings.skeleton, complete=holdings.complete, loading=holdings.is_loading
+        )
 
     def _lease(self, layer: int, expert: int, dtype: torch.dtype) -> AbstractContextManager[ExpertWeights]:
         key = ExpertKey(layer, expert)
@@ -101,7 +113,10 @@ class Serving:
         member = self._member
         for spec, service in ((PEER, self._peers), (SHARD, self._shards), (EXPERT, self._experts)):
             handler = stream_handler(spec, member.secret, member.transport.peer, member.agent, service)
-            await member.transport.serve(spec.name, handler)
+            await member.transport.serve(spec.name, paced(handler, self._uploads) if spec is SHARD else handler)
+
+    def _offer_bulk(self, peer: PeerId) -> BulkOffer:
+        return self._bulk.offer(peer, self._member.transport.addresses)
 
     async def _leave(self) -> None:
         """Accept nothing new, withdraw, drain."""

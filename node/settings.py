@@ -24,6 +24,9 @@ class NodeSettings:
     join: Ticket | None = None  # None: found a new swarm
     listen: tuple[str, ...] = (DEFAULT_LISTEN,)
     announce: tuple[str, ...] = ()  # addresses to name instead of the interfaces' own
+    bulk_port: int = 0  # of the connections for bytes, on the same interfaces; 0: the system's choice
+    upload_rate: int | None = None  # bytes per second of all uploads; None: no limit
+    upload_slots: int = 8  # uploads at the same time
     ram: int | None = None  # bytes for experts in memory; None: from the memory that is free
     disk: int = 20 << 30  # bytes for fetched objects
     skeleton: bool = True  # also keep and serve the dense part

@@ -8,7 +8,8 @@
 
 All integers are big-endian. `meta` is a msgpack map (see `messages`), `payload` is tensor rows or file bytes as they
 are. The decoder takes bytes in any portions and copies them into one buffer that grows with them: a declared length
-allocates nothing, and a frame that arrives byte by byte costs no more than one that arrives at once.
+allocates nothing, and a frame that arrives byte by byte costs no more than one that arrives at once. Whoever wants the
+payload to lie elsewhere reads the three parts itself, with `decode_header`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,17 @@ Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
+class Header:
+    """The first 16 bytes of a frame as received, within the limits."""
+
+    kind: int
+    request_id: int
+    flags: int
+    meta_size: int
+    payload_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Frame:
     """One frame as received."""
 
@@ -46,6 +58,18 @@ def encode_header(kind: int, request_id: int, flags: int, meta_size: int, payloa
     return HEADER.pack(FRAME_VERSION, kind, flags, request_id, meta_size, payload_size)
 
 
+def decode_header(data: Buffer, max_payload: int) -> Header:
+    """Read the header of a frame whose payload may have `max_payload` bytes. Raises ProtocolViolation."""
+    version, kind, flags, request_id, meta_size, payload_size = HEADER.unpack(data)
+    if version != FRAME_VERSION:
+        raise UnsupportedVersion(f"frame version {version}, this build speaks {FRAME_VERSION}")
+    if flags & ~_KNOWN_FLAGS:
+        raise ProtocolViolation(f"unknown frame flags {flags:#x}")
+    if meta_size > limits.MAX_META_BYTES or payload_size > max_payload:
+        raise ProtocolViolation(f"frame of {meta_size} + {payload_size} bytes is over the limit")
+    return Header(kind, request_id, flags, meta_size, payload_size)
+
+
 class FrameDecoder:
     """Turns received bytes into frames. After a ProtocolViolation it must not be fed again."""
 
@@ -53,7 +77,7 @@ class FrameDecoder:
         self.max_payload = max_payload  # holds for the headers that are still to come
         self._buffer = bytearray()
         self._need = HEADER.size  # bytes until the next step
-        self._header: tuple[int, int, int, int, int] | None = None  # kind, flags, request id, meta size, payload size
+        self._header: Header | None = None
 
     @property
     def mid_frame(self) -> bool:
@@ -71,25 +95,14 @@ class FrameDecoder:
                 return
             whole, self._buffer = self._buffer, bytearray()
             if self._header is None:
-                self._header = self._read_header(whole)
-                self._need = self._header[3] + self._header[4]
+                self._header = decode_header(whole, self.max_payload)
+                self._need = self._header.meta_size + self._header.payload_size
             else:
                 yield self._complete(whole)
 
     def _complete(self, whole: bytearray) -> Frame:
         assert self._header is not None
-        kind, flags, request_id, meta_size, _ = self._header
-        self._header, self._need = None, HEADER.size
-        meta = bytes(whole[:meta_size])
-        del whole[:meta_size]  # O(1): CPython moves the start, not the bytes
-        return Frame(kind, request_id, flags, meta, whole)
-
-    def _read_header(self, data: bytearray) -> tuple[int, int, int, int, int]:
-        version, kind, flags, request_id, meta_size, payload_size = HEADER.unpack(data)
-        if version != FRAME_VERSION:
-            raise UnsupportedVersion(f"frame version {version}, this build speaks {FRAME_VERSION}")
-        if flags & ~_KNOWN_FLAGS:
-            raise ProtocolViolation(f"unknown frame flags {flags:#x}")
-        if meta_size > limits.MAX_META_BYTES or payload_size > self.max_payload:
-            raise ProtocolViolation(f"frame of {meta_size} + {payload_size} bytes is over the limit")
-        return kind, flags, request_id, meta_size, payload_size
+        header, self._header, self._need = self._header, None, HEADER.size
+        meta = bytes(whole[: header.meta_size])
+        del whole[: header.meta_size]  # O(1): CPython moves the start, not the bytes
+        return Frame(header.kind, header.request_id, header.flags, meta, whole)

@@ -20,8 +20,8 @@ from .codec import blob, boolean, hash_text, integer, integers, number, text, te
 from .errors import FalseClaim, ProtocolViolation
 from .ids import ExpertKey, ModelId, PeerId, verify_signature
 
-VERSION = 1
-_DOMAIN = b"moehive inventory v1\0"
+VERSION = 2  # 2: `loading`
+_DOMAIN = b"moehive inventory v2\0"
 _SIGNATURE_BYTES = 64
 SWARM_TAG_BYTES = 16
 _CHECKS = {
@@ -34,6 +34,7 @@ _CHECKS = {
     "addresses": texts(limits.MAX_ADDRESS_CHARS, limits.MAX_ADDRESSES),
     "skeleton": boolean,
     "complete": boolean,
+    "loading": boolean,
     "layers": integers(0, 1 << 16, limits.MAX_LIST_ITEMS),
     "experts": integer(0, 1 << 16),
     "bitmap": blob(0, limits.MAX_RECORD_BYTES),
@@ -52,6 +53,7 @@ class Inventory:
     held: frozenset[ExpertKey]
     skeleton: bool = False  # dense part, shared experts and assets can be fetched here
     complete: bool = False  # every shard of the model can be fetched here, whatever is held to be computed with
+    loading: bool = False  # more is being fetched: parts of it may be fetched here already (GetHave tells)
     addresses: tuple[str, ...] = ()
     rows_per_second: float = 0.0  # capacity class: (token, expert) rows; 0 where not known
     swarm: bytes = bytes(SWARM_TAG_BYTES)  # `swarm_tag`: a record of one swarm says nothing in another
@@ -72,6 +74,7 @@ def encode_inventory(inventory: Inventory, sign: Callable[[bytes], bytes]) -> by
             "addresses": list(inventory.addresses),
             "skeleton": inventory.skeleton,
             "complete": inventory.complete,
+            "loading": inventory.loading,
             "layers": layers,
             "experts": experts,
             "bitmap": _to_bitmap(inventory.held, layers, experts),
@@ -104,6 +107,7 @@ def decode_inventory(record: bytes, *, now: float) -> Inventory:
         held=frozenset(_from_bitmap(peer, fields["bitmap"], fields["layers"], fields["experts"])),
         skeleton=fields["skeleton"],
         complete=fields["complete"],
+        loading=fields["loading"],
         addresses=fields["addresses"],
         rows_per_second=fields["rows_per_second"],
         swarm=fields["swarm"],

@@ -1,7 +1,8 @@
 """What peers say to each other: the messages of the three protocols, with every bound.
 
     /moehive/peer/1.0.0     who holds what, how busy         GetInventory -> Inventory, GetLoad -> Load
-    /moehive/shard/1.0.0    bytes of stored objects          GetChunkList -> ChunkHashes, GetChunks -> Chunk...
+    /moehive/shard/1.0.0    bytes of stored objects          GetChunkList -> ChunkHashes, GetChunks -> Chunk...,
+                                                             GetHave -> Have, OpenBulk -> BulkOffer
     /moehive/expert/1.0.0   run experts on rows of tensors   RunExperts -> ExpertsDone
 
 Every stream begins with Hello -> Welcome (or Refused); see `session`.
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from . import limits
-from .codec import Message, blob, hash_text, integer, integers, number, one_of, text, wire
+from .codec import Message, blob, boolean, hash_text, integer, integers, number, one_of, text, texts, wire
 from .errors import ProtocolViolation
 from .ids import ModelId, ShardHash
 from .manifest import ITEM_SIZE
@@ -22,6 +23,7 @@ from .manifest import ITEM_SIZE
 MAX_EXPERTS = 1024  # experts of one layer in one request
 MAX_ROWS = 1 << 20  # tokens in one request; the payload limit is reached long before
 PROOF_BYTES = 32
+FINGERPRINT_BYTES = 32  # SHA-256 of a certificate's DER form
 TENSOR_DTYPES = ("F32", "BF16", "F16")
 
 
@@ -141,6 +143,45 @@ class Chunk(Message):
     index: int = wire(integer(0, limits.MAX_SHARD_BYTES >> 20))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetHave(Message):
+    """Ask which chunks of an object the peer can send now: it may be downloading it itself."""
+
+    KIND: ClassVar[int] = 36
+    hash: ShardHash = wire(hash_text)  # noqa: RUF009 - `wire` declares a field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Have(Message):
+    """The payload is a bitmap of the chunks (see `bits`); none where the object is complete."""
+
+    KIND: ClassVar[int] = 37
+    size: int = wire(integer(0, limits.MAX_SHARD_BYTES))
+    complete: bool = wire(boolean)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenBulk(Message):
+    """Ask for a connection of one's own for bytes, so that they do not queue in front of activations."""
+
+    KIND: ClassVar[int] = 38
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BulkOffer(Message):
+    """Where to connect with TLS, whom to find there, and what to show: good for one connection, soon.
+
+    That connection speaks /moehive/shard from Hello on; the token stands in Hello as the proof (see
+    `proofs`). No addresses: this peer takes no connections.
+    """
+
+    KIND: ClassVar[int] = 39
+    addresses: tuple[str, ...] = wire(texts(limits.MAX_ADDRESS_CHARS, limits.MAX_ADDRESSES))  # /ip4/1.2.3.4/tcp/5
+    fingerprint: bytes = wire(blob(FINGERPRINT_BYTES, FINGERPRINT_BYTES))
+    token: bytes = wire(blob(PROOF_BYTES, PROOF_BYTES))
+    lifetime: float = wire(number(0.0, limits.MAX_DEADLINE))  # seconds in which the token must be shown
+
+
 # --- /moehive/expert ----------------------------------------------------------------------------------------------
 
 
@@ -228,7 +269,10 @@ class ProtocolSpec:
 
 PEER = ProtocolSpec("/moehive/peer/1.0.0", {GetInventory: Inventory, GetLoad: Load}, 0, limits.MAX_RECORD_BYTES)
 SHARD = ProtocolSpec(
-    "/moehive/shard/1.0.0", {GetChunkList: ChunkHashes, GetChunks: Chunk}, 0, max(1 << 20, limits.MAX_SHARD_BYTES >> 15)
+    "/moehive/shard/1.0.0",
+    {GetChunkList: ChunkHashes, GetChunks: Chunk, GetHave: Have, OpenBulk: BulkOffer},
+    0,
+    max(1 << 20, limits.MAX_SHARD_BYTES >> 15),
 )
 EXPERT = ProtocolSpec(
     "/moehive/expert/1.0.0", {RunExperts: ExpertsDone}, limits.MAX_PAYLOAD_BYTES, limits.MAX_PAYLOAD_BYTES

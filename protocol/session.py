@@ -12,7 +12,8 @@ from __future__ import annotations
 import enum
 import hmac
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from blake3 import blake3
@@ -23,6 +24,7 @@ from .errors import NotAdmitted, PeerRefused, PeerUnreachable, ProtocolViolation
 from .frames import FLAG_MORE, Frame, FrameDecoder, encode_header
 from .ids import PeerId
 from .messages import PROOF_BYTES, Cancel, Hello, ProtocolSpec, Refused, Welcome
+from .proofs import Proofs
 
 Buffer = bytes | bytearray | memoryview
 Buffers = Sequence[Buffer]
@@ -159,7 +161,7 @@ class _Session(ABC):
     def __init__(
         self,
         spec: ProtocolSpec,
-        admission: Admission,
+        admission: Proofs,
         agent: str,
         table: dict[tuple[State, Input], State],
         start: State,
@@ -183,18 +185,32 @@ class _Session(ABC):
         """Whether a frame has begun to arrive and is not complete."""
         return self._decoder.mid_frame
 
+    @property
+    def max_payload(self) -> int:
+        """What the next frame may carry, in bytes."""
+        return self._decoder.max_payload
+
     def receive(self, data: bytes) -> list[Event]:
         """Take received bytes (b"" is the end of the stream).
 
         Raises ProtocolViolation, naming the peer, and PeerUnreachable where the stream ended inside a frame (a lost
-        connection looks like that, so it is nobody's lie). Either way the session is closed, as after a refusal of the
-        stream: nothing more may be fed. Events of the portion that broke the protocol are not delivered.
+        connection, nobody's lie). Either way the session is closed, as after a refusal of the stream: nothing more may
+        be fed. Events of the portion that broke the protocol are not delivered.
         """
-        assert self.state is not State.CLOSED, "receive() after the session closed"
+        with self._blaming():
+            return self._receive_frames(data) if data else [self._end()]
+
+    def receive_frame(self, frame: Frame) -> Sequence[Event]:
+        """`receive` for whoever reads frames itself (see `decode_header`), and may keep a reply's payload back."""
+        assert not self._decoder.mid_frame
+        with self._blaming():
+            return self._on_frame(frame)
+
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
+        assert self.state is not State.CLOSED, "received something after the session closed"
         try:
-            if not data:
-                return [self._end()]
-            return self._receive_frames(data)
+            yield
         except ProtocolViolation as error:
             self.state = State.CLOSED
             error.peer = error.peer or self.peer
@@ -252,7 +268,7 @@ class _Awaited:
 class ClientSession(_Session):
     """The end that opened the stream."""
 
-    def __init__(self, spec: ProtocolSpec, admission: Admission, agent: str) -> None:
+    def __init__(self, spec: ProtocolSpec, admission: Proofs, agent: str) -> None:
         super().__init__(spec, admission, agent, CLIENT_TABLE, State.HELLO_SENT, spec.max_reply_payload)
         self._last_id = 0
         self._expected: dict[int, _Awaited] = {}
@@ -322,7 +338,7 @@ class ClientSession(_Session):
 class ServerSession(_Session):
     """The end that was called."""
 
-    def __init__(self, spec: ProtocolSpec, admission: Admission, agent: str) -> None:
+    def __init__(self, spec: ProtocolSpec, admission: Proofs, agent: str) -> None:
         super().__init__(spec, admission, agent, SERVER_TABLE, State.AWAIT_HELLO, spec.max_request_payload)
         self._kinds = {kind.KIND: kind for kind in spec.answers}
         self._open: set[int] = set()

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them."""
+"""Sizes and rates in bytes as people write them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def parse_size(text: str) -> int:
     if size > _MAX_SIZE:
         raise ConfigError(f"size {text!r} is larger than any machine; write for example 4GiB")
     return size
+
+
+def parse_rate(text: str) -> int:
+    """Bytes per second of "50MB/s" or "50MB", in the units of `parse_size`. Raises ConfigError."""
+    return parse_size(text.strip().removesuffix("/s"))
 
 
 def format_size(size: int) -> str:

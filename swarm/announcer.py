@@ -19,7 +19,8 @@ from .transport.base import Record, Transport
 RENEW_EVERY = 30.0  # seconds
 LIFETIME = 75.0  # a little over twice that: one lost renewal does not lose the peer
 TRY_AGAIN = 5.0  # seconds after an announcement that nobody stored
-COLLECT = 1.0  # changes within this time go into one announcement
+COLLECT = 1.0  # changes within this time go into one announcement; doubles while they go on
+MAX_COLLECT = 10.0
 PUT_TIMEOUT = 15.0
 _log = get_logger(__name__)
 
@@ -43,26 +44,43 @@ class Announcer:
         self._changed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._withdrawn = False
+        self._claims_something = False
         self._claim = Inventory(
             peer=identity.peer, model=model, issued=0.0, expires=0.0, held=frozenset(), swarm=swarm_tag(secret)
         )
 
-    def hold(self, held: frozenset[ExpertKey], *, skeleton: bool, complete: bool = False) -> None:
+    def hold(
+        self, held: frozenset[ExpertKey], *, skeleton: bool, complete: bool = False, loading: bool = False
+    ) -> None:
         """Set what is claimed from now on: only what is verified and can be served (see Inventory). From any thread."""
-        addresses = tuple(self._transport.addresses)[: limits.MAX_ADDRESSES]
-        self._claim = replace(self._claim, held=held, skeleton=skeleton, complete=complete, addresses=addresses)
+        self._claim = replace(
+            self._claim,
+            held=held,
+            skeleton=skeleton,
+            complete=complete,
+            loading=loading,
+            addresses=tuple(self._transport.addresses)[: limits.MAX_ADDRESSES],
+        )
+        self._claims_something = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._changed.set)
 
     async def run(self) -> None:
-        """Announce for ever: at every change, and often enough not to expire. Raises TransportError."""
+        """Announce for ever, from the first `hold` on: at every change, and often enough not to expire.
+
+        Raises TransportError.
+        """
         self._loop = asyncio.get_running_loop()
+        collect = COLLECT
+        if not self._claims_something:
+            await self._changed.wait()
         while True:
             self._changed.clear()
             stored = await self.announce()
             if not stored:
                 _log.warning("no peer stored the announcement; trying again", seconds=TRY_AGAIN)
-            await asyncio.sleep(COLLECT)
+            await asyncio.sleep(collect)
+            collect = min(2 * collect, MAX_COLLECT) if self._changed.is_set() else COLLECT
             with suppress(TimeoutError):
                 async with asyncio.timeout(RENEW_EVERY if stored else TRY_AGAIN):
                     await self._changed.wait()
@@ -87,5 +105,5 @@ class Announcer:
         now = self._wall_clock()
         claim = replace(self._claim, issued=now, expires=now + LIFETIME)
         if self._withdrawn:  # here, because a thread may still call `hold`
-            claim = replace(claim, held=frozenset(), skeleton=False, complete=False)
+            claim = replace(claim, held=frozenset(), skeleton=False, complete=False, loading=False)
         return Record(encode_inventory(claim, self._identity.sign), claim.expires)

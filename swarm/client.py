@@ -30,12 +30,12 @@ from moehive.protocol.ticket import Ticket
 from .dispatch.backend import SwarmExperts
 from .dispatch.caller import CallSettings, ExpertCaller
 from .dispatch.stats import DispatchStats
-from .fetch import Progress
 from .identity import Identity
 from .member import Member, is_genuine
 from .paths import Paths
 from .skeleton import lay_out_skeleton
 from .store.content import ContentStore
+from .transfer.progress import Observer
 from .transport.base import Transport
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Swarm:
         dtype: torch.dtype | None = None,
         answers: AnswerForm = "sum",
         timeout: float = 60.0,
-        progress: Progress | None = None,
+        observer: Observer | None = None,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
         """A transformers model whose routed experts are computed by the swarm, and its tokenizer.
 
@@ -115,7 +115,7 @@ class Swarm:
         """
         from .loading import open_local
 
-        directory, manifest = self._skeleton(model, timeout, progress)
+        directory, manifest = self._skeleton(model, timeout, observer)
         backend = SwarmExperts(
             self._caller(manifest.model_id), self._open_portal.start_task_soon, manifest.model.num_experts, form=answers
         )
@@ -145,20 +145,20 @@ class Swarm:
             raise ConfigError(_NOT_JOINED)
         return self._member
 
-    def _skeleton(self, model: str | Path, timeout: float, progress: Progress | None) -> tuple[Path, Manifest]:
+    def _skeleton(self, model: str | Path, timeout: float, observer: Observer | None) -> tuple[Path, Manifest]:
         from .store.directory import ConvertedDirectory
 
         if not is_hash(str(model)):
             if not Path(model).is_dir():
                 raise ConfigError(f"{model} is neither a model id (64 hexadecimal digits) nor a converted directory")
             return Path(model), ConvertedDirectory(Path(model)).manifest
-        fetch = partial(self._fetch_skeleton, ModelId(str(model)), timeout, progress)
+        fetch = partial(self._fetch_skeleton, ModelId(str(model)), timeout, observer)
         manifest = self._open_portal.call(fetch)
         return lay_out_skeleton(manifest, self._store, self._paths.skeleton(manifest.model_id)), manifest
 
-    async def _fetch_skeleton(self, model: ModelId, timeout: float, progress: Progress | None) -> Manifest:
+    async def _fetch_skeleton(self, model: ModelId, timeout: float, observer: Observer | None) -> Manifest:
         manifest = await self._joined.fetch_manifest(model, self._store, timeout=timeout)
-        await self._joined.fetch_skeleton(manifest, self._store, timeout=timeout, progress=progress)
+        await self._joined.fetch_skeleton(manifest, self._store, timeout=timeout, observer=observer)
         return manifest
 
     def _caller(self, model: ModelId) -> ExpertCaller:

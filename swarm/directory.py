@@ -49,6 +49,11 @@ class Holders:
             if inventory.complete or (inventory.skeleton if key is None else key in inventory.held)
         )
 
+    @cached_property
+    def loading(self) -> tuple[PeerId, ...]:
+        """Peers that are fetching more, and may have parts of it already."""
+        return tuple(peer for peer, inventory in self.inventories.items() if inventory.loading)
+
     @property
     def replicas(self) -> Mapping[ExpertKey, int]:
         """How many peers announce each expert that anybody announces."""
@@ -75,7 +80,7 @@ class Directory:
         self._transport = transport
         self._key = directory_key(secret, model)
         self._tag = swarm_tag(secret)
-        self._model = model
+        self.model = model
         self._standings = standings
         self._wall_clock = wall_clock
         self._lookup: asyncio.Task[None] | None = None
@@ -91,7 +96,7 @@ class Directory:
                     await self.refresh()
                 except (TimeoutError, TransportError) as error:
                     reason = str(error) or "no answer in time"
-                    _log.warning("directory look-up failed", model=self._model, reason=reason)
+                    _log.warning("directory look-up failed", model=self.model, reason=reason)
                 await asyncio.sleep(REFRESH_EVERY)
         finally:
             if self._lookup is not None:  # shielded from whoever waited for it
@@ -118,7 +123,7 @@ class Directory:
 
     def _accept(self, subkey: str, record: Record) -> None:
         inventory = decode_inventory(record.value, now=self._wall_clock())
-        if (inventory.peer, inventory.model, inventory.swarm) != (subkey, self._model, self._tag):
+        if (inventory.peer, inventory.model, inventory.swarm) != (subkey, self.model, self._tag):
             # Not the signer's fault: somebody filed a genuine record of another peer, model or swarm here.
             _log.warning("announcement filed under another name", filed_under=subkey, signer=inventory.peer)
             return
@@ -131,7 +136,7 @@ class Directory:
         self._known = {peer: inventory for peer, inventory in self._known.items() if inventory.expires > now}
         self._refuted = {peer: refuted for peer, refuted in self._refuted.items() if peer in self._known}
         # An announcement of nothing is a farewell; it is remembered, so that an older one does not come back.
-        offering = {peer: i for peer, i in self._known.items() if i.held or i.skeleton or i.complete}
+        offering = {peer: i for peer, i in self._known.items() if i.held or i.skeleton or i.complete or i.loading}
         usable = {peer: i for peer, i in offering.items() if not self._standings.banned(peer)}
         if usable != self.holders.inventories:
             self.holders = Holders(usable)

@@ -18,12 +18,16 @@ from moehive.protocol.inventory import decode_inventory
 from moehive.protocol.manifest import Manifest, ShardEntry
 from moehive.protocol.messages import EXPERT, PEER, SHARD
 
-from .directory import Directory
-from .fetch import Fetcher, Progress, Sources
+from .directory import Directory, Holders
 from .log import get_logger
 from .rpc.pool import ConnectionPool
 from .standings import Standings
 from .store.content import ContentStore
+from .transfer.channel import OpenChannel
+from .transfer.downloader import Downloader
+from .transfer.progress import Observer
+from .transfer.sources import Source, Sources, Wanted
+from .transfer.stream_channel import stream_channels
 from .transport.base import Record, Transport
 
 _log = get_logger(__name__)
@@ -50,9 +54,12 @@ def is_genuine(key: bytes, subkey: str, record: Record) -> bool:
 
 
 class Member:
-    """Membership of one swarm; an async context manager around an entered transport."""
+    """Membership of one swarm; an async context manager around an entered transport.
 
-    def __init__(self, transport: Transport, secret: bytes) -> None:
+    `open_channel` is the carrier of downloads; default: streams of the transport.
+    """
+
+    def __init__(self, transport: Transport, secret: bytes, open_channel: OpenChannel | None = None) -> None:
         self.transport = transport
         self.secret = secret
         self.agent = agent_name()
@@ -60,6 +67,9 @@ class Member:
         self.peers = ConnectionPool(transport, PEER, secret, self.agent)
         self.shards = ConnectionPool(transport, SHARD, secret, self.agent)
         self.experts = ConnectionPool(transport, EXPERT, secret, self.agent)
+        self.downloads = Downloader(
+            open_channel or stream_channels(self.shards), self.standings, seed=transport.peer
+        )  # fmt: skip
         self._directories: dict[ModelId, Directory] = {}
         self._tasks = asyncio.TaskGroup()
         self._running: list[asyncio.Task[None]] = []
@@ -71,6 +81,7 @@ class Member:
             stack.callback(self._cancel_tasks)  # before the task group waits for them
             for pool in (self.peers, self.shards, self.experts):
                 await stack.enter_async_context(pool)
+            await stack.enter_async_context(self.downloads)
             self._stack = stack.pop_all()
         return self
 
@@ -120,13 +131,11 @@ class Member:
         """
         if not await asyncio.to_thread(store.has, ShardHash(model)):
             directory = await self.wait_for_peers(model, timeout=timeout)
-            fetcher = Fetcher(self.shards, self.standings, store)
-            everybody = partial(self.sources, directory)
-            await fetcher.fetch(ShardHash(model), everybody, name="manifest", timeout=timeout)
+            await self.downloads.fetch(self.wanted(directory), store, timeout=timeout)
         return Manifest.from_bytes(await asyncio.to_thread(store.read, ShardHash(model)))
 
     async def fetch_skeleton(
-        self, manifest: Manifest, store: ContentStore, *, timeout: float = 30.0, progress: Progress | None = None
+        self, manifest: Manifest, store: ContentStore, *, timeout: float = 30.0, observer: Observer | None = None
     ) -> None:
         """The dense part, shared experts and assets of a model.
 
@@ -136,22 +145,32 @@ class Member:
         if not missing:
             return
         directory = await self.wait_for_peers(manifest.model_id, timeout=timeout)
-        fetcher = Fetcher(self.shards, self.standings, store)
-        for shard in missing:
-            holders = partial(self.sources, directory, shard)
-            await fetcher.fetch(shard.hash, holders, name=shard.file, progress=progress, timeout=timeout)
+        wanted = [self.wanted(directory, shard) for shard in missing]
+        failures = await self.downloads.fetch_many(wanted, store, timeout=timeout, observer=observer)
+        for failure in failures.values():
+            raise failure
 
-    @staticmethod
-    async def sources(directory: Directory, shard: ShardEntry | None = None) -> Sources:
-        """Peers that announce a shard (None: the manifest, which all of them have), with their addresses.
+    def wanted(self, directory: Directory, shard: ShardEntry | None = None) -> Wanted:
+        """A shard (None: the manifest, which every peer of the model has) as something to be downloaded."""
+        find = partial(_sources, directory, shard)
+        if shard is None:
+            return Wanted(ShardHash(directory.model), find, "manifest")
+        return Wanted(shard.hash, find, shard.file, shard.size)
 
-        Looks the directory up again where nobody is known.
-        """
-        holders = directory.holders
-        peers = tuple(holders.inventories) if shard is None else holders.suppliers(shard)
-        if not peers:
-            with suppress(TimeoutError):  # then still nobody is known
-                await directory.refresh()
-            holders = directory.holders
-            peers = tuple(holders.inventories) if shard is None else holders.suppliers(shard)
-        return {peer: holders.addresses(peer) for peer in peers}
+
+async def _sources(directory: Directory, shard: ShardEntry | None) -> Sources:
+    """Who announces an object, or that it is loading. Looks the directory up again where nobody is known."""
+    sources = _known_sources(directory.holders, shard)
+    if not sources:
+        with suppress(TimeoutError):  # then still nobody is known
+            await directory.refresh()
+        sources = _known_sources(directory.holders, shard)
+    return sources
+
+
+def _known_sources(holders: Holders, shard: ShardEntry | None) -> Sources:
+    if shard is None:
+        return {peer: Source(holders.addresses(peer)) for peer in holders.inventories}
+    suppliers = holders.suppliers(shard)
+    loading = {peer: Source(holders.addresses(peer), partial=True) for peer in holders.loading}
+    return loading | {peer: Source(holders.addresses(peer)) for peer in suppliers}

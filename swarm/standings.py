@@ -9,8 +9,9 @@ from moehive.protocol.errors import FalseClaim, IntegrityError, PeerError, PeerR
 from moehive.protocol.ids import PeerId
 
 from .log import get_logger
-from .policy.standing import Offence, Standing, after_offence, after_success, is_avoided, is_banned
+from .policy.standing import Offence, Standing, after_offence, after_success, is_avoided, is_banned, least_needed
 
+MAX_KNOWN = 4096  # peers; ids cost nothing, so whoever makes up new ones must not cost us memory either
 _log = get_logger(__name__)
 _UNKNOWN = Standing()
 
@@ -38,6 +39,9 @@ class Standings:
         offence = offence_of(error)
         wait = error.retry_after if isinstance(error, PeerRefused) else 0.0
         self._known[peer] = after_offence(self._known.get(peer, _UNKNOWN), offence, self._clock(), wait=wait)
+        if len(self._known) > MAX_KNOWN:
+            for forgotten in least_needed(self._known, MAX_KNOWN // 8):
+                del self._known[forgotten]
         log = _log.warning if offence is Offence.LIE else _log.debug
         log("peer banned" if offence is Offence.LIE else "peer failed", peer=peer, reason=error.reason)
 
@@ -51,6 +55,10 @@ class Standings:
         """Those that are not avoided now."""
         now = self._clock()
         return [peer for peer in peers if not is_avoided(self._known.get(peer, _UNKNOWN), now)]
+
+    def ready_at(self, peer: PeerId) -> float:
+        """Until when the peer is avoided, in seconds of this object's clock; long past where it is not."""
+        return self._known.get(peer, _UNKNOWN).avoid_until
 
     def banned(self, peer: PeerId) -> bool:
         """Whether the peer is banned now."""

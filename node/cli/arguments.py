@@ -11,7 +11,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter, Token, validators
 
 from moehive.protocol.errors import ConfigError
-from moehive.protocol.units import format_size, parse_size
+from moehive.protocol.units import format_size, parse_rate, parse_size
+from moehive.swarm.policy.upload import MIN_RATE
 
 _MAX_PORT = 65535
 _IPV6_PORT = re.compile(r"\[([^\[\]]+)\]:([0-9]{1,5})")
@@ -41,6 +42,16 @@ def _size(kind: type[int], tokens: Sequence[Token]) -> int:
         raise ValueError(str(error)) from error
 
 
+def _rate(kind: type[int], tokens: Sequence[Token]) -> int:
+    try:
+        rate = parse_rate(tokens[0].value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    if rate < MIN_RATE:
+        raise ValueError(f"{tokens[0].value!r} is too slow to send a chunk in time; at least {MIN_RATE / 1e3:.0f}kB/s")
+    return rate
+
+
 def _addresses(kind: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
     return tuple(multiaddr(token.value) for token in tokens)
 
@@ -50,11 +61,13 @@ def _addresses_or_names(kind: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
 
 
 Size = Annotated[int, Parameter(converter=_size, metavar="SIZE")]
+Rate = Annotated[int, Parameter(converter=_rate, metavar="RATE")]
 SizeWithDefault = Annotated[Size, Parameter(show_default=format_size)]
 TicketText = Annotated[str, Parameter(metavar="TICKET")]
 _ADDRESSES = Parameter(metavar="HOST:PORT", negative="", show_default=False)
 ListenAddresses = Annotated[tuple[str, ...], _ADDRESSES, Parameter(converter=_addresses)]
 AnnounceAddresses = Annotated[tuple[str, ...], _ADDRESSES, Parameter(converter=_addresses_or_names)]
+Port = Annotated[int, Parameter(validator=validators.Number(gte=0, lte=_MAX_PORT), metavar="PORT")]
 Positive = Annotated[int, Parameter(validator=validators.Number(gte=1), metavar="N")]
 NotNegative = Annotated[float, Parameter(validator=validators.Number(gte=0), metavar="X")]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]

@@ -217,27 +217,14 @@ def _loaded(options: GenerateOptions) -> Iterator[Loaded]:
     with join(options.join) as swarm:
         local = not is_hash(options.model)
         model_id = ConvertedDirectory(Path(options.model)).model_id if local else options.model
-        with nullcontext(_no_bytes) if local else _fetching() as fetched:
-            model, tokenizer = swarm.load(options.model, dtype=dtype, answers=options.answers, progress=fetched)
+        with nullcontext() if local else progress_bar("fetching the dense part") as move:
+            model, tokenizer = swarm.load(
+                options.model,
+                dtype=dtype,
+                answers=options.answers,
+                observer=(lambda seen: move(seen.verified, seen.total)) if move else None,
+            )
         yield model, tokenizer, swarm.stats(model_id)
-
-
-@contextmanager
-def _fetching() -> Iterator[Any]:
-    """A bar for the dense part, which comes from the swarm the first time."""
-    with progress_bar("fetching the dense part") as move:
-        done = 0
-
-        def fetched(count: int) -> None:
-            nonlocal done
-            done += count
-            move(done, None)
-
-        yield fetched
-
-
-def _no_bytes(count: int) -> None:
-    pass
 
 
 def _set_threads(threads: int | None) -> None:

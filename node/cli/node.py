@@ -23,7 +23,17 @@ from moehive.protocol.ticket import Ticket
 from moehive.protocol.units import format_size
 from moehive.swarm.paths import Paths
 
-from .arguments import AnnounceAddresses, Flag, ListenAddresses, Positive, Size, SizeWithDefault, TicketText
+from .arguments import (
+    AnnounceAddresses,
+    Flag,
+    ListenAddresses,
+    Port,
+    Positive,
+    Rate,
+    Size,
+    SizeWithDefault,
+    TicketText,
+)
 from .errors import INTERRUPTED
 from .output import facts, say, say_json
 
@@ -54,6 +64,17 @@ class NodeOptions:
     announce: AnnounceAddresses = ()
     """Address under which others reach this node, where it is not the one it listens at (port forwarding); may be
     repeated."""
+
+    bulk_port: Port = 0
+    """Port of the connections that carry experts' files, at the same addresses as --listen; open it in the firewall
+    too. 0 takes any that is free. Peers that cannot reach it get the files through --listen, more slowly."""
+
+    upload_rate: Rate | None = None
+    """Most that all uploads of files together may use, such as 50MB/s. By default there is no limit; uploads always
+    make way for the answers of experts."""
+
+    upload_slots: Positive = 8
+    """Files' chunks that are sent at the same time; further requests take turns."""
 
     ram: Size | None = None
     """Memory for experts, such as 4GiB. By default a part of what is free."""
@@ -117,6 +138,9 @@ def settings_of(model: str, options: NodeOptions, environment: Mapping[str, str]
         join=ticket,
         listen=options.listen,
         announce=options.announce,
+        bulk_port=options.bulk_port,
+        upload_rate=options.upload_rate,
+        upload_slots=options.upload_slots,
         ram=options.ram,
         disk=options.disk,
         skeleton=options.skeleton,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from moehive.protocol.ids import ExpertKey
 
@@ -21,13 +21,21 @@ def fill_budget(
     hold each (absent: none). Peers that start at the same moment see the same facts, so ties are broken at random with
     a `seed` of the peer's own.
     """
-    order = sorted(costs)
-    random.Random(seed).shuffle(order)
-    order.sort(key=lambda key: replicas.get(key, 0))  # stable: the shuffle decides among equals
     chosen, left = set(), tuple(budgets)
-    for key in order:
+    for key in rarest_first(costs, replicas, seed=seed):
         after = tuple(budget - cost for budget, cost in zip(left, costs[key], strict=True))
         if min(after) >= 0:
             chosen.add(key)
             left = after
     return frozenset(chosen)
+
+
+def rarest_first(keys: Iterable[ExpertKey], replicas: Mapping[ExpertKey, int], *, seed: str) -> list[ExpertKey]:
+    """Experts that the fewest peers hold first, and in an order of the peer's own where they are as rare.
+
+    Peers that load at the same time then soon hold different ones, and get the rest from each other.
+    """
+    order = sorted(keys)
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda key: replicas.get(key, 0))  # stable: the shuffle decides among equals
+    return order

@@ -9,7 +9,10 @@ did nothing wrong: it is passed over for as long as it asked.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+from moehive.protocol.ids import PeerId
 
 FIRST_BAN = 60.0  # seconds
 MAX_BAN = 24 * 3600.0
@@ -51,6 +54,11 @@ def after_offence(standing: Standing, offence: Offence, now: float, *, wait: flo
 def after_success(standing: Standing, now: float) -> Standing:
     """The standing after a good answer: failures are forgotten, lies and a running ban are not."""
     return standing if is_banned(standing, now) else Standing(lies=standing.lies)
+
+
+def least_needed(standings: Mapping[PeerId, Standing], count: int) -> list[PeerId]:
+    """Which `count` peers' standings to forget: those that say nothing any more, then those whose time is over soonest."""
+    return sorted(standings, key=lambda peer: (standings[peer].lies > 0, standings[peer].avoid_until))[:count]
 
 
 def is_avoided(standing: Standing, now: float) -> bool:

@@ -72,6 +72,10 @@ class Connection:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Fail what is waiting, and close the stream. Never raises, may be called twice."""
         self._fail(PeerUnreachable("connection closed", peer=self.peer))
         if self._reader is not None:
             self._reader.cancel()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
+from weakref import WeakValueDictionary
 
 from moehive.protocol.errors import PeerError, PeerTimeout, PeerUnreachable
 from moehive.protocol.ids import PeerId
@@ -19,6 +21,8 @@ from .client import Connection
 
 FIRST_BACKOFF = 0.25  # seconds before a peer that could not be reached is dialled again; doubles
 MAX_BACKOFF = 30.0
+MAX_BACKOFFS = 1024  # peers that could not be reached and are remembered
+MAX_CONNECTIONS = 256  # beyond that, the one that was used longest ago and has nothing to do is closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,9 @@ class ConnectionPool:
         self._secret = secret
         self._agent = agent
         self._clock = clock
-        self._open: dict[PeerId, Connection] = {}
-        self._locks: dict[PeerId, asyncio.Lock] = {}
-        self._backoff: dict[PeerId, _Backoff] = {}
+        self._open: OrderedDict[PeerId, Connection] = OrderedDict()  # the one used last at the end
+        self._locks: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()  # those that are held
+        self._backoff: OrderedDict[PeerId, _Backoff] = OrderedDict()  # the latest at the end
 
     async def __aenter__(self) -> Self:
         return self
@@ -55,7 +59,7 @@ class ConnectionPool:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        connections, self._open = self._open.values(), {}
+        connections, self._open = self._open.values(), OrderedDict()
         await asyncio.gather(*(connection.__aexit__(None, None, None) for connection in connections))
 
     async def connection(self, peer: PeerId, addresses: Sequence[str] = (), *, timeout: float = 10.0) -> Connection:
@@ -65,6 +69,7 @@ class ConnectionPool:
         """
         connection = self._open.get(peer)
         if connection is not None and connection.broken is None:
+            self._open.move_to_end(peer)
             return connection
         deadline = asyncio.get_running_loop().time() + timeout
         lock = self._locks.setdefault(peer, asyncio.Lock())
@@ -99,7 +104,16 @@ class ConnectionPool:
             raise self._back_off(peer, error) from error.__cause__
         self._backoff.pop(peer, None)
         self._open[peer] = connection
+        await self._close_surplus()
         return connection
+
+    async def _close_surplus(self) -> None:
+        """Close what is broken or idle where there are too many."""
+        for peer, connection in tuple(self._open.items()):
+            if len(self._open) <= MAX_CONNECTIONS:
+                return
+            if not connection.in_flight and self._open.pop(peer, None):
+                await connection.close()
 
     async def _dial(self, peer: PeerId, addresses: Sequence[str]) -> Connection:
         stream = await self._transport.open(peer, self._spec.name, addresses)
@@ -107,7 +121,9 @@ class ConnectionPool:
         return await Connection(stream, session).__aenter__()
 
     def _back_off(self, peer: PeerId, error: PeerError) -> PeerError:
-        last = self._backoff.get(peer)
+        last = self._backoff.pop(peer, None)
         seconds = min(2 * last.seconds, MAX_BACKOFF) if last else FIRST_BACKOFF
         self._backoff[peer] = _Backoff(seconds, self._clock() + seconds, error)
+        if len(self._backoff) > MAX_BACKOFFS:
+            self._backoff.popitem(last=False)
         return error

@@ -9,21 +9,18 @@ from pathlib import Path
 from shutil import copytree
 
 import pytest
-from support.swarm_fakes import SECRET, announce, identity, member
+from support.swarm_fakes import announce, identity, member, supplying
 
 from moehive.node import acquisition as module
 from moehive.node.acquisition import Acquisition
 from moehive.node.holdings import Holdings
-from moehive.node.services import ShardService
 from moehive.node.settings import NodeSettings
-from moehive.protocol.ids import ExpertKey, ShardHash
-from moehive.protocol.messages import SHARD
+from moehive.protocol.ids import ExpertKey
 from moehive.swarm.member import Member
-from moehive.swarm.rpc.server import stream_handler
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.store.directory import ConvertedDirectory
-from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
+from moehive.swarm.transport.memory import MemoryNetwork
 
 SEED = identity(1)
 RAM = 1 << 30
@@ -46,9 +43,7 @@ async def seed(network: MemoryNetwork, model: ConvertedDirectory, held: set[Expe
     manifest = model.manifest
     holdings = Holdings(manifest, model, on_change=lambda: None)
     holdings.verify([*(manifest.experts[key] for key in held), *manifest.skeleton])
-    async with MemoryTransport(network, SEED) as transport:
-        handler = stream_handler(SHARD, SECRET, transport.peer, "seed", ShardService(holdings))
-        await transport.serve(SHARD.name, handler)
+    async with supplying(network, SEED, holdings) as transport:
         await announce(transport, SEED, held, skeleton=True, model=model.model_id)
         yield
 
@@ -67,27 +62,32 @@ async def test_a_converted_directory_that_lacks_a_shard_says_so(
     assert mixtral.manifest.experts[lost].file in str([vars(record) for record in caplog.records])
 
 
-async def test_what_nobody_has_is_waited_for_once(
+async def test_what_nobody_has_does_not_hold_up_the_rest(
     mixtral: ConvertedDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "FIRST_TRY", 0.3)
     network, store = MemoryNetwork(), ContentStore(tmp_path, RAM)
     held = set(list(mixtral.manifest.experts)[-2:])
-    waited: list[float] = []
-
-    class Impatient(module.Fetcher):
-        async def fetch(self, object_hash: ShardHash, *args: object, timeout: float, **kwargs: object) -> Path:
-            waited.append(timeout)
-            return await super().fetch(object_hash, *args, timeout=0.0, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(module, "Fetcher", Impatient)
     async with seed(network, mixtral, held), member(network, 2) as us:
         node = Node(us, mixtral, store, experts="all")
         left = await node.acquisition.first_pass()
     assert {shard.expert_key for shard in left} == mixtral.manifest.experts.keys() - held
     assert node.holdings.experts == held
     assert node.holdings.skeleton
-    assert waited == [0.3] + [0.0] * (len(waited) - 1)
+
+
+async def test_shards_are_held_and_supplied_while_others_are_still_coming(
+    mixtral: ConvertedDirectory, tmp_path: Path
+) -> None:
+    network, store = MemoryNetwork(), ContentStore(tmp_path, RAM)
+    seen: list[tuple[bool, int]] = []
+    async with seed(network, mixtral, set(mixtral.manifest.experts)), member(network, 2) as us:
+        node = Node(us, mixtral, store, experts="all")
+        node.holdings._on_change = lambda: seen.append((node.holdings.is_loading, len(node.holdings.experts)))
+        assert await node.acquisition.first_pass() == []
+    assert seen[0] == (True, 0)  # announced before the first byte has come
+    assert {(True, count) for count in range(1, len(mixtral.manifest.experts))} <= set(seen)
+    assert seen[-1] == (False, len(mixtral.manifest.experts))
 
 
 @pytest.mark.parametrize("others", [0, 1])

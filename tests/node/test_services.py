@@ -16,7 +16,6 @@ from support.swarm_fakes import MODEL, SECRET, identity
 
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec
 from moehive.kernels.routing import group_by_expert
-from moehive.node import services as module
 from moehive.node.compute import Work, run_batch
 from moehive.node.holdings import Holdings
 from moehive.node.scheduler import QueueFacts, QueueLimits
@@ -26,27 +25,33 @@ from moehive.protocol import limits
 from moehive.protocol.chunks import ChunkList
 from moehive.protocol.codec import Message, decode, encode
 from moehive.protocol.errors import PeerRefused, RefusalCode
-from moehive.protocol.ids import ExpertKey, ModelId, ShardHash
+from moehive.protocol.ids import ExpertKey, ModelId, PeerId, ShardHash
 from moehive.protocol.messages import (
     EXPERT,
     PEER,
     SHARD,
+    BulkOffer,
     Chunk,
     ChunkHashes,
     ExpertsDone,
     GetChunkList,
     GetChunks,
+    GetHave,
     GetInventory,
     GetLoad,
+    Have,
     Load,
+    OpenBulk,
     ProtocolSpec,
     RunExperts,
 )
 from moehive.swarm.dispatch.request import ExpertRequest, LayerInput, build_request
+from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.client import Connection
 from moehive.swarm.rpc.pool import ConnectionPool
 from moehive.swarm.rpc.server import stream_handler
 from moehive.swarm.store.directory import ConvertedDirectory
+from moehive.swarm.transfer.uploads import Uploads
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
 KEY = ExpertKey(0, 1)
@@ -61,6 +66,14 @@ def lease(layer: int, expert: int, dtype: torch.dtype) -> nullcontext[ExpertWeig
     )
 
 
+OFFER = BulkOffer(addresses=("/ip4/127.0.0.1/tcp/4002",), fingerprint=bytes(32), token=bytes(32), lifetime=30.0)
+
+
+def offer(peer: PeerId) -> BulkOffer:
+    assert peer == identity(2).peer
+    return OFFER
+
+
 class Node:
     """The services of a node that holds one expert and the skeleton."""
 
@@ -72,8 +85,9 @@ class Node:
         self.holdings.verify([self.shard, *self.manifest.skeleton])
         self.worker = ComputeWorker(lease, SPEC, QueueLimits())
         self.experts = ExpertService(self.holdings, self.worker)
-        self.shards = ShardService(self.holdings)
-        self.peers = PeerService(self.holdings, self.worker, self.shards, lambda: b"a signed record")
+        self.uploads = Uploads()
+        self.shards = ShardService(self.holdings, self.uploads, offer)
+        self.peers = PeerService(self.holdings, self.worker, self.uploads, lambda: b"a signed record")
 
     def request(self, expert: int = KEY.expert, **changes: object) -> ExpertRequest:
         call = LayerInput(KEY.layer, torch.ones(2, 64), torch.full((2, 1), 0.5), "sum")
@@ -221,9 +235,22 @@ async def test_chunk_list_and_chunks_of_what_is_held(node: Node) -> None:
         sent = await connection.ask(GetChunks(hash=node.shard.hash, first=0, count=1), timeout=10)
         assert sent.message == Chunk(index=0)
         assert sent.payload == (node.source.root / node.shard.file).read_bytes()
-        assert node.shards.bytes_sent == node.shard.size
+        assert node.uploads.bytes_sent == node.shard.size
         manifest = await connection.ask(GetChunkList(hash=ShardHash(node.manifest.model_id)), timeout=10)
         assert isinstance(manifest.message, ChunkHashes)
+
+
+async def test_what_is_held_is_held_wholly(node: Node) -> None:
+    async with node.serving(SHARD) as connection:
+        have = await connection.ask(GetHave(hash=node.shard.hash), timeout=10)
+        assert have.message == Have(size=node.shard.size, complete=True)
+        assert have.payload == b""
+        assert await code_of(connection, GetHave(hash=ShardHash("0" * 64))) is RefusalCode.NOT_HELD
+
+
+async def test_the_offer_of_a_connection_is_for_who_asks(node: Node) -> None:
+    async with node.serving(SHARD) as connection:
+        assert (await connection.ask(OpenBulk(), timeout=10)).message == OFFER
 
 
 async def test_what_is_not_held_is_not_sent(node: Node) -> None:
@@ -253,15 +280,19 @@ async def test_bytes_that_went_bad_are_never_sent(mixtral: ConvertedDirectory, t
         assert await code_of(connection, request.message, request.payload) is RefusalCode.NOT_HELD
 
 
-async def test_uploads_beyond_the_slots_are_told_to_come_back(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "UPLOAD_SLOTS", 1)
-    node.shards = ShardService(node.holdings)
+async def test_uploads_beyond_the_slots_wait_and_beyond_that_come_back_later(node: Node) -> None:
+    uploads = Uploads(UploadLimits(slots=1, waiting_per_peer=3))
+    node.shards = ShardService(node.holdings, uploads, offer)
     async with node.serving(SHARD) as connection:
-        asked = [connection.ask(GetChunkList(hash=node.shard.hash), timeout=10) for _ in range(10)]
+        running = uploads.ask(identity(3).peer)
+        asked = [asyncio.create_task(connection.ask(GetChunkList(hash=node.shard.hash), timeout=10)) for _ in range(10)]
+        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        uploads.end(running)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         refused = [answer for answer in answers if isinstance(answer, PeerRefused)]
-        assert 0 < len(refused) < 10
-        assert {(answer.code, answer.retry_after) for answer in refused} == {(RefusalCode.BUSY, module.UPLOAD_RETRY)}
+        assert len(refused) == 7
+        assert {answer.code for answer in refused} == {RefusalCode.BUSY}
+        assert all(answer.retry_after > 0 for answer in refused)
         await connection.ask(GetChunkList(hash=node.shard.hash), timeout=10)
 
 
@@ -279,7 +310,7 @@ async def test_inventory_and_load(node: Node) -> None:
 
 def test_every_kind_of_request_has_a_service() -> None:
     kinds = {kind for spec in (EXPERT, SHARD, PEER) for kind in spec.answers}
-    assert kinds == {RunExperts, GetChunkList, GetChunks, GetInventory, GetLoad}
+    assert kinds == {RunExperts, GetChunkList, GetChunks, GetHave, OpenBulk, GetInventory, GetLoad}
 
 
 def test_a_load_beyond_what_the_message_holds_is_cut(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

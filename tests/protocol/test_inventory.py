@@ -18,9 +18,9 @@ from moehive.protocol.ids import ExpertKey, ModelId
 from moehive.protocol.inventory import Inventory, decode_inventory, directory_key, encode_inventory
 
 NOW = 1_800_000_000.0
-DOMAIN = b"moehive inventory v1\0"
+DOMAIN = b"moehive inventory v2\0"
 BODY: dict[str, Any] = {
-    "v": 1,
+    "v": 2,
     "swarm": bytes(16),
     "peer": peer(1),
     "model": MODEL,
@@ -29,6 +29,7 @@ BODY: dict[str, Any] = {
     "addresses": ["/ip4/127.0.0.1/tcp/1"],
     "skeleton": True,
     "complete": False,
+    "loading": True,
     "layers": [0, 2],
     "experts": 3,
     "bitmap": bytes([0b00_101_001]),
@@ -55,6 +56,7 @@ inventories = st.builds(
     held=st.frozensets(expert_keys, max_size=60),
     skeleton=st.booleans(),
     complete=st.booleans(),
+    loading=st.booleans(),
     addresses=st.lists(printable(60), max_size=limits.MAX_ADDRESSES).map(tuple),
     rows_per_second=st.floats(0, 1e12),
     swarm=st.binary(min_size=16, max_size=16),
@@ -117,8 +119,8 @@ def test_a_signed_field_of_any_value_is_read_or_refused(name: str, value: object
 @pytest.mark.parametrize(
     "changes",
     [
-        {"v": 0},
-        {"v": 2},
+        {"v": 1},
+        {"v": 3},
         {"model": "x"},
         {"issued": "now"},
         {"issued": math.nan},
@@ -130,6 +132,7 @@ def test_a_signed_field_of_any_value_is_read_or_refused(name: str, value: object
         {"addresses": ["\x1b[2J"]},
         {"skeleton": 1},
         {"complete": 1},
+        {"loading": 1},
         {"layers": [-1]},
         {"layers": [True]},
         {"layers": list(range(5000))},

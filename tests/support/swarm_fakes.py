@@ -6,10 +6,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
-from moehive.protocol.ids import ExpertKey, ModelId
+from moehive.protocol.codec import Message
+from moehive.protocol.ids import ExpertKey, ModelId, PeerId
+from moehive.protocol.messages import SHARD
 from moehive.swarm.announcer import Announcer
 from moehive.swarm.identity import Identity
 from moehive.swarm.member import Member
+from moehive.swarm.rpc.server import Reply, stream_handler
+from moehive.swarm.transfer.supply import Shelf, answers
 from moehive.swarm.transport.base import Transport
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
@@ -20,6 +24,19 @@ MODEL = ModelId("ab" * 32)
 def identity(number: int) -> Identity:
     """A fixed identity for each number."""
     return Identity.from_seed(bytes([number]) * 32)
+
+
+@asynccontextmanager
+async def supplying(network: MemoryNetwork, by: Identity, shelf: Shelf) -> AsyncIterator[MemoryTransport]:
+    """A peer that supplies objects, by streams only."""
+
+    async def answer(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+        for each in answers(shelf, message):
+            await reply(each.message, (each.payload,), more=each.more)
+
+    async with MemoryTransport(network, by) as transport:
+        await transport.serve(SHARD.name, stream_handler(SHARD, SECRET, transport.peer, "supplier", answer))
+        yield transport
 
 
 @asynccontextmanager
@@ -45,10 +62,11 @@ async def announce(
     held: Iterable[ExpertKey] = (),
     *,
     skeleton: bool = False,
+    loading: bool = False,
     model: ModelId = MODEL,
     clock: Callable[[], float] = time.time,
 ) -> None:
     """Store an announcement of `by`, signed by it."""
     announcer = Announcer(transport, by, SECRET, model, wall_clock=clock)
-    announcer.hold(frozenset(held), skeleton=skeleton)
+    announcer.hold(frozenset(held), skeleton=skeleton, loading=loading)
     assert await announcer.announce()

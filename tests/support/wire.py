@@ -31,6 +31,10 @@ ALL_MESSAGES: tuple[type[Message], ...] = (
     messages.ChunkHashes,
     messages.GetChunks,
     messages.Chunk,
+    messages.GetHave,
+    messages.Have,
+    messages.OpenBulk,
+    messages.BulkOffer,
     messages.RunExperts,
     messages.ExpertsDone,
 )
@@ -110,6 +114,15 @@ _fields: dict[type[Message], dict[str, st.SearchStrategy[object]]] = {
         "count": st.integers(1, limits.MAX_CHUNKS_PER_REQUEST),
     },
     messages.Chunk: {"index": st.integers(0, 1 << 14)},
+    messages.GetHave: {"hash": hashes},
+    messages.Have: {"size": st.integers(0, limits.MAX_SHARD_BYTES), "complete": st.booleans()},
+    messages.OpenBulk: {},
+    messages.BulkOffer: {
+        "addresses": st.lists(printable(limits.MAX_ADDRESS_CHARS), max_size=limits.MAX_ADDRESSES).map(tuple),
+        "fingerprint": proofs,
+        "token": proofs,
+        "lifetime": seconds,
+    },
     messages.RunExperts: {
         "model": hashes,
         "layer": st.integers(0, 1 << 16),

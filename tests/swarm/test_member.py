@@ -9,21 +9,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from support.swarm_fakes import MODEL, SECRET, announce, identity, member
+from support.swarm_fakes import MODEL, announce, identity, member, supplying
 
 from moehive.node.holdings import Holdings
-from moehive.node.services import ShardService
 from moehive.protocol.errors import ModelUnavailable, ShardUnavailable
-from moehive.protocol.ids import ExpertKey
-from moehive.protocol.manifest import MANIFEST_NAME
-from moehive.protocol.messages import SHARD
+from moehive.protocol.ids import ExpertKey, PeerId
+from moehive.protocol.manifest import MANIFEST_NAME, ShardEntry
 from moehive.swarm.member import agent_name
-from moehive.swarm.rpc.server import stream_handler
 from moehive.swarm.skeleton import lay_out_skeleton
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.transport.base import Record
-from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
+from moehive.swarm.transport.memory import MemoryNetwork
 
 SEED, US = identity(1), identity(2)
 
@@ -33,9 +30,7 @@ async def seed(network: MemoryNetwork, directory: ConvertedDirectory, *, skeleto
     """A peer that serves the directory's shards."""
     holdings = Holdings(directory.manifest, directory, on_change=lambda: None)
     holdings.verify(directory.manifest.shards)
-    async with MemoryTransport(network, SEED) as transport:
-        handler = stream_handler(SHARD, SECRET, transport.peer, "seed", ShardService(holdings))
-        await transport.serve(SHARD.name, handler)
+    async with supplying(network, SEED, holdings) as transport:
         await announce(transport, SEED, directory.manifest.experts, skeleton=skeleton, model=directory.model_id)
         yield
 
@@ -80,15 +75,22 @@ async def test_a_skeleton_that_nobody_has(mixtral: ConvertedDirectory, tmp_path:
 
 async def test_sources_of_a_shard(mixtral: ConvertedDirectory) -> None:
     network, manifest = MemoryNetwork(), mixtral.manifest
+    one, two, three = (identity(number).peer for number in (3, 4, 5))
     async with member(network, 2) as us:
-        transport = us.transport
-        await announce(transport, identity(3), [ExpertKey(0, 1)], model=manifest.model_id)
-        await announce(transport, identity(4), [], skeleton=True, model=manifest.model_id)
+        await announce(us.transport, identity(3), [ExpertKey(0, 1)], model=manifest.model_id)
+        await announce(us.transport, identity(4), [], skeleton=True, model=manifest.model_id)
+        await announce(us.transport, identity(5), [ExpertKey(0, 3)], loading=True, model=manifest.model_id)
         directory = us.directory(manifest.model_id)
-        assert set(await us.sources(directory)) == {identity(3).peer, identity(4).peer}
-        assert set(await us.sources(directory, manifest.experts[ExpertKey(0, 1)])) == {identity(3).peer}
-        assert set(await us.sources(directory, manifest.experts[ExpertKey(0, 2)])) == set()
-        assert set(await us.sources(directory, manifest.skeleton[0])) == {identity(4).peer}
+        await directory.refresh()
+
+        async def partial(shard: ShardEntry | None) -> dict[PeerId, bool]:
+            sources = await us.wanted(directory, shard).find()
+            return {peer: source.partial for peer, source in sources.items()}
+
+        assert await partial(None) == {one: False, two: False, three: False}  # the manifest: all of them have it
+        assert await partial(manifest.experts[ExpertKey(0, 1)]) == {one: False, three: True}
+        assert await partial(manifest.experts[ExpertKey(0, 3)]) == {three: False}
+        assert await partial(manifest.skeleton[0]) == {two: False, three: True}
         assert directory is us.directory(manifest.model_id)
 
 

@@ -70,3 +70,36 @@ def test_an_error_that_names_nobody_blames_nobody() -> None:
     standings = Standings(Clock())
     standings.blame(FalseClaim("forged"))
     assert standings.usable([A, PeerId("")]) == [A, PeerId("")]
+
+
+def test_it_forgets_the_harmless_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moehive.swarm.standings.MAX_KNOWN", 16)
+    clock = Clock()
+    standings = Standings(clock)
+    for _ in range(2):
+        standings.blame(IntegrityError("bad", peer=A))
+    standings.blame(IntegrityError("bad", peer=B))
+    for number in range(200):
+        standings.blame(PeerTimeout("slow", peer=f"stranger {number}"))
+    assert len(standings._known) <= 16
+    assert standings.banned(A)
+    assert standings.banned(B)
+
+
+def test_made_up_liars_do_not_wash_away_a_long_ban(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moehive.swarm.standings.MAX_KNOWN", 16)
+    standings = Standings(Clock())
+    for _ in range(2):  # the second one is longer
+        standings.blame(IntegrityError("bad", peer=A))
+    for number in range(200):
+        standings.blame(IntegrityError("bad", peer=f"made up {number}"))
+    assert len(standings._known) <= 16
+    assert standings.banned(A)
+
+
+def test_from_when_on_a_peer_may_be_bothered() -> None:
+    clock = Clock(5.0)
+    standings = Standings(clock)
+    assert standings.ready_at(A) <= 5.0
+    standings.blame(IntegrityError("bad", peer=A))
+    assert standings.ready_at(A) == 5.0 + FIRST_BAN

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moehive.protocol.errors import ConfigError
 from moehive.protocol.limits import MAX_ADDRESSES, MAX_RECORD_BYTES
 from moehive.swarm.identity import Identity
-from moehive.swarm.transport.addresses import bootstrap_peers, dialable
+from moehive.swarm.transport.addresses import bootstrap_peers, dialable, host_and_port, with_port
 from moehive.swarm.transport.base import Record
 from moehive.swarm.transport.dht import _StorageGuard
 from moehive.swarm.transport.records import checked_record
@@ -46,6 +46,29 @@ def test_hints(hints: list[str], used: list[str]) -> None:
 @given(st.lists(st.text(max_size=50), max_size=5))
 def test_any_hints(hints: list[str]) -> None:
     assert all(address.startswith("/") and "/p2p/" not in address for address in dialable(A, hints))
+
+
+@pytest.mark.parametrize(
+    ("address", "found"),
+    [
+        (TCP, ("127.0.0.1", 1)),
+        (f"/ip6/::1/tcp/4001/p2p/{A}", ("::1", 4001)),
+        ("/dns4/node-1.example.org/tcp/65535", ("node-1.example.org", 65535)),
+        (f"{TCP}/p2p/{B}/p2p-circuit/p2p/{A}", None),
+        (f"{TCP}/ws", None),
+        ("/ip4/1.2.3.4/udp/1/quic-v1", None),
+        ("/ip4/1.2.3.4/tcp/65536", None),
+        ("/ip4/1.2.3.4/tcp/-1", None),
+        ("/ip4/1.2.3.4/tcp/٣", None),
+        ("/ip4/1.2.3.4/tcp/1/", None),
+        ("", None),
+    ],
+)
+def test_host_and_port(address: str, found: tuple[str, int] | None) -> None:
+    assert host_and_port(address) == found
+    other = with_port(address, 7)
+    assert other is None if found is None else host_and_port(other) == (found[0], 7)
+    assert other is None or "/p2p/" not in other
 
 
 def test_bootstrap_addresses_are_grouped_by_peer() -> None:

@@ -1,0 +1,294 @@
+"""One verified download, on disk, against the same carrier's plain bytes; and expert requests beside it.
+
+    python scripts/bench/transfer.py [--size 512MiB] [--rounds 7] [--latency-seconds 8] [--json FILE]
+
+Real processes on this machine: a source with an object on disk, this one as the client, and the daemons of both. In
+each round every stage is measured once, one after the other, and compared with `raw` of the same round.
+
+    raw         the carrier alone: the source sends one hot buffer again and again, the client drops it
+    framed      requests, frames and thread hand-overs of the real channel, of a hot object, dropped
+    read        the source reads the object from its store and verifies it
+    verified    the client verifies each chunk
+    on disk     the client writes it into its store: what a download does, until it is durable and has its name
+
+The carriers: TLS connections of their own, and streams of the daemons. HTTP: one stream of aiohttp, where installed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from _common import Child, Rounds, arguments, conditions, p50, print_head, print_table, repeat, write_json
+from _latency import measure_latency, report_latency
+from _transfer import HOT, RAW, SECRET, Where, cpu_seconds, serve
+
+from moehive.protocol.chunks import CHUNK_SIZE, ChunkList
+from moehive.protocol.ids import ShardHash
+from moehive.protocol.messages import SHARD
+from moehive.protocol.units import parse_size
+from moehive.swarm.identity import Identity
+from moehive.swarm.rpc.pool import ConnectionPool
+from moehive.swarm.store.content import ContentStore
+from moehive.swarm.transfer.background import start_thread
+from moehive.swarm.transfer.channel import ChunkChannel, Deliver
+from moehive.swarm.transfer.opening import ChannelOpener
+from moehive.swarm.transfer.stream_channel import StreamChannel
+from moehive.swarm.transfer.tls.link import TlsLink
+from moehive.swarm.transport.hivemind import HivemindTransport
+
+PER_REQUEST, AT_ONCE = 8, 4  # chunks, requests
+READ_SIZE = 256 << 10
+GOAL = 0.9
+LINKS = (125e6, 500e6)  # bytes per second: 1 Gbit/s, and a fast disk's
+MIB, GIB = float(1 << 20), float(1 << 30)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one transfer: wall-clock seconds, and processor seconds of who took part."""
+
+    seconds: float
+    source: float
+    client: float
+    daemons: float
+
+    @property
+    def cpu(self) -> float:
+        """All of them."""
+        return self.source + self.client + self.daemons
+
+
+Stage = Callable[[], Awaitable[None]]
+Costs = dict[str, Cost]  # by "carrier, stage"
+
+
+class Client:
+    """The client's end, and how each stage is run."""
+
+    def __init__(self, where: Where, transport: HivemindTransport, pool: ConnectionPool, root: Path, size: int) -> None:
+        self._where = where
+        self._transport = transport
+        self._pool = pool
+        self._store = ContentStore(root, 1 << 40)
+        self._chunks = ChunkList(0, ())
+        self._count = size // CHUNK_SIZE
+        self._object = ShardHash("")
+
+    async def learn(self, object_hash: ShardHash) -> None:
+        """Which object to get; its chunk list is known to a downloader before it begins."""
+        channel = await self.by_stream()
+        self._object = object_hash
+        self._chunks = await channel.chunk_list(object_hash, timeout=60)
+
+    async def cost(self, stage: Stage) -> Cost:
+        """Run a stage."""
+        where, us, daemon = self._where, os.getpid(), self._transport._daemon.pid
+        assert daemon is not None
+        pids = (where.pid, us, where.daemon_pid, daemon)
+        before, started = [cpu_seconds(pid) for pid in pids], time.perf_counter()
+        await stage()
+        seconds = time.perf_counter() - started
+        source, client, *daemons = (cpu_seconds(pid) - start for pid, start in zip(pids, before, strict=True))
+        return Cost(seconds, source, client, sum(daemons))
+
+    # --- carriers -------------------------------------------------------------------------------------------------
+
+    async def by_tls(self) -> ChunkChannel:
+        """A channel of its own."""
+        opener = ChannelOpener(self._pool, "bench", StreamChannel)
+        channel = await opener(self._where.peer, self._where.addresses)
+        assert not isinstance(channel, StreamChannel)
+        return channel
+
+    async def by_stream(self) -> ChunkChannel:
+        """A channel over the daemons."""
+        return StreamChannel(await self._pool.connection(self._where.peer, self._where.addresses))
+
+    async def raw_tls(self) -> None:
+        """`size` bytes of nothing in particular."""
+        where = self._where
+        link = await TlsLink.connect("127.0.0.1", where.raw_port, where.raw_fingerprint, where.peer)
+        link.start_blocking()
+        buffer = memoryview(bytearray(CHUNK_SIZE))
+
+        def receive() -> None:
+            for _ in range(self._count):
+                link.receive_into(buffer)
+
+        await asyncio.to_thread(start_thread(receive, "raw").join)
+        link.shut()
+        link.close()
+
+    async def raw_stream(self) -> None:
+        """The same over the daemons."""
+        stream = await self._transport.open(self._where.peer, RAW, self._where.addresses)
+        left = self._count * CHUNK_SIZE
+        while left:
+            left -= len(await stream.read(READ_SIZE))
+        await stream.close()
+
+    # --- stages ---------------------------------------------------------------------------------------------------
+
+    async def get(self, channel: ChunkChannel, object_hash: ShardHash, deliver: Deliver) -> None:
+        """All chunks, some requests at a time."""
+        starts = iter(range(0, self._count, PER_REQUEST))
+
+        async def work() -> None:
+            for first in starts:
+                count = min(PER_REQUEST, self._count - first)
+                await channel.get_chunks(object_hash, first, count, deliver, timeout=60)
+
+        await asyncio.gather(*(work() for _ in range(AT_ONCE)))
+
+    async def framed(self, channel: ChunkChannel) -> None:
+        """See the top of this file."""
+        await self.get(channel, HOT, _drop)
+
+    async def read(self, channel: ChunkChannel) -> None:
+        """See the top of this file."""
+        await self.get(channel, self._object, _drop)
+
+    async def verified(self, channel: ChunkChannel) -> None:
+        """See the top of this file."""
+
+        def verify(index: int, data: memoryview) -> None:
+            assert self._chunks.matches(index, data)
+
+        await self.get(channel, self._object, verify)
+
+    async def on_disk(self, channel: ChunkChannel) -> None:
+        """See the top of this file."""
+        with self._store.open_partial(self._object, self._chunks) as partial:
+            await self.get(channel, self._object, partial.write_chunk)
+            await asyncio.to_thread(partial.commit)
+
+    async def round(self, stages: Sequence[str]) -> Costs:
+        """Every stage by every carrier."""
+        costs: Costs = {}
+        for carrier, raw, opened in (("TLS", self.raw_tls, self.by_tls), ("daemon", self.raw_stream, self.by_stream)):
+            if "raw" in stages:
+                costs[f"{carrier}, raw"] = await self.cost(raw)
+            channel = await opened()
+            for name in stages:
+                if name != "raw":
+                    stage = getattr(self, name.replace(" ", "_"))
+                    costs[f"{carrier}, {name}"] = await self.cost(lambda stage=stage: stage(channel))  # type: ignore[misc]
+                self._store.delete(self._object)
+            await channel.close()
+        return costs
+
+
+def _drop(index: int, data: memoryview) -> None:
+    pass
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+STAGES = ("raw", "framed", "read", "verified", "on disk")
+
+
+@asynccontextmanager
+async def connected(where: Where, root: Path, size: int) -> AsyncIterator[Client]:
+    """The client, on a daemon of its own."""
+    async with (
+        HivemindTransport(Identity.ephemeral(), client_only=True, bootstrap=where.addresses) as transport,
+        ConnectionPool(transport, SHARD, SECRET, "bench") as pool,
+    ):
+        yield Client(where, transport, pool, root, size)
+
+
+def put_object(root: Path, size: int) -> ShardHash:
+    """An object of random bytes in a new store."""
+    path = root / "object"
+    with path.open("wb") as file:
+        for _ in range(size // CHUNK_SIZE):
+            file.write(os.urandom(CHUNK_SIZE))
+    object_hash = ContentStore(root / "source", 1 << 40).put(path)
+    path.unlink()
+    return object_hash
+
+
+def main() -> None:
+    """Start everything, take turns, print."""
+    parser = arguments(__doc__, rounds=7)
+    parser.add_argument("--size", default="512MiB", help="of the object")
+    parser.add_argument("--latency-seconds", type=float, default=8.0, help="of each latency measurement; 0: none")
+    options = parser.parse_args()
+    size = parse_size(options.size) // CHUNK_SIZE * CHUNK_SIZE
+    facts = conditions(size=f"{size >> 20} MiB, {PER_REQUEST} chunks in a request, {AT_ONCE} requests in flight")
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        object_hash = put_object(root, size)
+        with Child(serve, root / "source", size) as source, asyncio.Runner() as runner:
+            where = source.answer()
+            context = connected(where, root / "client", size)
+            client = runner.run(context.__aenter__())
+            runner.run(client.learn(object_hash))
+            runner.run(client.round(STAGES))  # warms the caches
+            free = repeat(options.rounds, lambda: runner.run(client.round(STAGES)))
+            links: dict[str, Rounds] = {}
+            for rate in LINKS:
+                source.ask(rate)
+                links[f"{rate / 1e6:.0f} MB/s"] = repeat(
+                    max(options.rounds // 2, 1), lambda: runner.run(client.round(("raw", "on disk")))
+                )
+            source.ask(None)
+            runner.run(context.__aexit__(None, None, None))
+    report(facts, size, free, links)
+    latency = measure_latency(options.latency_seconds) if options.latency_seconds else {}
+    if latency:
+        report_latency(latency)
+    results = {"free": [_plain(costs) for costs in free.results], "latency": latency}
+    results |= {name: [_plain(costs) for costs in rounds.results] for name, rounds in links.items()}
+    write_json(options.json, facts, results)
+
+
+def _plain(costs: Costs) -> dict[str, Any]:
+    return {name: asdict(cost) for name, cost in costs.items()}
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def ratios(rounds: Rounds, carrier: str, stage: str) -> list[float]:
+    """The speed of a stage over that of `raw`, round by round."""
+    return [costs[f"{carrier}, raw"].seconds / costs[f"{carrier}, {stage}"].seconds for costs in rounds.results]
+
+
+def report(facts: dict[str, object], size: int, free: Rounds, links: dict[str, Rounds]) -> None:
+    """The stages, what the processors allow, and the same where a link is the limit."""
+    print_head("One source, verified and on disk, against the carrier's plain bytes", facts)
+    cores = os.cpu_count() or 1
+    for carrier in ("TLS", "daemon"):
+        rows = []
+        for stage in STAGES:
+            costs = [each[f"{carrier}, {stage}"] for each in free.results]
+            each_gib = [[value * GIB / size for value in (c.source, c.client, c.daemons, c.cpu)] for c in costs]
+            middle = [p50(column) for column in zip(*each_gib, strict=True)]
+            speed = p50([size / MIB / cost.seconds for cost in costs])
+            rows.append(
+                (f"{carrier}, {stage}", speed, p50(ratios(free, carrier, stage)), *middle, cores * 1024 / middle[-1])
+            )
+        columns = ("", "MiB/s", "of raw", "source", "client", "daemons", "CPU s/GiB", "the cores allow, MiB/s")
+        print_table(columns, rows)
+    print(f"{free}\n")
+    rows = []
+    for name, rounds in {"no limit": free, **links}.items():
+        for carrier in ("TLS", "daemon"):
+            speed = p50([size / MIB / costs[f"{carrier}, on disk"].seconds for costs in rounds.results])
+            found = ratios(rounds, carrier, "on disk")
+            verdict = "met" if p50(found) >= GOAL else "missed"
+            rows.append((f"{name}, {carrier}", speed, p50(found), min(found), max(found), verdict))
+    print_table(("link", "MiB/s", "of raw", "lowest", "highest", f"at least {GOAL}x"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""The client's channel against the real server: order, cancellation, deadlines, and the end. Real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+
+import pytest
+from support.bulk import (
+    PATIENCE,
+    Collected,
+    FakeShelf,
+    ascending,
+    channel_to,
+    data_of,
+    serving,
+    soon,
+)
+
+from moehive.protocol import limits
+from moehive.protocol.errors import PeerRefused, PeerTimeout, PeerUnreachable, RefusalCode, StorageError
+from moehive.protocol.ids import ShardHash
+from moehive.swarm.store.base import WrongBytes
+from moehive.swarm.transfer.tls.channel import TlsChannel
+from moehive.swarm.transfer.tls.delivery import _BUFFERS
+from moehive.swarm.transfer.tls.server import BulkServer
+from moehive.swarm.transfer.uploads import Uploads
+
+CHUNKS = 12  # and a short one
+
+
+@pytest.fixture
+def shelf() -> FakeShelf:
+    return FakeShelf(data_of(CHUNKS))
+
+
+@pytest.fixture
+async def server(shelf: FakeShelf) -> AsyncIterator[BulkServer]:
+    async with serving(shelf) as running:
+        yield running
+
+
+@pytest.fixture
+async def channel(server: BulkServer) -> AsyncIterator[TlsChannel]:
+    async with channel_to(server) as opened:
+        yield opened
+
+
+class Gate:
+    """Holds up whoever passes, until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def __call__(self, index: int) -> None:
+        self.reached.set()
+        assert self._open.wait(PATIENCE)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+async def get(channel: TlsChannel, shelf: FakeShelf, first: int, count: int, timeout: float = PATIENCE) -> Collected:
+    collected = Collected()
+    await channel.get_chunks(shelf.hash, first, count, collected, timeout=timeout)
+    return collected
+
+
+# --- what is asked for comes ------------------------------------------------------------------------------------------
+
+
+async def test_all_of_an_object(channel: TlsChannel, shelf: FakeShelf) -> None:
+    collected = await get(channel, shelf, 0, CHUNKS + 1)
+    assert collected.indices == list(range(CHUNKS + 1))
+    assert collected.bytes == shelf.data
+
+
+async def test_many_requests_at_once(channel: TlsChannel, shelf: FakeShelf) -> None:
+    each = await asyncio.gather(*(get(channel, shelf, first, 3) for first in range(0, 12, 3)))
+    assert [collected.indices for collected in each] == [list(range(first, first + 3)) for first in range(0, 12, 3)]
+    assert b"".join(collected.bytes for collected in each) == shelf.data[: 12 << 20]
+
+
+async def test_more_requests_than_fit_wait_for_their_turn(channel: TlsChannel, shelf: FakeShelf) -> None:
+    each = await asyncio.gather(*(get(channel, shelf, CHUNKS, 1) for _ in range(3 * limits.MAX_REQUESTS_IN_FLIGHT)))
+    assert all(collected.bytes == shelf.data[-5:] for collected in each)
+
+
+async def test_chunk_list_and_have(channel: TlsChannel, shelf: FakeShelf) -> None:
+    assert await channel.chunk_list(shelf.hash, timeout=PATIENCE) == shelf.chunks
+    assert await channel.have(shelf.hash, timeout=PATIENCE) is None
+
+
+async def test_a_question_does_not_wait_for_the_chunks_in_front_of_it(channel: TlsChannel, shelf: FakeShelf) -> None:
+    gate = Gate()
+    shelf.gate = gate
+    running = asyncio.create_task(get(channel, shelf, 0, 8))
+    await asyncio.to_thread(gate.reached.wait, PATIENCE)
+    asking = asyncio.create_task(channel.chunk_list(shelf.hash, timeout=PATIENCE))
+    await asyncio.sleep(0)
+    gate.open()
+    await asking
+    assert len((await running).chunks) == 8
+    assert len(shelf.read) == 8
+
+
+@pytest.mark.parametrize(("first", "count"), [(CHUNKS, 2), (CHUNKS + 1, 1)])
+async def test_a_refused_request_says_why_and_the_channel_goes_on(
+    channel: TlsChannel, shelf: FakeShelf, first: int, count: int
+) -> None:
+    with pytest.raises(PeerRefused) as refused:
+        await get(channel, shelf, first, count)
+    assert refused.value.code is RefusalCode.BAD_REQUEST
+    with pytest.raises(PeerRefused) as refused:
+        await channel.chunk_list(ShardHash("0" * 64), timeout=PATIENCE)
+    assert refused.value.code is RefusalCode.NOT_HELD
+    assert (await get(channel, shelf, CHUNKS, 1)).bytes == shelf.data[-5:]
+
+
+async def test_a_server_whose_disk_fails_refuses_after_what_it_could_send(
+    channel: TlsChannel, shelf: FakeShelf
+) -> None:
+    def fail(index: int) -> None:
+        if index == 3:
+            raise StorageError("the disk is gone")
+
+    shelf.gate = fail
+    collected = Collected()
+    with pytest.raises(PeerRefused) as refused:
+        await channel.get_chunks(shelf.hash, 0, 8, collected, timeout=PATIENCE)
+    assert refused.value.code is RefusalCode.INTERNAL
+    assert "disk" not in refused.value.detail
+    assert collected.indices == [0, 1, 2]
+    assert (await get(channel, shelf, 5, 2)).indices == [5, 6]
+
+
+# --- deliver ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [WrongBytes("chunk 2"), StorageError("full"), ZeroDivisionError()])
+async def test_what_deliver_raises_ends_its_request_only(
+    channel: TlsChannel, shelf: FakeShelf, error: Exception
+) -> None:
+    def refuse(index: int) -> None:
+        if index == 2:
+            raise error
+
+    collected = Collected(refuse)
+    other = asyncio.create_task(get(channel, shelf, 3, 6))
+    with pytest.raises(type(error)) as caught:
+        await channel.get_chunks(shelf.hash, 0, 8, collected, timeout=PATIENCE)
+    assert caught.value is error
+    assert collected.indices == [0, 1]
+    assert (await other).indices == list(range(3, 9))
+    assert channel.broken is None
+
+
+async def test_deliveries_of_one_request_never_overlap(channel: TlsChannel, shelf: FakeShelf) -> None:
+    at_work, most = [0], [0]
+
+    def count(index: int) -> None:
+        at_work[0] += 1
+        most[0] = max(most[0], at_work[0])
+        threading.Event().wait(0.001)
+        at_work[0] -= 1
+
+    collected = Collected(count)
+    await channel.get_chunks(shelf.hash, 0, CHUNKS, collected, timeout=PATIENCE)
+    assert most == [1]
+    assert ascending(collected.indices)
+
+
+async def test_deliver_runs_in_a_thread_and_the_loop_goes_on(channel: TlsChannel, shelf: FakeShelf) -> None:
+    gate = Gate()
+    collected = Collected(gate)
+    running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, 8, collected, timeout=PATIENCE))
+    await asyncio.to_thread(gate.reached.wait, PATIENCE)  # the loop works
+    assert await channel.chunk_list(shelf.hash, timeout=PATIENCE) == shelf.chunks  # and so does the connection
+    gate.open()
+    await running
+    assert len(collected.chunks) == 8
+
+
+async def test_a_slow_receiver_holds_the_sender_back(channel: TlsChannel, shelf: FakeShelf) -> None:
+    """What is on its way is bounded by our buffers and the kernel's, not by what was asked for."""
+    gate = Gate()
+    collected = Collected(gate)
+    running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, CHUNKS, collected, timeout=PATIENCE))
+    assert await soon(lambda: channel._delivery._free.qsize() == 0)
+    assert channel._delivery._steps.qsize() <= _BUFFERS
+    gate.open()
+    await running
+    assert channel._delivery._free.qsize() == _BUFFERS
+
+
+# --- deadlines and cancellation ---------------------------------------------------------------------------------------
+
+
+async def test_a_silent_server_is_given_up_after_the_timeout(channel: TlsChannel, shelf: FakeShelf) -> None:
+    gate = Gate()
+    shelf.gate = gate
+    with pytest.raises(PeerTimeout):
+        await get(channel, shelf, 0, 4, timeout=0.2)
+    gate.open()
+    assert (await get(channel, shelf, 4, 2)).indices == [4, 5]
+
+
+async def test_a_silent_server_is_given_up_between_two_chunks(channel: TlsChannel, shelf: FakeShelf) -> None:
+    gate = Gate()
+    shelf.gate = lambda index: gate(index) if index == 2 else None
+    collected = Collected()
+    with pytest.raises(PeerTimeout):
+        await channel.get_chunks(shelf.hash, 0, 4, collected, timeout=0.5)
+    assert collected.indices == [0, 1]
+    gate.open()
+    assert await channel.have(shelf.hash, timeout=PATIENCE) is None
+    assert collected.indices == [0, 1]  # what came later was not delivered
+
+
+async def test_a_slow_disk_is_not_the_peers_fault(channel: TlsChannel, shelf: FakeShelf) -> None:
+    gate = Gate()
+    collected = Collected(gate)
+    running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, 8, collected, timeout=0.2))
+    await asyncio.to_thread(gate.reached.wait, PATIENCE)
+    await asyncio.wait((running,), timeout=0.6)
+    assert not running.done()
+    gate.open()
+    await running
+    assert len(collected.chunks) == 8
+
+
+async def test_a_question_that_is_not_answered_in_time(channel: TlsChannel, shelf: FakeShelf) -> None:
+    gate = Gate()
+    shelf.gate = gate
+    running = asyncio.create_task(get(channel, shelf, 0, 4))
+    await asyncio.to_thread(gate.reached.wait, PATIENCE)
+    with pytest.raises(PeerTimeout):
+        await channel.chunk_list(shelf.hash, timeout=0.1)
+    gate.open()
+    await running
+    assert await channel.chunk_list(shelf.hash, timeout=PATIENCE) == shelf.chunks
+
+
+async def test_no_place_for_a_request_is_a_timeout_too(channel: TlsChannel, shelf: FakeShelf) -> None:
+    gate = Gate()
+    shelf.gate = gate
+    running = [asyncio.create_task(get(channel, shelf, 0, 1)) for _ in range(limits.MAX_REQUESTS_IN_FLIGHT)]
+    await asyncio.to_thread(gate.reached.wait, PATIENCE)
+    with pytest.raises(PeerTimeout, match="unanswered"):
+        await get(channel, shelf, 0, 1, timeout=0.1)
+    gate.open()
+    await asyncio.gather(*running)
+
+
+async def test_after_a_cancellation_nothing_is_delivered_and_the_server_stops(
+    channel: TlsChannel, shelf: FakeShelf
+) -> None:
+    gate = Gate()
+    collected = Collected(gate)
+    running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, CHUNKS, collected, timeout=PATIENCE))
+    await asyncio.to_thread(gate.reached.wait, PATIENCE)
+    running.cancel()
+    await asyncio.sleep(0)
+    assert not running.done()  # a delivery is going on
+    gate.open()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    delivered = collected.indices
+    assert len(delivered) == 1
+    assert await channel.have(shelf.hash, timeout=PATIENCE) is None  # everything before it has passed
+    assert collected.indices == delivered
+    assert (await get(channel, shelf, CHUNKS, 1)).bytes == shelf.data[-5:]
+
+
+async def test_a_withdrawn_request_is_not_read_to_its_end(channel: TlsChannel, shelf: FakeShelf) -> None:
+    gate = Gate()
+    shelf.gate = lambda index: gate(index) if index == 1 else None
+    running = asyncio.create_task(get(channel, shelf, 0, CHUNKS))
+    await asyncio.to_thread(gate.reached.wait, PATIENCE)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    gate.open()
+    assert await channel.have(shelf.hash, timeout=PATIENCE) is None
+    assert len(shelf.read) <= 4  # the one being sent, and the one that was read ahead
+
+
+async def test_a_request_that_waits_behind_others_can_be_withdrawn(channel: TlsChannel, shelf: FakeShelf) -> None:
+    gate = Gate()
+    shelf.gate = gate
+    first = asyncio.create_task(get(channel, shelf, 0, 2))
+    await asyncio.to_thread(gate.reached.wait, PATIENCE)
+    second = asyncio.create_task(get(channel, shelf, 5, 5))
+    await asyncio.sleep(0)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    gate.open()
+    assert (await first).indices == [0, 1]
+    assert await channel.have(shelf.hash, timeout=PATIENCE) is None
+    assert shelf.read == [0, 1]
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_connection_that_is_lost_fails_everything_and_stays_broken(shelf: FakeShelf) -> None:
+    gate = Gate()
+    shelf.gate = gate
+    async with serving(shelf) as server, channel_to(server) as channel:
+        running = [asyncio.create_task(get(channel, shelf, first, 4)) for first in (0, 4, 8)]
+        asking = asyncio.create_task(channel.chunk_list(shelf.hash, timeout=PATIENCE))
+        await asyncio.to_thread(gate.reached.wait, PATIENCE)
+        for connection in tuple(server._connections):
+            connection.shut()
+        results = await asyncio.gather(*running, asking, return_exceptions=True)
+        assert [type(result) for result in results] == [PeerUnreachable] * 4
+        assert isinstance(channel.broken, PeerUnreachable)
+        with pytest.raises(PeerUnreachable):
+            await get(channel, shelf, 0, 1)
+        with pytest.raises(PeerUnreachable):
+            await channel.have(shelf.hash, timeout=PATIENCE)
+        gate.open()
+
+
+async def test_closing_fails_what_runs_and_ends_the_threads(server: BulkServer, shelf: FakeShelf) -> None:
+    gate = Gate()
+    shelf.gate = gate
+    async with channel_to(server) as channel:
+        running = asyncio.create_task(get(channel, shelf, 0, 4))
+        await asyncio.to_thread(gate.reached.wait, PATIENCE)
+        await asyncio.gather(channel.close(), channel.close())
+        with pytest.raises(PeerUnreachable):
+            await running
+        await channel.close()
+        assert not any(thread.is_alive() for thread in channel._threads)
+        gate.open()
+    assert await soon(lambda: not server._connections)
+
+
+async def test_closing_waits_for_a_delivery(server: BulkServer, shelf: FakeShelf) -> None:
+    """Whoever closes may take away what `deliver` writes to."""
+    gate = Gate()
+    collected = Collected(gate)
+    async with channel_to(server) as channel:
+        running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, 4, collected, timeout=PATIENCE))
+        await asyncio.to_thread(gate.reached.wait, PATIENCE)
+        closing = asyncio.create_task(channel.close())
+        await asyncio.wait((closing,), timeout=0.1)
+        assert not closing.done()
+        gate.open()
+        await closing
+        with pytest.raises(PeerUnreachable):
+            await running
+        count = len(collected.chunks)
+    assert len(collected.chunks) == count
+
+
+async def test_what_was_received_before_the_connection_was_lost_is_delivered(shelf: FakeShelf) -> None:
+    async with serving(shelf) as server, channel_to(server) as channel:
+        gate = Gate()
+        shelf.gate = lambda index: gate(index) if index == 5 else None
+        collected = Collected()
+        running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, 8, collected, timeout=PATIENCE))
+        await asyncio.to_thread(gate.reached.wait, PATIENCE)
+        assert await soon(lambda: len(collected.chunks) == 5)
+        for connection in tuple(server._connections):
+            connection.shut()
+        with pytest.raises(PeerUnreachable):
+            await running
+        gate.open()
+        assert collected.bytes == shelf.data[: 5 << 20]
+
+
+async def test_bytes_are_counted(shelf: FakeShelf) -> None:
+    uploads = Uploads()
+    async with serving(shelf, uploads) as server, channel_to(server) as channel:
+        await get(channel, shelf, 0, CHUNKS + 1)
+        await channel.have(shelf.hash, timeout=PATIENCE)
+    assert uploads.bytes_sent == len(shelf.data)
+
+
+async def test_an_idle_connection_is_closed_by_the_server(shelf: FakeShelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moehive.swarm.transfer.tls.served.IDLE_TIMEOUT", 0.1)
+    async with serving(shelf) as server, channel_to(server) as channel:
+        assert await soon(lambda: channel.broken is not None)
+        assert not server._connections
+        with pytest.raises(PeerUnreachable):
+            await channel.have(shelf.hash, timeout=PATIENCE)
