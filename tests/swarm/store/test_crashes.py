@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from support.faulty_filesystem import FaultyFileSystem, PowerCut
@@ -241,5 +241,5 @@ class KeepingUnderFire(StoreUnderFire):
         return frozenset().union(*(use.objects for use in self.uses if use.protects))
 
 
-KeepingUnderFire.TestCase.settings = settings(stateful_step_count=40, max_examples=300, phases=[Phase.generate])
+KeepingUnderFire.TestCase.settings = settings(stateful_step_count=40)
 TestKeepingUnderFire = KeepingUnderFire.TestCase
