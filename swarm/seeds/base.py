@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from moehive.protocol.chunks import ChunkList
-from moehive.protocol.errors import ConfigError
+from moehive.protocol.errors import ConfigError, SeedChanged
 from moehive.protocol.ids import ShardHash
 
 _HUB = "hub:"
@@ -23,10 +23,6 @@ class Seed(Protocol):
     def name(self) -> str:
         """As the user named it."""
 
-    @property
-    def nearby(self) -> bool:
-        """Whether it lies on this machine, so that it is to be preferred to peers."""
-
     def offers(self, object_hash: ShardHash) -> bool:
         """Whether it is worth asking for an object. Costs nothing, promises nothing."""
 
@@ -34,7 +30,14 @@ class Seed(Protocol):
         """The chunk hashes of an object all of whose bytes were just verified. Raises SeedError, SeedChanged."""
 
     def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes:
-        """Verified bytes of an object, of whole chunks. Raises SeedError, SeedChanged."""
+        """Bytes of an object, of whole chunks: verified where its chunk list was asked for before.
+
+        Whoever takes them verifies them in any case, and calls `refute` where they are wrong. Raises SeedError,
+        SeedChanged.
+        """
+
+    def refute(self, object_hash: ShardHash) -> SeedChanged:
+        """An object's bytes were found to be wrong: it is not offered any more. The error to be raised."""
 
     def close(self) -> None:
         """Give files up."""

@@ -1,8 +1,9 @@
 """The original checkpoint as a permanent seed: shards cut out of its files exactly as the converter cuts them.
 
 It plans the conversion again, from headers alone, and carries out only the parts that are asked for. Nothing of the
-plan is believed: a shard is rebuilt whole and compared with its hash in the manifest before the first byte leaves.
-The manifest need not say where its model came from: whoever names a seed may be wrong, and only the bytes decide.
+plan is believed: whoever has no chunk list gets one only after the whole shard was rebuilt and compared with its hash
+in the manifest. The manifest need not say where its model came from: whoever names a seed may be wrong, and only the
+bytes decide.
 """
 
 from __future__ import annotations
@@ -36,11 +37,9 @@ class CheckpointSeed:
         plan: ConversionPlan,
         files: SourceReader,
         *,
-        nearby: bool,
         keep_bytes: int,
     ) -> None:
         self.name = name
-        self.nearby = nearby
         _check_model(name, manifest, plan)
         planned = {file.file: file for file in plan.files}
         self._planned = {
@@ -74,7 +73,8 @@ class CheckpointSeed:
 
     def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes:
         """See Seed."""
-        chunks = self.chunk_list(object_hash)
+        if object_hash in self._changed:
+            raise self._changed[object_hash]
         data = self._images.take(object_hash, offset, length)
         if data is None:
             data = bytearray(length)
@@ -82,11 +82,22 @@ class CheckpointSeed:
                 read_range(self._planned[object_hash], self._files, offset, memoryview(data))
             except CheckpointError as error:
                 raise SeedError(f"seed {self.name}: {error}") from error
-        view = memoryview(data)
-        for start in range(0, length, CHUNK_SIZE):
-            if not chunks.matches((offset + start) // CHUNK_SIZE, view[start : start + CHUNK_SIZE]):
-                raise self._refuse(object_hash)
+        chunks, view = self._lists.get(object_hash), memoryview(data)
+        for at in range(0, length, CHUNK_SIZE):
+            if chunks and not chunks.matches((offset + at) // CHUNK_SIZE, view[at : at + CHUNK_SIZE]):
+                raise self.refute(object_hash)
         return bytes(data)
+
+    def refute(self, object_hash: ShardHash) -> SeedChanged:
+        """See Seed."""
+        planned = self._planned[object_hash]
+        files = sorted({span.file for span in planned.spans()} | {piece.span.file for piece in planned.pieces})
+        error = SeedChanged(
+            f"seed {self.name}: {' and '.join(files) or 'config.json or the index'} changed since the model was "
+            f"converted: {planned.file} made of it is not what the manifest names; name the revision that was converted"
+        )
+        self._changed[object_hash] = error
+        return error
 
     def close(self) -> None:
         """See Seed."""
@@ -105,20 +116,10 @@ class CheckpointSeed:
             raise SeedError(f"seed {self.name}: {error}") from error
         chunks = ChunkList(planned.size, tuple(hashes))
         if chunks.root != object_hash:
-            raise self._refuse(object_hash)
+            raise self.refute(object_hash)
         if keep:
             self._images.put(object_hash, buffer)
         return chunks
-
-    def _refuse(self, object_hash: ShardHash) -> SeedChanged:
-        planned = self._planned[object_hash]
-        files = sorted({span.file for span in planned.spans()} | {piece.span.file for piece in planned.pieces})
-        error = SeedChanged(
-            f"seed {self.name}: {' and '.join(files) or 'config.json or the index'} changed since the model was "
-            f"converted: {planned.file} made of it is not what the manifest names; name the revision that was converted"
-        )
-        self._changed[object_hash] = error
-        return error
 
 
 class _Images:

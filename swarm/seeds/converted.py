@@ -13,8 +13,6 @@ from moehive.swarm.store.directory import ConvertedDirectory
 class ConvertedSeed:
     """See Seed. It may hold only some of its model's shards, or another version of the model with the same experts."""
 
-    nearby = True
-
     def __init__(self, name: str, directory: Path) -> None:
         self.name = name
         self._directory = ConvertedDirectory(directory)
@@ -36,6 +34,12 @@ class ConvertedSeed:
             return self._directory.read_range(object_hash, offset, length)
         except StorageError as error:
             raise self._error(error) from error
+
+    def refute(self, object_hash: ShardHash) -> SeedChanged:
+        """See Seed."""
+        path = self._directory.path(object_hash)
+        self._directory.quarantine(object_hash)
+        return SeedChanged(f"seed {self.name}: {path or object_hash} does not match its hash; convert it again")
 
     def close(self) -> None:
         """See Seed."""

@@ -26,16 +26,16 @@ def open_seed(name: SeedName, manifest: Manifest) -> Seed:
         from .hub import open_snapshot  # huggingface_hub: half a second
 
         files, directory = open_snapshot(name.text, name.repo, name.revision)
-        return _checkpoint(name.text, directory, files, manifest, nearby=False)
+        return _checkpoint(name.text, directory, files, manifest, keep_bytes=KEEP_BYTES)
     if (name.directory / MANIFEST_NAME).exists():
         return ConvertedSeed(name.text, name.directory)
-    return _checkpoint(name.text, name.directory, SourceFiles(name.directory), manifest, nearby=True)
+    return _checkpoint(name.text, name.directory, SourceFiles(name.directory), manifest, keep_bytes=0)
 
 
-def _checkpoint(name: str, directory: Path, files: SourceReader, manifest: Manifest, *, nearby: bool) -> Seed:
+def _checkpoint(name: str, directory: Path, files: SourceReader, manifest: Manifest, *, keep_bytes: int) -> Seed:
     try:
         plan = plan_conversion(read_checkpoint(directory, files), manifest.model.name)
-        return CheckpointSeed(name, manifest, plan, files, nearby=nearby, keep_bytes=0 if nearby else KEEP_BYTES)
+        return CheckpointSeed(name, manifest, plan, files, keep_bytes=keep_bytes)
     except (CheckpointError, UnsupportedModel) as error:
         files.close()
         raise SeedError(f"seed {name}: {error}") from error

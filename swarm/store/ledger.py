@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moehive.protocol.ids import ShardHash
+from moehive.protocol.units import format_size
 
 from .base import DiskBudgetFull
 from .filesystem import FileSystem, storage_errors
@@ -83,7 +84,8 @@ class Ledger:
         needed = size - self.partials.get(object_hash, 0)
         if used + needed > self.budget_bytes:
             budget = self.budget_bytes
-            raise DiskBudgetFull(self._layout.root, object_hash, needed=needed, used=used, budget=budget)
+            what = f"the {format_size(size)} of object {object_hash}"
+            raise DiskBudgetFull(self._layout.root, what, needed=needed, used=used, budget=budget)
         self.partials[object_hash] = size
 
     def usage(self) -> Usage:
