@@ -189,12 +189,17 @@ class LocalFileSystem:
 LOCAL = LocalFileSystem()
 
 
+def storage_error(doing: str, path: Path, error: OSError) -> StorageError:
+    """What an OSError is in our terms; `doing` completes "cannot ...", e.g. "write"."""
+    if error.errno in _FULL:
+        return DiskFull(f"cannot {doing} {path}: {error.strerror}; free some space or move the store")
+    return StorageError(f"cannot {doing} {path}: {error.strerror}")
+
+
 @contextmanager
 def storage_errors(doing: str, path: Path) -> Iterator[None]:
-    """Turn an OSError into DiskFull or StorageError; `doing` completes "cannot ...", e.g. "write"."""
+    """Turn an OSError into DiskFull or StorageError."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise DiskFull(f"cannot {doing} {path}: {error.strerror}; free some space or move the store") from error
-        raise StorageError(f"cannot {doing} {path}: {error.strerror}") from error
+        raise storage_error(doing, path, error) from error
