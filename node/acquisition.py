@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from moehive.protocol.errors import StorageError
-from moehive.protocol.ids import ExpertKey
+from moehive.protocol.ids import ExpertKey, ShardHash
 from moehive.protocol.manifest import ShardEntry
 from moehive.swarm.directory import Holders
 from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
+from moehive.swarm.model_fetcher import ModelFetcher
 from moehive.swarm.policy.placement import fill_budget, rarest_first
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.store.content import ContentStore
@@ -35,6 +37,7 @@ class Acquisition:
         member: Member,
         source: ObjectSource,
         holdings: Holdings,
+        fetcher: ModelFetcher | None,  # None: nothing is fetched, the source is a converted directory
         *,
         ram_budget: int,
         expert_ram: int,
@@ -43,39 +46,45 @@ class Acquisition:
         self._member = member
         self._source = source
         self._holdings = holdings
+        self._fetcher = fetcher
+        self._uses = ExitStack()
         self._manifest = holdings.manifest
         self._ram_budget = ram_budget  # bytes
         self._expert_ram = expert_ram  # bytes of one expert in memory: quantised ones grow there
 
+    def close(self) -> None:
+        """What is held is no longer in use: others may evict it."""
+        self._uses.close()
+
     async def first_pass(self) -> list[ShardEntry]:
         """Hold what can be had now; returns what could not. Raises ConfigError, DiskFull, StorageError."""
-        if not isinstance(self._source, ContentStore):  # a converted directory is not added to
+        if self._fetcher is None:
             await asyncio.to_thread(self._holdings.verify, await self._choose())  # which names what is missing
             return []
         with self._holdings.loading():
             wanted = await self._choose()
+            objects = [ShardHash(self._manifest.model_id), *(shard.hash for shard in wanted)]
+            self._uses.enter_context(self._fetcher.store.keeping.use(objects))
             here = [shard for shard in wanted if self._source.path(shard.hash) is not None]
             await asyncio.to_thread(self._holdings.verify, here)
             left = [shard for shard in wanted if self._source.path(shard.hash) is None]  # corrupt ones too
-            return await self._fetch(self._source, left, FIRST_TRY)
+            return await self._fetch(self._fetcher, left, FIRST_TRY)
 
     async def keep_trying(self, left: list[ShardEntry]) -> None:
         """Fetch what is left as soon as somebody can supply it; gives up where this machine's disk does."""
         while left:
-            assert isinstance(self._source, ContentStore)
+            assert self._fetcher is not None
             await asyncio.sleep(TRY_AGAIN)
             try:
                 with self._holdings.loading():
-                    left = await self._fetch(self._source, left, 0.0)
+                    left = await self._fetch(self._fetcher, left, 0.0)
             except StorageError as error:  # what is held already is served all the same
                 _log.error("no more shards are fetched", left=len(left), reason=str(error))
                 return
 
     async def verify_all(self) -> None:
         """Check, in the background, every file of a whole converted directory, so that it can be offered as a seed."""
-        if isinstance(self._source, ContentStore):
-            return
-        if all(self._source.path(shard.hash) is not None for shard in self._manifest.shards):
+        if self._fetcher is None and all(self._source.path(shard.hash) is not None for shard in self._manifest.shards):
             await asyncio.to_thread(self._holdings.verify_seed)
 
     async def _choose(self) -> list[ShardEntry]:
@@ -95,8 +104,8 @@ class Acquisition:
         except TimeoutError:
             _log.warning("nobody could be asked who holds what; choosing by what is known")
         budgets = [self._ram_budget]
-        if isinstance(self._source, ContentStore):
-            budgets.append(await asyncio.to_thread(self._disk_for_experts, self._source))
+        if self._fetcher is not None:
+            budgets.append(await asyncio.to_thread(self._disk_for_experts, self._fetcher.store))
         costs = {key: (self._expert_ram, size)[: len(budgets)] for key, size in self._obtainable(directory.holders)}
         return fill_budget(costs, directory.holders.replicas, budgets=budgets, seed=self._member.transport.peer)
 
@@ -112,16 +121,15 @@ class Acquisition:
         return max(0, experts + free)
 
     def _obtainable(self, holders: Holders) -> Iterator[tuple[ExpertKey, int]]:
-        """The experts that are here or that somebody can supply, with their bytes on disk."""
+        """The experts that are here or that a peer or a seed can supply, with their bytes on disk."""
         for key, shard in self._manifest.experts.items():
-            if shard.group is None and (self._source.path(shard.hash) is not None or holders.suppliers(shard)):
+            here = self._source.path(shard.hash) is not None
+            if shard.group is None and (here or holders.suppliers(shard) or self._member.seeds.sources(shard.hash)):
                 yield key, shard.size
 
-    async def _fetch(self, store: ContentStore, shards: Sequence[ShardEntry], timeout: float) -> list[ShardEntry]:
-        """Fetch and hold; returns what nobody could supply. `timeout`: seconds to wait for suppliers, once for all."""
-        directory = self._member.directory(self._manifest.model_id)
+    async def _fetch(self, fetcher: ModelFetcher, shards: Sequence[ShardEntry], timeout: float) -> list[ShardEntry]:
+        """Fetch and hold; returns what nobody could fetcher. `timeout`: seconds to wait for suppliers, once for all."""
         entries = {shard.hash: shard for shard in shards}
-        wanted = [self._member.wanted(directory, shard) for shard in entries.values()]
         done = 0
 
         def fetched(what: Wanted, path: Path) -> None:
@@ -130,7 +138,7 @@ class Acquisition:
             self._holdings.add(entries[what.hash])
             _log.info("shard fetched", file=what.name, number=done, of=len(entries))
 
-        failures = await self._member.downloads.fetch_many(wanted, store, timeout=timeout, on_done=fetched)
+        failures = await fetcher.fetch(self._manifest, shards, timeout=timeout, on_done=fetched)
         for object_hash, error in failures.items():
             file = entries[object_hash].file
             _log.warning("shard not available yet; trying again later", file=file, reason=str(error))

@@ -22,6 +22,7 @@ from moehive.swarm.announcer import Announcer
 from moehive.swarm.identity import Identity
 from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member, is_genuine
+from moehive.swarm.model_fetcher import ModelFetcher
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.store.directory import ConvertedDirectory
@@ -53,9 +54,9 @@ class NodeDaemon:
         async with AsyncExitStack() as stack:
             transport = await stack.enter_async_context(_transport(settings, identity))
             member = await stack.enter_async_context(Member(transport, secret))
-            source, manifest = await self._open_model(member)
+            source, manifest, fetcher = await self._open_model(member)
             announcer = Announcer(transport, identity, secret, manifest.model_id)
-            serving = Serving(settings, member, manifest, source, announcer)
+            serving = Serving(settings, member, manifest, source, announcer, fetcher)
             await serving.run(stop, partial(self._ready, member, serving.holdings))
 
     def _ready(self, member: Member, holdings: Holdings) -> None:
@@ -76,15 +77,16 @@ class NodeDaemon:
             )
         )
 
-    async def _open_model(self, member: Member) -> tuple[ObjectSource, Manifest]:
-        """The local directory, or the store that fetched objects go into."""
+    async def _open_model(self, member: Member) -> tuple[ObjectSource, Manifest, ModelFetcher | None]:
+        """The local directory; or the store that fetched objects go into, and what fetches them."""
         settings = self._settings
         if not is_hash(settings.model):
             directory = await asyncio.to_thread(ConvertedDirectory, Path(settings.model))
-            return directory, directory.manifest
+            return directory, directory.manifest, None
         store = ContentStore(settings.store, settings.disk)
         await asyncio.to_thread(store.sweep)
-        return store, await member.fetch_manifest(ModelId(settings.model), store, timeout=_JOIN_TIMEOUT)
+        fetcher = ModelFetcher(member, store, settings.seeds)
+        return store, await fetcher.manifest(ModelId(settings.model), timeout=_JOIN_TIMEOUT), fetcher
 
 
 def founders_secret(identity: Identity) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from operator import attrgetter
 
@@ -21,6 +21,7 @@ from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
 from moehive.swarm.memory import default_ram_budget
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.model_fetcher import ModelFetcher
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.direct import DirectServer
 from moehive.swarm.rpc.server import Inbox, stream_handler
@@ -43,7 +44,13 @@ class Serving:
     """What a node does once it has joined and knows its model."""
 
     def __init__(
-        self, settings: NodeSettings, member: Member, manifest: Manifest, source: ObjectSource, announcer: Announcer
+        self,
+        settings: NodeSettings,
+        member: Member,
+        manifest: Manifest,
+        source: ObjectSource,
+        announcer: Announcer,
+        fetcher: ModelFetcher | None = None,  # None: nothing is fetched, the source is a converted directory
     ) -> None:
         self._settings = settings
         self._member = member
@@ -57,6 +64,7 @@ class Serving:
             member,
             source,
             self.holdings,
+            fetcher,
             ram_budget=ram_budget,
             expert_ram=self._loader.nbytes(DTYPES[manifest.model.dtype]),
         )
@@ -74,6 +82,10 @@ class Serving:
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         """Hold, serve, announce; leave when `stop` is set."""
+        with closing(self._acquisition):
+            await self._run(stop, on_ready)
+
+    async def _run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         async with self._bulk, self._direct, task_group() as tasks:
             working = [tasks.create_task(self._worker.run(), name="compute")]
             working.append(tasks.create_task(self._uploads.run(), name="uploads"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moehive.protocol.ids import ModelId, PeerId
 from moehive.protocol.ticket import Ticket
+from moehive.swarm.seeds.base import SeedName
 
 from .scheduler import QueueLimits
 
@@ -30,6 +31,7 @@ class NodeSettings:
     upload_slots: int = 8  # uploads at the same time
     ram: int | None = None  # bytes for experts in memory; None: from the memory that is free
     disk: int = 20 << 30  # bytes for fetched objects
+    seeds: tuple[SeedName, ...] = ()  # stand in for peers that are missing
     skeleton: bool = True  # also keep and serve the dense part
     threads: int | None = None  # of torch; None: torch's own choice
     drain_timeout: float = 10.0  # seconds that requests in progress get on leaving

@@ -16,6 +16,8 @@
     │   ├── StorageError          a file cannot be read or written
     │   │   ├── DiskFull
     │   │   └── CorruptShard      a local file does not match its hash
+    │   ├── SeedError             (retryable) a permanent seed cannot be read
+    │   │   └── SeedChanged       its bytes are not those that the model was converted from
     │   ├── BudgetTooSmall        a memory or disk budget cannot hold what was asked
     │   └── TransportError        (retryable) the network engine did not start or stopped
     ├── CallerError               the caller asked for something impossible: exit code 2, never retried
@@ -151,6 +153,18 @@ class DiskFull(StorageError):
 
 class CorruptShard(StorageError):
     """A file of this machine does not match the hash it is filed under."""
+
+
+class SeedError(LocalError):
+    """A permanent seed, such as the original checkpoint, cannot be read now. The message names it."""
+
+    retryable = True
+
+
+class SeedChanged(SeedError):
+    """A permanent seed holds other bytes than the model was converted from. The message names the file."""
+
+    retryable = False
 
 
 class BudgetTooSmall(LocalError):

@@ -37,11 +37,12 @@ from .manifest_parts import (
 )
 
 __all__ = [
-    "ITEM_SIZE", "MANIFEST_NAME", "REPORT_NAME", "ExpertFfn", "Gate", "Layout", "Manifest", "ModelFacts",
-    "Quantization", "ShardEntry", "ShardType", "ShardingStrategy", "TensorEntry", "is_safe_path",
+    "ITEM_SIZE", "MANIFEST_NAME", "MANIFEST_START", "REPORT_NAME", "ExpertFfn", "Gate", "Layout", "Manifest",
+    "ModelFacts", "Quantization", "ShardEntry", "ShardType", "ShardingStrategy", "TensorEntry", "is_safe_path",
 ]  # fmt: skip
 
 MANIFEST_NAME = "manifest.json"
+MANIFEST_START = b'{"chunkSize":'  # every manifest in canonical form begins so; other files rarely do
 REPORT_NAME = "conversion.json"  # beside it: what the conversion found, and the model id it wrote
 FORMAT = "moehive"
 VERSION = 1

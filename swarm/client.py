@@ -13,8 +13,9 @@ notebooks alike. The model is a plain transformers model; only its routed expert
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -22,9 +23,9 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from moehive.protocol.errors import ConfigError
+from moehive.protocol.errors import ConfigError, CorruptShard
 from moehive.protocol.ids import ModelId, PeerId, is_hash
-from moehive.protocol.manifest import Manifest
+from moehive.protocol.manifest import Manifest, ShardEntry
 from moehive.protocol.ticket import Ticket
 
 from .dispatch.caller import CallSettings
@@ -33,7 +34,9 @@ from .dispatch.stats import DispatchStats
 from .dispatch.swarm_model import SwarmModel
 from .identity import Identity
 from .member import Member, is_genuine
+from .model_fetcher import ModelFetcher
 from .paths import Paths
+from .seeds.base import SeedName, parse_seed
 from .skeleton import lay_out_skeleton
 from .store.content import ContentStore
 from .transfer.progress import Observer
@@ -41,6 +44,7 @@ from .transport.base import Transport
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AnswerForm = Literal["sum", "rows"]
@@ -53,46 +57,54 @@ def join(
     *,
     cache: Path | str | None = None,
     disk: int = DEFAULT_DISK_BUDGET,
+    seeds: Sequence[str] = (),
     settings: CallSettings | None = None,
 ) -> Swarm:
     """A client of the swarm that `ticket` admits to; use it as a context manager.
 
     `cache` is where dense parts and tokenizers are kept (default: the user's cache directory), `disk` its budget in
-    bytes. Raises TicketError; entering raises PeerUnreachable when no peer of the ticket answers, TransportError.
+    bytes. `seeds` stand in for peers that are missing: converted directories, or the checkpoints that models were
+    converted from, as directories or as "hub:REPO@REVISION". Raises TicketError, ConfigError; entering raises
+    PeerUnreachable when no peer of the ticket answers, TransportError.
     """
     parsed = ticket if isinstance(ticket, Ticket) else Ticket.parse(ticket)
     paths = Paths.of(os.environ)
     if cache is not None:
         paths = Paths(paths.config, paths.data, Path(cache))
-    return Swarm(parsed, paths, disk, settings or CallSettings())
+    return Swarm(parsed, paths, disk, settings or CallSettings(), [parse_seed(text) for text in seeds])
 
 
 class Swarm:
     """A joined swarm. Made by `join`; a context manager. Methods may be called from any thread."""
 
-    def __init__(self, ticket: Ticket, paths: Paths, disk: int, settings: CallSettings) -> None:
+    def __init__(
+        self, ticket: Ticket, paths: Paths, disk: int, settings: CallSettings, seeds: Sequence[SeedName] = ()
+    ) -> None:
         self._ticket = ticket
         self._paths = paths
         self._settings = settings
         self._store = ContentStore(paths.store, disk)
+        self._seeds = seeds
         self._stack = ExitStack()
         self._portal: BlockingPortal | None = None
         self._member: Member | None = None
+        self._fetcher: ModelFetcher | None = None
         self._models: dict[ModelId, SwarmModel] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             portal = stack.enter_context(start_blocking_portal("asyncio"))
-            member = stack.enter_context(portal.wrap_async_context_manager(_membership(self._ticket)))
+            member = stack.enter_context(portal.wrap_async_context_manager(membership(self._ticket)))
             self._stack = stack.pop_all()
         self._portal, self._member, self._models = portal, member, {}
+        self._fetcher = ModelFetcher(member, self._store, self._seeds)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
-        self._portal = self._member = None
+        self._portal = self._member = self._fetcher = None
 
     # --- models ---------------------------------------------------------------------------------------------------
 
@@ -126,6 +138,35 @@ class Swarm:
         backend = opened.backend(self._open_portal.start_task_soon, answers)
         return open_local(directory, dtype=dtype, backend=backend)
 
+    def load_expert(
+        self, model_id: str, layer: int, expert: int, *, dtype: torch.dtype | None = None, timeout: float = 10.0
+    ) -> dict[str, Tensor]:
+        """One routed expert's tensors by their names in the checkpoint, verified: from the store where it was fetched
+        before, otherwise from peers and seeds straight into memory, ahead of every other download.
+
+        `dtype` as in `moehive.swarm.load_expert`. All of it takes at most `timeout` seconds. Raises ModelUnavailable,
+        ShardUnavailable, ManifestError, StorageError, TransportError; ConfigError for an expert that the model does not
+        have, or when not joined.
+        """
+        from .loading import converted, expert_shard
+        from .model.reading import read_tensors, tensor_table
+        from .model.tensors import empty_bytes, first_offset, tensors_of
+
+        deadline = time.monotonic() + timeout
+        manifest = self._open_portal.call(partial(self._model_fetcher.manifest, ModelId(model_id), timeout=timeout))
+        shard = expert_shard(manifest, layer, expert, dtype)
+        if self._store.has(shard.hash):
+            with (
+                suppress(CorruptShard),
+                self._store.keeping.use([shard.hash]),
+            ):  # corrupt: fetched anew
+                return converted(read_tensors(self._store, manifest, shard), dtype)
+        table = tensor_table(manifest, shard)
+        buffer = empty_bytes(shard.size, first_offset(table))
+        left = deadline - time.monotonic()
+        self._open_portal.call(self._fetch_to_memory, manifest, shard, buffer.numpy().data, left)
+        return converted(tensors_of(buffer, table), dtype)
+
     def stats(self, model_id: str) -> DispatchStats:
         """Who computed how much for this client so far, of a model that was loaded."""
         return self._loaded(model_id).caller.stats
@@ -154,6 +195,17 @@ class Swarm:
             raise ConfigError(_NOT_JOINED)
         return self._member
 
+    @property
+    def _model_fetcher(self) -> ModelFetcher:
+        if self._fetcher is None:
+            raise ConfigError(_NOT_JOINED)
+        return self._fetcher
+
+    async def _fetch_to_memory(self, manifest: Manifest, shard: ShardEntry, buffer: memoryview, seconds: float) -> None:
+        member = self._joined
+        wanted = member.wanted(member.directory(manifest.model_id), shard)
+        await member.downloads.fetch_to_memory(wanted, buffer, deadline=seconds)
+
     def _skeleton(self, model: str | Path, timeout: float, observer: Observer | None) -> tuple[Path, Manifest]:
         from .store.directory import ConvertedDirectory
 
@@ -161,14 +213,12 @@ class Swarm:
             if not Path(model).is_dir():
                 raise ConfigError(f"{model} is neither a model id (64 hexadecimal digits) nor a converted directory")
             return Path(model), ConvertedDirectory(Path(model)).manifest
-        fetch = partial(self._fetch_skeleton, ModelId(str(model)), timeout, observer)
-        manifest = self._open_portal.call(fetch)
-        return lay_out_skeleton(manifest, self._store, self._paths.skeleton(manifest.model_id)), manifest
-
-    async def _fetch_skeleton(self, model: ModelId, timeout: float, observer: Observer | None) -> Manifest:
-        manifest = await self._joined.fetch_manifest(model, self._store, timeout=timeout)
-        await self._joined.fetch_skeleton(manifest, self._store, timeout=timeout, observer=observer)
-        return manifest
+        portal, fetcher = self._open_portal, self._model_fetcher
+        manifest = portal.call(partial(fetcher.manifest, ModelId(str(model)), timeout=timeout))
+        with self._store.keeping.use([shard.hash for shard in manifest.skeleton]):
+            portal.call(partial(fetcher.skeleton, manifest, timeout=timeout, observer=observer))
+            directory = lay_out_skeleton(manifest, self._store, self._paths.skeleton(manifest.model_id))
+        return directory, manifest
 
     def _loaded(self, model_id: str) -> SwarmModel:
         model = self._models.get(ModelId(model_id)) if self._joined else None
@@ -187,7 +237,8 @@ class Swarm:
 
 
 @asynccontextmanager
-async def _membership(ticket: Ticket) -> AsyncIterator[Member]:
+async def membership(ticket: Ticket) -> AsyncIterator[Member]:
+    """A member of a ticket's swarm that listens nowhere. Raises PeerUnreachable, TransportError."""
     async with _client_transport(ticket) as transport, Member(transport, ticket.secret) as member:
         yield member
 

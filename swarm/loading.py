@@ -5,6 +5,7 @@ The public functions of `moehive.swarm` that load something. None of them uses a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from moehive.protocol.errors import ConfigError
 from moehive.protocol.ids import ExpertKey
-from moehive.protocol.manifest import Manifest, ShardType
+from moehive.protocol.manifest import Manifest, ShardEntry, ShardType
 
 from .model.backend import ExpertsBackend
 from .model.reading import read_tensors, verify_files
@@ -37,6 +38,11 @@ def load_expert(source: Path | str, layer: int, expert: int, *, dtype: torch.dty
     """
     directory = ConvertedDirectory(Path(source))
     manifest = directory.manifest
+    return converted(read_tensors(directory, manifest, expert_shard(manifest, layer, expert, dtype)), dtype)
+
+
+def expert_shard(manifest: Manifest, layer: int, expert: int, dtype: torch.dtype | None) -> ShardEntry:
+    """The shard of an expert that is to be loaded in `dtype`. Raises ConfigError where that cannot be."""
     shard = manifest.experts.get(ExpertKey(layer, expert))
     if shard is None:
         raise ConfigError(f"{manifest.model.name} has no expert {expert} in layer {layer}")
@@ -44,7 +50,11 @@ def load_expert(source: Path | str, layer: int, expert: int, *, dtype: torch.dty
         raise ConfigError(
             f"experts of {manifest.model.name} are stored as {manifest.model.quantization.method}; leave dtype out"
         )
-    tensors = read_tensors(directory, manifest, shard)
+    return shard
+
+
+def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors in `dtype`; None: as they are."""
     return {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
 
 

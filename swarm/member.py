@@ -16,19 +16,18 @@ from typing import Any, Self
 from moehive.protocol.errors import ModelUnavailable, PeerError
 from moehive.protocol.ids import ModelId, ShardHash
 from moehive.protocol.inventory import decode_inventory
-from moehive.protocol.manifest import Manifest, ShardEntry
+from moehive.protocol.manifest import ShardEntry
 from moehive.protocol.messages import EXPERT, PEER, SHARD
 
 from .directory import Directory, Holders
 from .log import get_logger
 from .rpc.direct import dial
 from .rpc.pool import ConnectionPool
+from .seeds.channel import Seeds
 from .standings import Standings
-from .store.content import ContentStore
 from .transfer.channel import OpenChannel
 from .transfer.downloader import Downloader
 from .transfer.opening import ChannelOpener
-from .transfer.progress import Observer
 from .transfer.sources import Source, Sources, Wanted
 from .transfer.stream_channel import StreamChannel
 from .transport.base import Record, Transport
@@ -70,7 +69,8 @@ class Member:
         self.peers = ConnectionPool(transport, PEER, secret, self.agent)
         self.shards = ConnectionPool(transport, SHARD, secret, self.agent)
         self.experts = ConnectionPool(transport, EXPERT, secret, self.agent, upgrade=partial(dial, agent=self.agent))
-        carrier = open_channel or ChannelOpener(self.shards, self.agent, StreamChannel)
+        self.seeds = Seeds()
+        carrier = self.seeds.channels(open_channel or ChannelOpener(self.shards, self.agent, StreamChannel))
         self.downloads = Downloader(carrier, self.standings, seed=transport.peer)
         self._directories: dict[ModelId, Directory] = {}
         self._tasks = asyncio.TaskGroup()
@@ -80,6 +80,7 @@ class Member:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._tasks)
+            stack.callback(self.seeds.close)
             stack.callback(self._cancel_tasks)  # before the task group waits for them
             for pool in (self.peers, self.shards, self.experts):
                 await stack.enter_async_context(pool)
@@ -130,48 +131,24 @@ class Member:
             raise ModelUnavailable(model, f"waited {timeout:.0f} s") from error
         return directory
 
-    async def fetch_manifest(self, model: ModelId, store: ContentStore, *, timeout: float = 30.0) -> Manifest:
-        """A model's manifest, from any of its peers.
-
-        Raises ModelUnavailable, ShardUnavailable, ManifestError, DiskFull, StorageError, TransportError.
-        """
-        if not await asyncio.to_thread(store.has, ShardHash(model)):
-            directory = await self.wait_for_peers(model, timeout=timeout)
-            await self.downloads.fetch(self.wanted(directory), store, timeout=timeout)
-        return Manifest.from_bytes(await asyncio.to_thread(store.read, ShardHash(model)))
-
-    async def fetch_skeleton(
-        self, manifest: Manifest, store: ContentStore, *, timeout: float = 30.0, observer: Observer | None = None
-    ) -> None:
-        """The dense part, shared experts and assets of a model.
-
-        Raises ModelUnavailable, ShardUnavailable, DiskFull, StorageError, TransportError.
-        """
-        missing = [shard for shard in manifest.skeleton if not store.has(shard.hash)]
-        if not missing:
-            return
-        directory = await self.wait_for_peers(manifest.model_id, timeout=timeout)
-        wanted = [self.wanted(directory, shard) for shard in missing]
-        failures = await self.downloads.fetch_many(wanted, store, timeout=timeout, observer=observer)
-        for failure in failures.values():
-            raise failure
-
     def wanted(self, directory: Directory, shard: ShardEntry | None = None) -> Wanted:
         """A shard (None: the manifest, which every peer of the model has) as something to be downloaded."""
-        find = partial(_sources, directory, shard)
+        find = partial(self._sources, directory, shard)
         if shard is None:
             return Wanted(ShardHash(directory.model), find, "manifest")
         return Wanted(shard.hash, find, shard.file, shard.size)
 
+    async def _sources(self, directory: Directory, shard: ShardEntry | None) -> Sources:
+        """Who announces an object, or that it is loading, and the permanent seeds.
 
-async def _sources(directory: Directory, shard: ShardEntry | None) -> Sources:
-    """Who announces an object, or that it is loading. Looks the directory up again where nobody is known."""
-    sources = _known_sources(directory.holders, shard)
-    if not sources:
-        with suppress(TimeoutError):  # then still nobody is known
-            await directory.refresh()
-        sources = _known_sources(directory.holders, shard)
-    return sources
+        Looks the directory up again where no peer is known.
+        """
+        peers = _known_sources(directory.holders, shard)
+        if not peers:
+            with suppress(TimeoutError):  # then still nobody is known
+                await directory.refresh()
+            peers = _known_sources(directory.holders, shard)
+        return peers if shard is None else {**self.seeds.sources(shard.hash), **peers}
 
 
 def _known_sources(holders: Holders, shard: ShardEntry | None) -> Sources:

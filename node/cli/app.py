@@ -23,6 +23,7 @@ from .generate import generate
 from .inspect import inspect
 from .node import node
 from .places import show_id, show_paths
+from .store import store_app
 
 _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "demo": demo,
@@ -64,6 +65,7 @@ def build_app(environment: Mapping[str, str]) -> App:
     )
     for position, (name, command) in enumerate(_COMMANDS.items()):
         app.command(command, name=name, sort_key=position)
+    app.command(store_app(sort_key=len(_COMMANDS)))
 
     @app.meta.default
     def launch(
@@ -72,7 +74,7 @@ def build_app(environment: Mapping[str, str]) -> App:
             Path | None, Parameter(help="Configuration file to read instead of the one that `moehive paths` names.")
         ] = None,
     ) -> int | None:
-        app.config = config_sources(config, Paths.of(environment).settings, commands=_COMMANDS)
+        app.config = config_sources(config, Paths.of(environment).settings, commands=(*_COMMANDS, "store"))
         code: int | None = app(arguments)
         return code
 

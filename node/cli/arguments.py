@@ -64,6 +64,7 @@ Size = Annotated[int, Parameter(converter=_size, metavar="SIZE")]
 Rate = Annotated[int, Parameter(converter=_rate, metavar="RATE")]
 SizeWithDefault = Annotated[Size, Parameter(show_default=format_size)]
 TicketText = Annotated[str, Parameter(metavar="TICKET")]
+SeedNames = Annotated[tuple[str, ...], Parameter(metavar="DIR|hub:REPO", negative="", show_default=False)]
 _ADDRESSES = Parameter(metavar="HOST:PORT", negative="", show_default=False)
 ListenAddresses = Annotated[tuple[str, ...], _ADDRESSES, Parameter(converter=_addresses)]
 AnnounceAddresses = Annotated[tuple[str, ...], _ADDRESSES, Parameter(converter=_addresses_or_names)]

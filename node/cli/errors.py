@@ -24,6 +24,8 @@ from moehive.protocol.errors import (
     MoehiveError,
     NotAdmitted,
     PeerError,
+    SeedChanged,
+    SeedError,
     ShardUnavailable,
     TransportError,
     UnsupportedModel,
@@ -42,6 +44,8 @@ _HINTS: tuple[tuple[type[MoehiveError], str], ...] = (
     (PeerError, "check that the node that printed the ticket is running and can be reached from this machine"),
     (DiskFull, "make room, or raise --disk where the budget is meant"),
     (CorruptShard, "`moehive inspect DIR` lists every damaged file; convert or fetch it again"),
+    (SeedChanged, "name the checkpoint that was converted; of the hub with its revision: --seed hub:REPO@REVISION"),
+    (SeedError, "check --seed, and whether this machine reaches the hub where it is there"),
     (BudgetTooSmall, "see --ram and --disk"),
     (
         ModelUnavailable,

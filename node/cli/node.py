@@ -22,6 +22,7 @@ from moehive.protocol.manifest import MANIFEST_NAME
 from moehive.protocol.ticket import Ticket
 from moehive.protocol.units import format_size
 from moehive.swarm.paths import Paths
+from moehive.swarm.seeds.base import parse_seed
 
 from .arguments import (
     AnnounceAddresses,
@@ -30,6 +31,7 @@ from .arguments import (
     Port,
     Positive,
     Rate,
+    SeedNames,
     Size,
     SizeWithDefault,
     TicketText,
@@ -88,6 +90,11 @@ class NodeOptions:
 
     disk: SizeWithDefault = 20 << 30
     """Disk space for experts fetched from the swarm."""
+
+    seed: SeedNames = ()
+    """Where experts can be had that no peer holds: the checkpoint that the model was converted from, as a directory
+    or as hub:REPO@REVISION, or a converted directory; may be repeated. Costs nothing but time: every byte is
+    verified."""
 
     identity: Path | None = None
     """Key file of this node, made on first use. Every node of a machine needs its own."""
@@ -151,6 +158,7 @@ def settings_of(model: str, options: NodeOptions, environment: Mapping[str, str]
         upload_slots=options.upload_slots,
         ram=options.ram,
         disk=options.disk,
+        seeds=tuple(parse_seed(text) for text in options.seed),
         skeleton=options.skeleton,
         threads=options.threads,
     )

@@ -30,6 +30,7 @@ _COPIED = (
 )  # fmt: skip
 _NEEDS_CODE = "the tokenizer needs the checkpoint's own Python code, which is not copied; add a tokenizer.json"
 _COPIED_PATTERN = "additional_chat_templates/*.jinja"
+SMALL_FILES = (CONFIG_NAME, INDEX_NAME, _TOKENIZER_CONFIG, *_COPIED, _COPIED_PATTERN)  # all that planning reads whole
 
 
 def plan_assets(

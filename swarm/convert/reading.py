@@ -1,6 +1,7 @@
-"""The bytes of one planned file, block by block, into a buffer of the caller. Each byte of the source is read once.
+"""The bytes of one planned file, block by block or any range of them, into a buffer of the caller.
 
-Memory: the caller's buffer, one file head, and for an fp8 weight of the skeleton one band of rows.
+Block by block each byte of the source is read once. Memory: the caller's buffer, one file head, and for an fp8 weight
+of the skeleton one band of rows.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from moehive.protocol.errors import CheckpointError
 
@@ -18,8 +21,27 @@ from .layout import BlockScale, Piece, PlannedFile, Span
 from .writing import Block, Part
 
 
+class SourceReader(Protocol):
+    """The files of a checkpoint, wherever they are; reads at any offset from any thread."""
+
+    def head(self, file: str, count: int) -> tuple[bytes, int]:
+        """The first `count` bytes of a file, fewer where it is shorter, and its size.
+
+        Raises FileNotFoundError where there is no such file, CheckpointError where it cannot be read.
+        """
+
+    def read_part(self, file: str, offset: int, out: memoryview) -> Part:
+        """Fill `out` from `offset` on. Raises CheckpointError where the file ends first or cannot be read."""
+
+    def read(self, span: Span) -> bytearray:
+        """A small span as bytes. Raises CheckpointError."""
+
+    def close(self) -> None:
+        """Close what is open; whatever is read afterwards is opened again."""
+
+
 class SourceFiles:
-    """Open files of a source directory; reads at any offset from any thread. Use as a context manager."""
+    """A SourceReader over a directory. Use as a context manager."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -33,8 +55,22 @@ class SourceFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """See SourceReader."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+
+    def head(self, file: str, count: int) -> tuple[bytes, int]:
+        """See SourceReader."""
+        try:
+            descriptor = self._open(file)
+            return os.pread(descriptor, count, 0), os.fstat(descriptor).st_size
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"{self._directory / file} cannot be read: {error}") from error
 
     def read_into(self, file: str, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset` on. Raises CheckpointError where the file ends first or cannot be read."""
@@ -77,19 +113,20 @@ class SourceFiles:
             return self._descriptors[file]
 
 
-def blocks(planned: PlannedFile, source: SourceFiles, buffer: memoryview) -> Iterator[Block]:
+def blocks(planned: PlannedFile, source: SourceReader, buffer: memoryview) -> Iterator[Block]:
     """The file's bytes in order, a full buffer at a time; a block is valid until the next one is asked for."""
     parts: list[Part] = []
     filled = 0
-    for content in _contents(planned, source):
-        taken, size = 0, content.size if isinstance(content, Span) else len(content)
+    for content in _contents(planned):
+        taken, data = 0, content if isinstance(content, Span) else _bytes_of(content, source)
+        size = data.size if isinstance(data, Span) else len(data)
         while taken < size:
             step = min(size - taken, len(buffer) - filled)
             out = buffer[filled : filled + step]
-            if isinstance(content, Span):
-                parts.append(source.read_part(content.file, content.offset + taken, out))
+            if isinstance(data, Span):
+                parts.append(source.read_part(data.file, data.offset + taken, out))
             else:
-                out[:] = content[taken : taken + step]
+                out[:] = data[taken : taken + step]
                 parts.append(Part(out))
             taken, filled = taken + step, filled + step
             if filled == len(buffer):
@@ -99,7 +136,71 @@ def blocks(planned: PlannedFile, source: SourceFiles, buffer: memoryview) -> Ite
         yield Block(buffer[:filled], parts)
 
 
-def _contents(planned: PlannedFile, source: SourceFiles) -> Iterator[memoryview | Span]:
+def read_range(planned: PlannedFile, source: SourceReader, offset: int, out: memoryview) -> None:
+    """Fill `out` with the file's bytes from `offset` on; it must not reach beyond the file. Raises CheckpointError."""
+    position, end = 0, offset + len(out)
+    for content in _contents(planned):
+        first, last = max(position, offset), min(position + _size(content), end)
+        if first < last:
+            target, skipped = out[first - offset : last - offset], first - position
+            if isinstance(content, Span):
+                source.read_part(content.file, content.offset + skipped, target)
+            else:
+                target[:] = _bytes_of(content, source)[skipped : skipped + len(target)]
+        position += _size(content)
+    assert position >= end, (planned.file, position, end)
+
+
+class _Scales:
+    """The scales of one fp8 matrix, read when first needed."""
+
+    def __init__(self, scale: BlockScale) -> None:
+        self._scale = scale
+        self._bytes: bytearray | None = None
+
+    def row(self, index: int, rows: int, source: SourceReader) -> bytearray:
+        """The scales of one band of rows, of `rows` bands."""
+        if self._bytes is None:
+            self._bytes = source.read(self._scale.span)
+        length = len(self._bytes) // rows
+        return self._bytes[index * length : (index + 1) * length]
+
+
+@dataclass(frozen=True)
+class _Band:
+    """The rows of an fp8 matrix that share one row of scales: bf16 once they are read."""
+
+    piece: Piece
+    block: tuple[int, int]  # rows, columns that share one scale
+    scales: _Scales
+    index: int
+
+    @cached_property
+    def rows(self) -> int:
+        """The last band may be cut."""
+        return min(self.block[0], self.piece.spec.shape[0] - self.index * self.block[0])
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.rows * self.piece.spec.shape[1] * 2
+
+    def read(self, source: SourceReader) -> memoryview:
+        """The bf16 bytes."""
+        from .fp8 import dequantize_band  # torch: only a checkpoint with fp8 weights in its skeleton pays for it
+
+        rows, columns = self.piece.spec.shape
+        (height, width), span = self.block, self.piece.span
+        weight = source.read(Span(span.file, span.offset + self.index * height * columns, self.rows * columns))
+        scales = self.scales.row(self.index, -(-rows // height), source)
+        return dequantize_band(weight, scales, columns=columns, width=width)
+
+
+_Content = memoryview | Span | _Band
+
+
+def _contents(planned: PlannedFile) -> Iterator[_Content]:
+    """What the file consists of, from front to back. Reads nothing."""
     yield memoryview(planned.head())
     if planned.original:
         yield planned.original
@@ -107,21 +208,16 @@ def _contents(planned: PlannedFile, source: SourceFiles) -> Iterator[memoryview 
         if piece.scale is None:
             yield piece.span
         else:
-            yield from _dequantized(piece, piece.scale, source)
+            scales, block = _Scales(piece.scale), piece.scale.block
+            yield from (_Band(piece, block, scales, index) for index in range(-(-piece.spec.shape[0] // block[0])))
 
 
-def _dequantized(piece: Piece, scale: BlockScale, source: SourceFiles) -> Iterator[memoryview]:
-    """An fp8 matrix as bf16 bytes, one band of rows under the same row of scales after the other."""
-    from .fp8 import dequantize_band  # torch: only a checkpoint with fp8 weights in its skeleton pays for it
+def _size(content: _Content) -> int:
+    return len(content) if isinstance(content, memoryview) else content.size
 
-    rows, columns = piece.spec.shape
-    height, width = scale.block
-    scales = source.read(scale.span)
-    row_bytes = len(scales) // -(-rows // height)
-    for band, start in enumerate(range(0, rows, height)):
-        count = min(height, rows - start)
-        weight = source.read(Span(piece.span.file, piece.span.offset + start * columns, count * columns))
-        yield dequantize_band(weight, scales[band * row_bytes : (band + 1) * row_bytes], columns=columns, width=width)
+
+def _bytes_of(content: memoryview | _Band, source: SourceReader) -> memoryview:
+    return content if isinstance(content, memoryview) else content.read(source)
 
 
 def _version(descriptor: int) -> tuple[int, int]:

@@ -47,16 +47,17 @@ class NotHeld(StorageError):
 
 
 class DiskBudgetFull(DiskFull):
-    """The store's budget has no room for an object; nothing was written."""
+    """The store's budget has no room for something; nothing was written of it. `short` bytes have to go."""
 
-    def __init__(self, root: Path, object_hash: ShardHash, *, needed: int, used: int, budget: int) -> None:
+    def __init__(self, root: Path, what: str, *, needed: int, used: int, budget: int) -> None:
         super().__init__(
-            f"store {root}: the disk budget is {format_size(budget)}, {format_size(used)} are used, and object "
-            f"{object_hash} needs {format_size(needed)} more; raise the budget (--disk) or delete objects"
+            f"store {root}: the disk budget is {format_size(budget)}, {format_size(used)} are used, and {what} "
+            f"need {format_size(needed)} more; raise the budget (--disk), or make room (moehive store prune --help)"
         )
         self.needed = needed  # bytes
         self.used = used
         self.budget = budget
+        self.short = used + needed - budget
 
 
 class PartialBusy(StorageError):

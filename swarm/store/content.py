@@ -5,26 +5,31 @@ verified; `commit` returns once they survive a power cut; everything else costs 
 
     data -> fdatasync -> rename -> fsync of the directory
 
-It decides nothing about what to keep: a full budget is an error that says so, and eviction is the caller's policy.
+It decides nothing about what to keep: a full budget is an error that says so, and eviction is the caller's policy. It
+does see to it that nothing is evicted that a live process uses or a user has pinned (keeping.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from moehive.protocol.chunks import Buffer, ChunkList, chunk_range
 from moehive.protocol.errors import StorageError
-from moehive.protocol.ids import ShardHash, is_hash
+from moehive.protocol.ids import ModelId, ShardHash, is_hash
 from moehive.protocol.limits import MAX_MANIFEST_BYTES, MAX_SHARD_BYTES
 
 from .base import NotHeld, PartialBusy, WrongBytes
 from .filesystem import LOCAL, FileSystem, storage_errors
+from .keeping import Keeping
 from .layout import StoreLayout
 from .ledger import Ledger, Usage
 from .partial import PartialObject
 from .reading import VerifiedFiles, hash_file, read_object
+
+PARTIAL_MAX_AGE = 7 * 24 * 3600.0  # seconds that an abandoned download may wait to be resumed
 
 
 class ContentStore:
@@ -35,12 +40,21 @@ class ContentStore:
     It then waits for `has` by its own clock, or fetches into memory only.
     """
 
-    def __init__(self, root: Path, budget_bytes: int, *, fs: FileSystem = LOCAL) -> None:
+    def __init__(
+        self, root: Path, budget_bytes: int, *, fs: FileSystem = LOCAL, clock: Callable[[], float] = time.time
+    ) -> None:
         self._layout = StoreLayout(root)
         self._fs = fs
+        self._clock = clock
         self._ledger = Ledger(self._layout, budget_bytes, fs)
+        self.keeping = Keeping(self._layout, self._ledger, fs, clock)  # pins, uses, and when objects were last used
         self._bad: set[ShardHash] = set()  # corrupt, and could not be moved away
         self._reader = VerifiedFiles(self.path, self.quarantine, fs=fs)
+
+    @property
+    def root(self) -> Path:
+        """The store's directory."""
+        return self._layout.root
 
     # --- looking --------------------------------------------------------------------------------------------------
 
@@ -136,27 +150,26 @@ class ContentStore:
         if not is_hash(object_hash):
             return False
         with self._ledger.locked(change=True):
-            with storage_errors("delete", path := self._layout.object(object_hash)):
-                self._fs.unlink(path)
-            self._reader.forget(object_hash)
-            self._bad.discard(object_hash)
-            return self._ledger.objects.pop(object_hash, None) is not None
+            return self._delete(object_hash)
 
     def drop_partial(self, object_hash: ShardHash) -> bool:
         """Remove an abandoned download; False where there is none, or where it is running. Raises StorageError."""
         with self._ledger.locked(change=True):
             return object_hash in self._ledger.partials and self._drop_partial(object_hash)
 
-    def sweep(self) -> int:
+    def sweep(self, max_age: float = PARTIAL_MAX_AGE) -> int:
         """Remove what crashes left behind and nobody can use: the bytes that were freed. Call it once at start.
 
-        That is downloads of objects that are finished and downloads without a byte; others are kept, to be resumed.
+        That is downloads of objects that are finished, downloads without a byte, and those that nobody went on with for
+        `max_age` seconds; others are kept, to be resumed.
         """
-        freed = 0
+        freed, now = 0, self._clock()
         with self._ledger.locked(change=True):
             for object_hash, size in list(self._ledger.partials.items()):
                 finished = object_hash in self._ledger.objects and object_hash not in self._bad
-                if (finished or size == 0) and self._drop_partial(object_hash):
+                with storage_errors("read", path := self._layout.partial(object_hash)):
+                    old = now - (self._fs.modified(path) or now) > max_age
+                if (finished or old or size == 0) and self._drop_partial(object_hash):
                     freed += size
         return freed
 
@@ -174,6 +187,24 @@ class ContentStore:
                 self._ledger.partials[object_hash] = size
         self._bad.discard(object_hash)
 
+    # --- keeping --------------------------------------------------------------------------------------------------
+
+    def evict(self, victims: Iterable[ShardHash], *, pins: frozenset[ModelId]) -> int:
+        """Delete objects and abandoned downloads that a policy has chosen; the bytes that were freed.
+
+        What came into use since is left alone; everything is where the pins are not `pins`, by which it chose. Raises
+        StorageError.
+        """
+        freed = 0
+        with self._ledger.locked(change=True):
+            kept = self.keeping.scan()
+            if kept.pins != pins:
+                return 0
+            for victim in victims:
+                if victim not in kept.in_use:
+                    freed += self._evict(victim)
+        return freed
+
     # --- what PartialObject asks ----------------------------------------------------------------------------------
 
     def open_file(self, object_hash: ShardHash, size: int) -> tuple[int | None, Path, bool]:
@@ -181,6 +212,7 @@ class ContentStore:
         fs, path = self._fs, self._layout.partial(object_hash)
         with self._ledger.locked(change=True):
             if self.has(object_hash):
+                self._sync_name(object_hash)  # whoever published it may have been killed, or have failed, before that
                 return None, self._layout.object(object_hash), False
             fresh = object_hash not in self._ledger.partials
             self._ledger.reserve(object_hash, size)
@@ -210,8 +242,7 @@ class ContentStore:
             self._ledger.objects[object_hash] = chunks.size
             self._bad.discard(object_hash)
             self._reader.remember(chunks)
-        with storage_errors("sync", path.parent):
-            self._fs.fsync_dir(path.parent)
+        self._sync_name(object_hash)
         return path
 
     def discard(self, object_hash: ShardHash) -> None:
@@ -222,6 +253,30 @@ class ContentStore:
             self._ledger.partials.pop(object_hash, None)
 
     # --- parts ----------------------------------------------------------------------------------------------------
+
+    def _sync_name(self, object_hash: ShardHash) -> None:
+        """Make an object's final name durable."""
+        with storage_errors("sync", path := self._layout.object(object_hash).parent):
+            self._ledger.make_fan_out(object_hash)
+            self._fs.fsync_dir(path)
+
+    def _evict(self, victim: ShardHash) -> int:
+        """Inside the ledger's lock: bytes freed."""
+        freed = self._ledger.partials.get(victim, 0)
+        if victim in self._ledger.partials and not self._drop_partial(victim):
+            freed = 0
+        if victim in self._ledger.objects:
+            freed += self._ledger.objects[victim]
+            self._delete(victim)
+        return freed
+
+    def _delete(self, object_hash: ShardHash) -> bool:
+        """Inside the ledger's lock: whether there was one."""
+        with storage_errors("delete", path := self._layout.object(object_hash)):
+            self._fs.unlink(path)
+        self._reader.forget(object_hash)
+        self._bad.discard(object_hash)
+        return self._ledger.objects.pop(object_hash, None) is not None
 
     def _drop_partial(self, object_hash: ShardHash) -> bool:
         """Inside the ledger's lock."""

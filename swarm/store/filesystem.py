@@ -77,6 +77,12 @@ class FileSystem(Protocol):
     def unlink(self, path: Path) -> None:
         """Remove a name; one that is gone already is fine."""
 
+    def modified(self, path: Path) -> float | None:
+        """When the file was last written to or touched, in seconds since the epoch; None where there is none."""
+
+    def touch(self, path: Path, seconds: float) -> None:
+        """Set what `modified` says. Never durable by itself."""
+
 
 class LocalFileSystem:
     """The operating system's."""
@@ -177,16 +183,32 @@ class LocalFileSystem:
         """See FileSystem."""
         path.unlink(missing_ok=True)
 
+    def modified(self, path: Path) -> float | None:
+        """See FileSystem."""
+        try:
+            return os.stat(path).st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def touch(self, path: Path, seconds: float) -> None:
+        """See FileSystem."""
+        os.utime(path, (seconds, seconds))
+
 
 LOCAL = LocalFileSystem()
 
 
+def storage_error(doing: str, path: Path, error: OSError) -> StorageError:
+    """What an OSError is in our terms; `doing` completes "cannot ...", e.g. "write"."""
+    if error.errno in _FULL:
+        return DiskFull(f"cannot {doing} {path}: {error.strerror}; free some space or move the store")
+    return StorageError(f"cannot {doing} {path}: {error.strerror}")
+
+
 @contextmanager
 def storage_errors(doing: str, path: Path) -> Iterator[None]:
-    """Turn an OSError into DiskFull or StorageError; `doing` completes "cannot ...", e.g. "write"."""
+    """Turn an OSError into DiskFull or StorageError."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise DiskFull(f"cannot {doing} {path}: {error.strerror}; free some space or move the store") from error
-        raise StorageError(f"cannot {doing} {path}: {error.strerror}") from error
+        raise storage_error(doing, path, error) from error

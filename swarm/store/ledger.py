@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moehive.protocol.ids import ShardHash
+from moehive.protocol.units import format_size
 
 from .base import DiskBudgetFull
 from .filesystem import FileSystem, storage_errors
@@ -83,7 +84,8 @@ class Ledger:
         needed = size - self.partials.get(object_hash, 0)
         if used + needed > self.budget_bytes:
             budget = self.budget_bytes
-            raise DiskBudgetFull(self._layout.root, object_hash, needed=needed, used=used, budget=budget)
+            what = f"the {format_size(size)} of object {object_hash}"
+            raise DiskBudgetFull(self._layout.root, what, needed=needed, used=used, budget=budget)
         self.partials[object_hash] = size
 
     def usage(self) -> Usage:
@@ -96,7 +98,8 @@ class Ledger:
         self._make_directory(self._layout.object(object_hash).parent)
 
     def _prepare(self) -> None:
-        for directory in (self._layout.root, self._layout.objects, self._layout.partials):
+        layout = self._layout
+        for directory in (layout.root, layout.objects, layout.partials, layout.pins, layout.uses):
             self._make_directory(directory)
 
     def _make_directory(self, path: Path) -> None:

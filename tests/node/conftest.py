@@ -1,4 +1,4 @@
-"""A converted checkpoint for tests that need some real model."""
+"""Checkpoints, and a converted one for tests that need some real model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from moehive.swarm.store.directory import ConvertedDirectory
 
 
 @pytest.fixture(scope="session")
-def mixtral(tmp_path_factory: pytest.TempPathFactory) -> ConvertedDirectory:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def mixtral(checkpoints: Checkpoints) -> ConvertedDirectory:
     """A converted tiny Mixtral: read only."""
-    return ConvertedDirectory(Checkpoints(tmp_path_factory.mktemp("mixtral")).converted("mixtral"))
+    return ConvertedDirectory(checkpoints.converted("mixtral"))

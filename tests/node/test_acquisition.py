@@ -9,6 +9,7 @@ from pathlib import Path
 from shutil import copytree
 
 import pytest
+from support.checkpoints import Checkpoints
 from support.swarm_fakes import announce, identity, member, supplying
 
 from moehive.node import acquisition as module
@@ -17,6 +18,8 @@ from moehive.node.holdings import Holdings
 from moehive.node.settings import NodeSettings
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.member import Member
+from moehive.swarm.model_fetcher import ModelFetcher
+from moehive.swarm.seeds.base import parse_seed
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.store.directory import ConvertedDirectory
@@ -34,7 +37,10 @@ class Node:
     ) -> None:
         self.settings = NodeSettings(model.model_id, Path(), **settings)  # type: ignore[arg-type]
         self.holdings = Holdings(model.manifest, source, on_change=lambda: None)
-        self.acquisition = Acquisition(self.settings, us, source, self.holdings, ram_budget=RAM, expert_ram=expert_ram)
+        fetcher = ModelFetcher(us, source, self.settings.seeds) if isinstance(source, ContentStore) else None
+        self.acquisition = Acquisition(
+            self.settings, us, source, self.holdings, fetcher, ram_budget=RAM, expert_ram=expert_ram
+        )
 
 
 @asynccontextmanager
@@ -117,3 +123,31 @@ async def test_auto_counts_what_experts_take_in_memory_not_on_disk(mixtral: Conv
         node = Node(us, mixtral, mixtral, experts="auto", expert_ram=RAM // 3)
         await node.acquisition.first_pass()
     assert len(node.holdings.experts) == 3
+
+
+async def test_what_is_held_is_in_use_until_the_node_ends(mixtral: ConvertedDirectory, tmp_path: Path) -> None:
+    network, store = MemoryNetwork(), ContentStore(tmp_path, RAM)
+    async with seed(network, mixtral, set(mixtral.manifest.experts)), member(network, 2) as us:
+        node = Node(us, mixtral, store, experts="0:0-1")
+        assert await node.acquisition.first_pass() == []
+        used = store.keeping.now().in_use
+        assert {
+            mixtral.model_id,
+            *(mixtral.manifest.experts[key].hash for key in node.holdings.experts),
+        } <= used.objects
+        assert mixtral.manifest.experts[ExpertKey(1, 0)].hash not in used
+        node.acquisition.close()
+        assert store.keeping.now().in_use.objects == set()
+
+
+async def test_a_seed_makes_experts_obtainable_that_no_peer_has(
+    checkpoints: Checkpoints, mixtral: ConvertedDirectory, tmp_path: Path
+) -> None:
+    store = ContentStore(tmp_path, RAM)
+    store.put(mixtral.manifest.to_bytes())
+    name = parse_seed(str(checkpoints.source("mixtral")))
+    async with member(MemoryNetwork(), 2) as us:
+        us.seeds.add(name, mixtral.manifest)
+        node = Node(us, mixtral, store, experts="auto")
+        assert await node.acquisition.first_pass() == []
+    assert node.holdings.experts == mixtral.manifest.experts.keys()

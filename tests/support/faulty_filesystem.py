@@ -29,6 +29,7 @@ class _File:
     durable: bytearray = field(default_factory=bytearray)
     pending: list[Callable[[bytearray, Random | None], None]] = field(default_factory=list)
     locked_by: int | None = None
+    modified: float = 0.0
 
 
 @dataclass(eq=False)
@@ -66,6 +67,7 @@ class FaultyFileSystem:
         self._faults: dict[int, int] = {}
         self._named_fault: tuple[str, str, int] | None = None
         self._dead = False
+        self.now = 0.0  # what the machine's clock says; files get it when they are written to
 
     # --- what tests ask for ---------------------------------------------------------------------------------------
 
@@ -89,6 +91,7 @@ class FaultyFileSystem:
     def after_power_cut(self) -> FaultyFileSystem:
         """The machine's disk after the cut, or after a cut right now."""
         rebooted = FaultyFileSystem(capacity=self.capacity, seed=self._random.getrandbits(32))
+        rebooted.now = self.now
         names = dict(self._durable_names)
         for change in self._pending:
             if self._random.random() < 0.5:
@@ -127,6 +130,17 @@ class FaultyFileSystem:
         node.data[offset] ^= 1
         if offset < len(node.durable):
             node.durable[offset] ^= 1
+
+    def lose(self, below: Path) -> None:
+        """Delete every file below a directory, as a user might: at once, durably, and whoever has it open keeps it."""
+        for names in (self._names, self._durable_names):
+            for path in [path for path, node in names.items() if node is not None and path.is_relative_to(below)]:
+                del names[path]
+        self._pending = [
+            change
+            for change in self._pending
+            if not any(path is not None and path.is_relative_to(below) for path in (change.source, change.target))
+        ]
 
     # --- FileSystem -----------------------------------------------------------------------------------------------
 
@@ -187,6 +201,7 @@ class FaultyFileSystem:
 
         resize(node.data)
         node.pending.append(resize)
+        node.modified = self.now
 
     def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
         node, copy = self._file(fd), bytes(data)
@@ -204,6 +219,7 @@ class FaultyFileSystem:
         self._need_space(offset + len(copy) - len(node.data))
         write(node.data, None)
         node.pending.append(write)
+        node.modified = self.now
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         node = self._file(fd)
@@ -254,6 +270,19 @@ class FaultyFileSystem:
         if path in self._names:
             self._change(_Name(None, path, None))
 
+    def modified(self, path: Path) -> float | None:
+        if self._dead:
+            raise PowerCut
+        node = self._names.get(path)
+        return None if node is None else node.modified
+
+    def touch(self, path: Path, seconds: float) -> None:
+        self._step("touch", path)
+        node = self._names.get(path)
+        if node is None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        node.modified = seconds
+
     # --- parts ----------------------------------------------------------------------------------------------------
 
     def _step(self, call: str, detail: object) -> None:
@@ -303,7 +332,8 @@ class FaultyFileSystem:
 
     def _survivor(self, node: _File) -> _File:
         self._keep_some(node)
-        return _File(bytearray(node.durable), bytearray(node.durable))
+        when = node.modified if self._random.random() < 0.5 else 0.0
+        return _File(bytearray(node.durable), bytearray(node.durable), modified=when)
 
     def _keep_some(self, node: _File) -> None:
         """Of what was not synced, let any subset reach the disk, and forget the rest."""

@@ -40,7 +40,12 @@ from .swarm_fakes import SECRET
 
 PATIENCE = 60.0  # seconds
 # Not this module: the server looks only where packages are installed (python/cpython#117378).
-_PRELOAD = ["hypothesis", "moehive.swarm.transfer.downloader", "moehive.swarm.transfer.stream_channel", "moehive.swarm.transport.memory"]
+_PRELOAD = [
+    "hypothesis",
+    "moehive.swarm.transfer.downloader",
+    "moehive.swarm.transfer.stream_channel",
+    "moehive.swarm.transport.memory",
+]
 
 
 class Processes:

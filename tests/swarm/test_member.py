@@ -3,74 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
-from support.swarm_fakes import MODEL, announce, identity, member, supplying
+from support.swarm_fakes import MODEL, announce, identity, member
 
-from moehive.node.holdings import Holdings
-from moehive.protocol.errors import ModelUnavailable, ShardUnavailable
 from moehive.protocol.ids import ExpertKey, PeerId
-from moehive.protocol.manifest import MANIFEST_NAME, ShardEntry
+from moehive.protocol.manifest import ShardEntry
 from moehive.swarm.member import agent_name
-from moehive.swarm.skeleton import lay_out_skeleton
-from moehive.swarm.store.content import ContentStore
 from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.transport.base import Record
 from moehive.swarm.transport.memory import MemoryNetwork
 
 SEED, US = identity(1), identity(2)
-
-
-@asynccontextmanager
-async def seed(network: MemoryNetwork, directory: ConvertedDirectory, *, skeleton: bool = True) -> AsyncIterator[None]:
-    """A peer that serves the directory's shards."""
-    holdings = Holdings(directory.manifest, directory, on_change=lambda: None)
-    holdings.verify(directory.manifest.shards)
-    async with supplying(network, SEED, holdings) as transport:
-        await announce(transport, SEED, directory.manifest.experts, skeleton=skeleton, model=directory.model_id)
-        yield
-
-
-async def test_manifest_and_skeleton_become_a_directory(mixtral: ConvertedDirectory, tmp_path: Path) -> None:
-    network, store = MemoryNetwork(), ContentStore(tmp_path / "store", 1 << 30)
-    async with seed(network, mixtral), member(network, 2) as us:
-        manifest = await us.fetch_manifest(mixtral.model_id, store)
-        assert manifest == mixtral.manifest
-        await us.fetch_skeleton(manifest, store)
-    assert set(store.objects()) == {manifest.model_id, *(shard.hash for shard in manifest.skeleton)}  # no experts
-    laid_out = lay_out_skeleton(manifest, store, tmp_path / "model")
-    for shard in manifest.skeleton:
-        assert (laid_out / shard.file).read_bytes() == (mixtral.root / shard.file).read_bytes()
-    assert (laid_out / MANIFEST_NAME).read_bytes() == manifest.to_bytes()
-
-
-async def test_what_is_in_the_store_needs_nobody(mixtral: ConvertedDirectory, tmp_path: Path) -> None:
-    network, store = MemoryNetwork(), ContentStore(tmp_path, 1 << 30)
-    async with seed(network, mixtral), member(network, 2) as us:
-        await us.fetch_skeleton(await us.fetch_manifest(mixtral.model_id, store), store)
-    async with member(network, 2) as us:
-        manifest = await us.fetch_manifest(mixtral.model_id, store, timeout=0.0)
-        await us.fetch_skeleton(manifest, store, timeout=0.0)
-
-
-async def test_a_model_that_nobody_announces(tmp_path: Path) -> None:
-    started = time.monotonic()
-    async with member(MemoryNetwork(), 2) as us:
-        with pytest.raises(ModelUnavailable, match=MODEL):
-            await us.fetch_manifest(MODEL, ContentStore(tmp_path, 1 << 30), timeout=0.05)
-    assert time.monotonic() - started < 2
-
-
-async def test_a_skeleton_that_nobody_has(mixtral: ConvertedDirectory, tmp_path: Path) -> None:
-    network, store = MemoryNetwork(), ContentStore(tmp_path, 1 << 30)
-    async with seed(network, mixtral, skeleton=False), member(network, 2) as us:
-        manifest = await us.fetch_manifest(mixtral.model_id, store)
-        with pytest.raises(ShardUnavailable, match="0 peers known"):
-            await us.fetch_skeleton(manifest, store, timeout=0.05)
 
 
 async def test_sources_of_a_shard(mixtral: ConvertedDirectory) -> None:

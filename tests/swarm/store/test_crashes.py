@@ -1,72 +1,57 @@
 """The store's promises under power cuts, kills, failing calls and full disks at every step."""
 
+from __future__ import annotations
+
 import errno
-from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from random import Random
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import precondition, rule
 from support.faulty_filesystem import FaultyFileSystem, PowerCut
+from support.store_machine import (
+    BUDGET,
+    CONTENT,
+    HASHES,
+    HOME,
+    LISTS,
+    MANIFEST,
+    OBJECTS,
+    ROOT,
+    StoreUnderFire,
+    check_nothing_wrong_visible,
+    download,
+    fill,
+    make_store,
+    visible,
+)
 
-from moehive.protocol.chunks import CHUNK_SIZE, ChunkList, chunk_range, object_root
-from moehive.protocol.errors import CorruptShard, DiskFull, StorageError
+from moehive.node.holdings import Holdings
+from moehive.protocol.chunks import CHUNK_SIZE
+from moehive.protocol.errors import DiskFull, StorageError
 from moehive.protocol.ids import ShardHash
+from moehive.swarm.policy.eviction import Rank
+from moehive.swarm.store.catalogue import Cataloguer
 from moehive.swarm.store.content import ContentStore
-from moehive.swarm.store.partial import PartialObject
-from moehive.swarm.store.reading import read_object
-
-HOME = Path("/home")
-ROOT = HOME / "a" / "store"  # the store has to make two levels
-OBJECTS = [Random(i).randbytes(size) for i, size in enumerate([0, 5, CHUNK_SIZE + 7, 2 * CHUNK_SIZE])]
-LISTS = [ChunkList.of(data) for data in OBJECTS]
-CONTENT = {chunks.root: data for chunks, data in zip(LISTS, OBJECTS, strict=True)}
-BUDGET = sum(map(len, OBJECTS))
-
-
-def make_store(fs: FaultyFileSystem) -> ContentStore:
-    return ContentStore(ROOT, BUDGET, fs=fs)
-
-
-def chunk_of(which: int, index: int) -> bytes:
-    offset, length = chunk_range(index, len(OBJECTS[which]))
-    return OBJECTS[which][offset : offset + length]
-
-
-def fill(partial: PartialObject, which: int) -> None:
-    for index in reversed(partial.missing()):
-        partial.write_chunk(index, chunk_of(which, index))
-
-
-def download(store: ContentStore, which: int) -> None:
-    with store.open_partial(LISTS[which].root, LISTS[which]) as partial:
-        fill(partial, which)
-        partial.commit()
-
-
-def visible(fs: FaultyFileSystem) -> dict[str, bytes]:
-    return {path.name: data for path, data in fs.files(ROOT / "objects").items()}
-
-
-def check_nothing_wrong_visible(fs: FaultyFileSystem) -> None:
-    for name, data in visible(fs).items():
-        assert object_root(data) == name
-
+from moehive.swarm.store.pruning import PruneRequest, plan_prune
 
 # --- every step, exhaustively -----------------------------------------------------------------------------------------
 
 
-# What one process does from the first call: two objects, one of them small, a deletion, and a repeated download.
+# What one process does from the first call: two objects, one of them small, a deletion, a pin, a use with a repeated
+# download in it, and an eviction of what is in use and of what is not there.
 def life(store: ContentStore) -> None:
     store.sweep()
     download(store, 2)
     store.put(OBJECTS[1])
     store.delete(LISTS[1].root)
-    download(store, 1)
+    store.keeping.pin(MANIFEST.model_id)
+    with store.keeping.use([LISTS[1].root]):
+        download(store, 1)
+        store.evict([LISTS[1].root, LISTS[3].root], pins=frozenset({MANIFEST.model_id}))
+    store.keeping.unpin(MANIFEST.model_id)
 
 
 def steps_of_life() -> list[str]:
@@ -98,8 +83,8 @@ def test_any_call_may_fail_and_the_next_attempt_succeeds(code: int) -> None:
         fs = FaultyFileSystem(HOME)
         fs.fail_at(step, code)
         store = make_store(fs)
-        # Reading needs no space; and what a download cannot read of its file, it fetches again.
-        harmless = call.startswith("pread")
+        # What a download cannot read of its file, it fetches again. The list of a use may stay empty or behind.
+        harmless = call.startswith(("pread", "touch")) or "/uses/" in "".join(STEPS[max(0, step - 2) : step + 1])
         with suppress(StorageError) if harmless else pytest.raises(expected):
             life(store)
         check_nothing_wrong_visible(fs)
@@ -136,166 +121,125 @@ def test_a_commit_that_could_not_sync_its_directory_can_be_repeated() -> None:
 
 # --- a state machine --------------------------------------------------------------------------------------------------
 
-WHICH = st.integers(0, len(OBJECTS) - 1)
+COPIES = st.dictionaries(st.sampled_from(HASHES), st.integers(0, 1))
+SOME = st.sets(st.sampled_from(HASHES), min_size=1).map(frozenset)
 
 
 @dataclass
-class _Download:
-    partial: PartialObject
-    holds_lock: bool  # False: it was finished already when it was opened
+class _Use:
+    context: AbstractContextManager[None]
+    objects: frozenset[ShardHash]
+    protects: bool = True  # False: somebody deleted its file
 
 
-class StoreUnderFire(RuleBasedStateMachine):
-    """Two processes on one store: downloads, reads, deletions, bit rot, faults, kills and power cuts in any order."""
+class KeepingUnderFire(StoreUnderFire):
+    """The same with pins, uses, evictions, garbage collection, clocks that jump and metadata that is lost.
 
-    @initialize(seed=st.integers(0, 1 << 30))
-    def boot(self, seed: int) -> None:
-        self.fs = FaultyFileSystem(HOME, seed=seed)
-        self.durable: set[ShardHash] = set()  # committed, and not deleted since
-        self.rotten: set[ShardHash] = set()  # a bit was flipped in a final file, which a power cut may bring back
-        self._start_processes()
+    Each process is a node that announces what it has verified, and uses it for as long as it does so.
+    """
 
-    def _start_processes(self) -> None:
-        self.stores = [make_store(self.fs), make_store(self.fs)]
-        self.partials: dict[int, _Download] = {}
+    pinned = False  # for sure: a pin that failed half-way may be there too
 
-    def _reboot(self, *, power_cut: bool) -> None:
-        self.fs = self.fs.after_power_cut() if power_cut else self.fs.after_kill()
-        self._start_processes()
-        held = set(visible(self.fs))
-        assert self.durable - self.rotten <= held, "committed, and lost"
+    def start_processes(self) -> None:
+        super().start_processes()
+        self.uses: list[_Use] = []
+        self.holdings: list[Holdings | None] = [None, None]
+        self.deleted: set[ShardHash] = set()  # by a user who does not ask, since they were announced
 
-    def _attempt(self, action: Callable[[], object], *, uncertain: int | None = None) -> bool:
-        """Run; True where it succeeded. After a failure nobody knows whether `uncertain` is durable."""
-        try:
-            action()
-        except PowerCut:
-            if uncertain is not None:
-                self.durable.discard(LISTS[uncertain].root)
-            self._reboot(power_cut=True)
-            return False
-        except StorageError:
-            if uncertain is not None:
-                self.durable.discard(LISTS[uncertain].root)
-            return False
-        return True
+    # --- processes ----------------------------------------------------------------------------------------------------
 
-    @rule(process=st.integers(0, 1), which=WHICH)
-    def open(self, process: int, which: int) -> None:
-        if which not in self.partials:
-            finished = LISTS[which].root in visible(self.fs)
-            partial = self.stores[process].open_partial(LISTS[which].root, LISTS[which])
-            if self._attempt(partial.__enter__):
-                self.partials[which] = _Download(partial, holds_lock=not finished)
+    @rule(process=st.integers(0, 1), objects=SOME)
+    def use(self, process: int, objects: frozenset[ShardHash]) -> None:
+        context = self.stores[process].keeping.use(objects)
+        if self.attempt(context.__enter__):
+            self.uses.append(_Use(context, objects))
 
-    @precondition(lambda self: any(download.holds_lock for download in self.partials.values()))
-    @rule(process=st.integers(0, 1), data=st.data())
-    def open_what_is_being_downloaded(self, process: int, data: st.DataObject) -> None:
-        which = data.draw(st.sampled_from(sorted(i for i, download in self.partials.items() if download.holds_lock)))
-        second = self.stores[process].open_partial(LISTS[which].root, LISTS[which])
-        assert not self._attempt(second.__enter__), "two processes write one file"
-
-    @precondition(lambda self: self.partials)
+    @precondition(lambda self: self.uses)
     @rule(data=st.data())
-    def write(self, data: st.DataObject) -> None:
-        which = data.draw(st.sampled_from(sorted(self.partials)))
-        missing = self.partials[which].partial.missing()
-        if missing:
-            index = data.draw(st.sampled_from(missing))
-            self._attempt(lambda: self.partials[which].partial.write_chunk(index, chunk_of(which, index)))
-
-    @precondition(lambda self: self.partials)
-    @rule(data=st.data())
-    def serve_partial(self, data: st.DataObject) -> None:
-        which = data.draw(st.sampled_from(sorted(self.partials)))
-        index = data.draw(st.integers(0, max(0, len(LISTS[which].hashes) - 1)))
-        if LISTS[which].hashes:
-            found: list[bytes | None] = []
-            self._attempt(lambda: found.append(self.partials[which].partial.read_chunk(index)))
-            assert found in ([], [None], [chunk_of(which, index)])
-
-    @precondition(lambda self: self.partials)
-    @rule(data=st.data(), complete=st.booleans())
-    def finish(self, data: st.DataObject, complete: bool) -> None:
-        which = data.draw(st.sampled_from(sorted(self.partials)))
-        partial = self.partials.pop(which).partial
-
-        def run() -> None:
-            try:
-                if complete:
-                    fill(partial, which)
-                    partial.commit()
-            finally:
-                partial.__exit__(None, None, None)
-
-        if self._attempt(run, uncertain=which) and complete and LISTS[which].root in visible(self.fs):
-            self.durable.add(LISTS[which].root)
-
-    @rule(process=st.integers(0, 1), which=WHICH)
-    def delete(self, process: int, which: int) -> None:
-        self.durable.discard(LISTS[which].root)
-        self._attempt(lambda: self.stores[process].delete(LISTS[which].root))
-
-    @rule(process=st.integers(0, 1), which=WHICH)
-    def read(self, process: int, which: int) -> None:
-        root, store, found = LISTS[which].root, self.stores[process], []
-        if self._attempt(lambda: found.append(read_object(store, root, len(OBJECTS[which]), fs=self.fs))):
-            assert found == [OBJECTS[which]]
-        self._attempt(lambda: found.append(store.read_range(root, 0, min(3, len(OBJECTS[which])))))
-        assert all(data == OBJECTS[which][: len(data)] for data in found)
+    def end_use(self, data: st.DataObject) -> None:
+        use = self.uses.pop(data.draw(st.integers(0, len(self.uses) - 1)))
+        self.attempt(lambda: use.context.__exit__(None, None, None))
 
     @rule(process=st.integers(0, 1))
-    def sweep(self, process: int) -> None:
-        self._attempt(self.stores[process].sweep)
+    def announce(self, process: int) -> None:
+        store = self.stores[process] = make_store(self.fs)  # a node that has just started: it knows nothing yet
+        context = store.keeping.use(HASHES)
+        if not self.attempt(context.__enter__):
+            return
+        self.uses.append(_Use(context, frozenset(HASHES)))
+        right = visible(self.fs)
+        holdings = Holdings(MANIFEST, store, on_change=lambda: None)
+        if self.attempt(lambda: holdings.verify(MANIFEST.shards)):
+            self.holdings[process] = holdings
+            self.deleted.clear()
+            for key in holdings.experts:
+                root = MANIFEST.experts[key].hash
+                assert right[root] == CONTENT[root], "announced, and wrong"
 
-    @precondition(lambda self: visible(self.fs))
-    @rule(data=st.data())
-    def rot(self, data: st.DataObject) -> None:
-        files = {path: content for path, content in self.fs.files(ROOT / "objects").items() if content}
-        if files:
-            path = data.draw(st.sampled_from(sorted(files)))
-            self.fs.corrupt(path, data.draw(st.integers(0, len(files[path]) - 1)))
-            self.rotten.add(ShardHash(path.name))
+    @precondition(lambda self: any(self.holdings))
+    @rule(data=st.data(), which=st.integers(0, len(OBJECTS) - 1))
+    def serve(self, data: st.DataObject, which: int) -> None:
+        holdings = data.draw(st.sampled_from([holdings for holdings in self.holdings if holdings]))
+        root, length = HASHES[which], min(5, len(OBJECTS[which]))
+        served: list[bytes | None] = []
+        if length:
+            self.attempt(lambda: served.append(holdings.read_range(root, 0, length)))
+        assert all(data in (None, OBJECTS[which][:length]) for data in served)
 
-    @rule(after=st.integers(0, 12), code=st.sampled_from([errno.ENOSPC, errno.EIO]))
-    def break_soon(self, after: int, code: int) -> None:
-        self.fs.heal()  # one fault at a time: the store survives each, not every pair
-        self.fs.fail_at(self.fs.steps + after, code)
+    # --- keeping ------------------------------------------------------------------------------------------------------
 
-    @rule(after=st.integers(0, 12))
-    def cut_soon(self, after: int) -> None:
-        self.fs.cut_power_at(self.fs.steps + after)
+    @rule(process=st.integers(0, 1), pin=st.booleans())
+    def pin(self, process: int, pin: bool) -> None:
+        keeping = self.stores[process].keeping
+        change = keeping.pin if pin else keeping.unpin
+        self.pinned = self.attempt(lambda: change(MANIFEST.model_id)) and pin
 
-    @rule(power_cut=st.booleans())
-    def crash(self, power_cut: bool) -> None:
-        self._reboot(power_cut=power_cut)
+    @rule(process=st.integers(0, 1), objects=SOME)
+    def evict(self, process: int, objects: frozenset[ShardHash]) -> None:
+        store, before = self.stores[process], set(visible(self.fs))
+        self.durable -= objects - self._in_use()
+        self.attempt(lambda: store.evict(objects, pins=store.keeping.now().pins))
+        assert before & self._in_use() <= set(visible(self.fs)), "evicted in use"
 
-    @invariant()
-    def nothing_unverified_is_visible(self) -> None:
-        for name, data in visible(self.fs).items():
-            if name not in self.rotten:
-                assert data == CONTENT[ShardHash(name)]
+    @rule(
+        process=st.integers(0, 1),
+        copies=st.dictionaries(st.sampled_from(HASHES), st.integers(0, 1)),
+        force=st.booleans(),
+    )
+    def collect(self, process: int, copies: dict[ShardHash, int], force: bool) -> None:
+        store, before = self.stores[process], set(visible(self.fs))
+        kept = before & (self._in_use() | (CONTENT.keys() if self.pinned and HASHES[4] not in before else set()))
+        if self.pinned and HASHES[4] in before - self.rotten:
+            kept |= before & {HASHES[4], *(shard.hash for shard in MANIFEST.shards)}
+        if not force:
+            kept |= {key for key in before if not copies.get(key)}
+        self.durable &= kept
 
-    @invariant()
-    def the_budget_holds(self) -> None:
-        held = sum(len(data) for data in self.fs.files(ROOT).values())
-        assert held <= BUDGET + 8  # the lock's counter
+        def run() -> None:
+            catalogue = Cataloguer(store, fs=self.fs).take()
+            plan = plan_prune(catalogue, copies, PruneRequest(force=force))
+            assert force or all(one.rank is Rank.PARTIAL or copies[one.hash] for one in plan.victims)
+            store.evict([victim.hash for victim in plan.victims], pins=catalogue.kept.pins)
 
-    def teardown(self) -> None:
-        """Whatever happened: a fresh start can finish every download, and then all bytes are exact."""
-        self.fs = self.fs.after_kill()
-        store = make_store(self.fs)
-        store.sweep()
-        for root in list(store.objects()):
-            try:
-                store.verify(root)
-            except CorruptShard:
-                assert root in self.rotten
-        for which in range(len(OBJECTS)):
-            download(store, which)
-        assert visible(self.fs) == CONTENT
-        assert visible(self.fs.after_power_cut()) == CONTENT
+        self.attempt(run)
+        assert kept - self.rotten <= set(visible(self.fs)), "lost what had to stay"
+
+    @rule(jump=st.floats(-1e10, 1e10))
+    def jump(self, jump: float) -> None:
+        self.fs.now += jump
+
+    @rule(what=st.sampled_from(["uses", "pins"]))
+    def lose_metadata(self, what: str) -> None:
+        self.fs.lose(ROOT / what)
+        if what == "pins":
+            self.pinned = False
+        else:
+            for use in self.uses:
+                use.protects = False
+
+    def _in_use(self) -> frozenset[ShardHash]:
+        return frozenset().union(*(use.objects for use in self.uses if use.protects))
 
 
-StoreUnderFire.TestCase.settings = settings(stateful_step_count=30)
-TestStoreUnderFire = StoreUnderFire.TestCase
+KeepingUnderFire.TestCase.settings = settings(stateful_step_count=40)
+TestKeepingUnderFire = KeepingUnderFire.TestCase

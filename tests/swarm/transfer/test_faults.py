@@ -242,9 +242,7 @@ async def test_a_clock_that_jumps(tmp_path: Path, jump: float) -> None:
 
 
 @pytest.mark.parametrize("jump", [1e9, -1e9])
-async def test_the_wall_clock_does_not_matter(
-    receiver: Receiver, jump: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_wall_clock_does_not_matter(receiver: Receiver, jump: float, monkeypatch: pytest.MonkeyPatch) -> None:
     real = time.time
     async with serving("source", honest("source", FakeSource(DATA))) as port:
         receiver.add("source", port)
