@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .capacity import limit_to_capacity
+from .capacity import drop_late
 
 
 class Score(enum.Enum):
@@ -139,8 +139,7 @@ def route(
     weights = routing.weights.to((hidden_dtype or logits.dtype) if spec.weights_in_hidden_dtype else _exact(logits))
     if spec.capacity is None:
         return Routing(weights, routing.experts)
-    kept = limit_to_capacity(routing.experts, spec.capacity, spec.num_experts, sequence_length)  # [T, K]
-    return Routing(weights * kept, torch.where(kept, routing.experts, spec.num_experts))
+    return Routing(*drop_late(weights, routing.experts, spec.capacity, spec.num_experts, sequence_length))
 
 
 def check_router_input(
@@ -192,7 +191,7 @@ def best(key: Tensor, count: int) -> Tensor:
 
 def _in_best_groups(key: Tensor, spec: RouterSpec) -> Tensor:
     """Which experts may be chosen: [T, E] bool. transformers, `DeepseekV3TopkRouter` and `DeepseekV2TopkRouter`."""
-    grouped = key.unflatten(1, (spec.groups, spec.group_size))  # [T, G, E / G]
+    grouped = key.view(-1, spec.groups, spec.group_size)  # [T, G, E / G]
     worth = grouped.topk(2 if spec.group_score is GroupScore.TOP_2_SUM else 1, dim=-1).values.sum(dim=-1)  # [T, G]
     chosen = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, best(worth, spec.top_groups), True)  # [T, G]
     return chosen.repeat_interleave(spec.group_size, dim=1)
