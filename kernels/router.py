@@ -112,7 +112,7 @@ class Routing(NamedTuple):
 def router_logits(hidden: Tensor, weight: Tensor, spec: RouterSpec, bias: Tensor | None = None) -> Tensor:
     """The router's linear layer: hidden [T, H], weight [E, H], bias [E] -> [T, E], in the dtype that the spec asks."""
     if spec.float32_logits:
-        hidden, weight = hidden.float(), weight.float()
+        hidden, weight = hidden.to(_exact(hidden)), weight.to(_exact(weight))
     return F.linear(hidden, weight, bias)
 
 
@@ -156,9 +156,9 @@ def check_router_input(
         raise ValueError(f"{logits.shape[0]} tokens are not sequences of {sequence_length}")
 
 
-def _exact(logits: Tensor) -> torch.dtype:
+def _exact(tensor: Tensor) -> torch.dtype:
     """fp32; fp64 for tests."""
-    return torch.promote_types(logits.dtype, torch.float32)
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _top_k(logits: Tensor, spec: RouterSpec, correction_bias: Tensor | None) -> Routing:
@@ -198,12 +198,13 @@ def _in_best_groups(key: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def _sparsemixer(logits: Tensor, spec: RouterSpec) -> Routing:
-    """transformers, `sparsemixer` in evaluation: in the logits' dtype, step by step, so that roundings agree."""
+    """transformers, `sparsemixer` in evaluation: what is near is found in the logits' dtype, with its roundings."""
     left, weights, experts = logits, [], []
     for _ in range(spec.top_k):
         top, chosen = left.detach().max(dim=-1, keepdim=True)  # [T, 1], the first of equals
         far = (top - logits) / logits.abs().clamp(min=top) > 2 * spec.nearness  # [T, E]
-        weights.append(left.masked_fill(far, float("-inf")).softmax(dim=-1).gather(1, chosen))
+        near = left.masked_fill(far, float("-inf")).to(_exact(logits))  # [T, E]
+        weights.append(near.softmax(dim=-1).gather(1, chosen))
         experts.append(chosen)
         left = left.scatter(1, chosen, float("-inf"))
     return Routing(torch.cat(weights, dim=1), torch.cat(experts, dim=1))
