@@ -1,6 +1,6 @@
 """What each balancing scheme does to a small model: load-balance coefficient, dropped tokens, held-out loss.
 
-    python scripts/balance_study.py --text shakespeare.txt --out build/balance [--steps 800] [--seeds 0 1 2]
+    python scripts/balance_study.py --text shakespeare.txt --out build/balance [--steps 600] [--seeds 0 1 2]
     python scripts/balance_study.py --out build/balance --report docs
 
 The first command trains one model per scheme and seed, each from the same initial weights on the same batches, and
@@ -31,8 +31,8 @@ BIAS_UPDATE_RATE = 0.003  # the paper's 0.001 is for runs a hundred times as lon
 def study_config() -> Qwen3MoeConfig:
     """The demo model's architecture at a size that a processor core trains in minutes."""
     config = model_config()
-    config.hidden_size, config.moe_intermediate_size, config.num_hidden_layers = 96, 96, 4
-    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 24
+    config.hidden_size, config.moe_intermediate_size, config.num_hidden_layers = 64, 64, 4
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
     return config
 
 
@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="training text, UTF-8")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs' numbers")
     parser.add_argument("--report", type=Path, help="write the table and the plot there, and train nothing")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--schemes", nargs="+", default=list(schemes(study_config())))

@@ -63,7 +63,7 @@ def test_a_killed_interpreter_fails_its_test_only(tmp_path: Path) -> None:
         (tmp_path / name).write_text("def test_plain(): pass")
     command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:randomly", "-p", "no:cacheprovider"]
     command += ["inner/test_before.py", "inner/test_suite.py", "test_after.py"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"COLUMNS": "200"}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     for line in (
         "2 failed, 3 passed, 1 skipped",
