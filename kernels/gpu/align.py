@@ -73,12 +73,24 @@ def places(start, size, expert, EP: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def local_experts_kernel(experts, expert_map, block_expert, num_rows, E: tl.constexpr, HAS_MAP: tl.constexpr,
-                         BLOCK: tl.constexpr):  # fmt: skip
+def local_experts_kernel(experts, expert_map, block_expert, usage, num_rows, E: tl.constexpr, HAS_MAP: tl.constexpr,
+                         HAS_USAGE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """block_expert [R]: of each row, for blocks of one row."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
-    tl.store(block_expert + row, local_expert(experts, expert_map, row, inside, E, HAS_MAP), mask=inside)
+    expert = local_expert(experts, expert_map, row, inside, E, HAS_MAP)
+    tl.store(block_expert + row, expert, mask=inside)
+    if HAS_USAGE:
+        tl.atomic_add(usage + expert, tl.full((BLOCK,), 1, tl.int64), mask=expert >= 0, sem="relaxed")  # of integers
+
+
+@triton.jit
+def add_usage(usage, size, E: tl.constexpr, EP: tl.constexpr, HAS_USAGE: tl.constexpr):
+    """usage [E] int64 grows by size [EP]. Called by one program of a launch; launches of a stream follow each other."""
+    if HAS_USAGE:
+        local = tl.arange(0, EP)
+        before = tl.load(usage + local, mask=local < E, other=0)
+        tl.store(usage + local, before + size, mask=local < E)
 
 
 @triton.jit
@@ -101,9 +113,9 @@ def store_block_experts(block_expert, start, padded, first_block, local, BM: tl.
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def align_kernel(experts, expert_map, rows, block_expert, count, num_rows, E: tl.constexpr, HAS_MAP: tl.constexpr,
-                 EP: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BLOCKS: tl.constexpr,
-                 STEP: tl.constexpr):  # fmt: skip
+def align_kernel(experts, expert_map, rows, block_expert, count, usage, num_rows, E: tl.constexpr,
+                 HAS_MAP: tl.constexpr, HAS_USAGE: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
+                 BM: tl.constexpr, BLOCKS: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """All of it in one program, for at most ROWS rows. EP: E's power of two."""
     row = tl.arange(0, ROWS)
     size, expert, row = sort_rows(local_expert(experts, expert_map, row, row < num_rows, E, HAS_MAP), EP, ROWS)
@@ -115,6 +127,7 @@ def align_kernel(experts, expert_map, rows, block_expert, count, num_rows, E: tl
     for first_block in range(0, tl.sum(padded, 0) // BM, BLOCKS):
         store_block_experts(block_expert, start, padded, first_block, local, BM, BLOCKS)
     tl.store(count, tl.sum(padded, 0))
+    add_usage(usage, size, E, EP, HAS_USAGE)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -128,8 +141,8 @@ def count_kernel(experts, expert_map, counts, num_rows, E: tl.constexpr, HAS_MAP
 
 
 @triton.jit(do_not_specialize=["chunks", "num_rows"])
-def prefix_kernel(counts, starts, rows, count, chunks, num_rows, EP: tl.constexpr, CHUNKS: tl.constexpr,
-                  BM: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+def prefix_kernel(counts, starts, rows, count, usage, chunks, num_rows, E: tl.constexpr, HAS_USAGE: tl.constexpr,
+                  EP: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """counts [chunks, EP] become the rows of each expert in earlier chunks; starts [2, EP]: place, padded size.
 
     One program. Also writes the padding and the number of rows with it.
@@ -149,6 +162,7 @@ def prefix_kernel(counts, starts, rows, count, chunks, num_rows, EP: tl.constexp
     tl.store(starts + EP + local, padded)
     store_padding(rows, start, total, padded, num_rows, BM, STEP)
     tl.store(count, tl.sum(padded, 0))
+    add_usage(usage, total, E, EP, HAS_USAGE)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -166,20 +180,27 @@ def scatter_kernel(experts, expert_map, counts, starts, rows, block_expert, num_
     store_block_experts(block_expert, start, tl.load(starts + EP + local), chunk * BLOCKS, local, BM, BLOCKS)
 
 
-def align_rows(experts: Tensor, num_experts: int, block: int, expert_map: Tensor | None = None) -> AlignedRows:
+def align_rows(
+    experts: Tensor,
+    num_experts: int,
+    block: int,
+    expert_map: Tensor | None = None,
+    usage: Tensor | None = None,
+) -> AlignedRows:
     """Sort the choices `experts` [T, K] (int32 or int64, global ids) by local expert, in blocks of `block` rows.
 
     The id `num_experts` marks a choice that was dropped. `expert_map` [E] int32 gives the local index of each expert,
-    -1 for one that is not here; without it all are, under their own id. `block` is a power of two. Raises ValueError
-    for another.
+    -1 for one that is not here; without it all are, under their own id. `usage` [E] int64, where given, grows by the
+    rows of each local expert: telemetry without a launch of its own. `block` is a power of two. Raises ValueError for
+    another.
     """
     if block < 1 or block & (block - 1):
         raise ValueError(f"blocks of {block} rows, not a power of two")
     experts = experts.reshape(-1)  # [R]
     if _FEW * experts.shape[0] <= num_experts:
-        return block_per_row(experts, num_experts, block, expert_map)
+        return block_per_row(experts, num_experts, block, expert_map, usage)
     launch = _align_at_once if experts.shape[0] <= _ONE_PROGRAM else _align_in_chunks
-    return launch(experts, num_experts, block, expert_map)
+    return launch(experts, num_experts, block, expert_map, usage)
 
 
 def max_blocks(num_rows: int, num_experts: int, block: int) -> int:
@@ -188,15 +209,18 @@ def max_blocks(num_rows: int, num_experts: int, block: int) -> int:
     return lone + (num_rows - lone) // block
 
 
-def block_per_row(experts: Tensor, num_experts: int, block: int, expert_map: Tensor | None) -> AlignedRows:
+def block_per_row(
+    experts: Tensor, num_experts: int, block: int, expert_map: Tensor | None, usage: Tensor | None
+) -> AlignedRows:
     """Every row in a block of its own, in the order of the rows; nothing is sorted. experts: [R]."""
     num_rows = experts.shape[0]
     rows, count = _lone_rows(num_rows, block, experts.device)
     block_expert = torch.empty(num_rows, dtype=torch.int32, device=experts.device)  # [R]
     if num_rows:
         local_experts_kernel[(triton.cdiv(num_rows, 128),)](
-            experts, expert_map, block_expert, num_rows, num_experts, expert_map is not None, 128, num_warps=1
-        )
+            experts, expert_map, block_expert, usage, num_rows,
+            num_experts, expert_map is not None, usage is not None, 128, num_warps=1,
+        )  # fmt: skip
     return AlignedRows(rows, block_expert, count, block)
 
 
@@ -221,18 +245,26 @@ def _constants(num_experts: int, expert_map: Tensor | None) -> dict[str, int | b
     return {"E": num_experts, "HAS_MAP": expert_map is not None, "EP": triton.next_power_of_2(num_experts)}
 
 
-def _align_at_once(experts: Tensor, num_experts: int, block: int, expert_map: Tensor | None) -> AlignedRows:
+def _align_at_once(
+    experts: Tensor, num_experts: int, block: int, expert_map: Tensor | None, usage: Tensor | None
+) -> AlignedRows:
     aligned = _empty(experts, num_experts, block)
     rows = max(triton.next_power_of_2(experts.shape[0]), 16)
     align_kernel[(1,)](
-        experts, expert_map, aligned.rows, aligned.block_expert, aligned.count, experts.shape[0],
-        **_constants(num_experts, expert_map), ROWS=rows, BM=block, BLOCKS=16, STEP=min(block, 16), num_warps=8,
+        experts, expert_map, aligned.rows, aligned.block_expert, aligned.count, usage, experts.shape[0],
+        **_constants(num_experts, expert_map), HAS_USAGE=usage is not None, ROWS=rows, BM=block, BLOCKS=16,
+        STEP=min(block, 16), num_warps=8,
     )  # fmt: skip
     return aligned
 
 
 def _align_in_chunks(
-    experts: Tensor, num_experts: int, block: int, expert_map: Tensor | None, chunk: int = _CHUNK
+    experts: Tensor,
+    num_experts: int,
+    block: int,
+    expert_map: Tensor | None,
+    usage: Tensor | None,
+    chunk: int = _CHUNK,
 ) -> AlignedRows:
     aligned, num_rows = _empty(experts, num_experts, block), experts.shape[0]
     constants = _constants(num_experts, expert_map) | {"ROWS": chunk}
@@ -241,8 +273,9 @@ def _align_in_chunks(
     starts = torch.empty(2, padded_experts, dtype=torch.int32, device=experts.device)  # [2, EP]
     count_kernel[(chunks,)](experts, expert_map, counts, num_rows, **constants, num_warps=4)
     prefix_kernel[(1,)](
-        counts, starts, aligned.rows, aligned.count, chunks, num_rows,
-        EP=padded_experts, CHUNKS=max(_TILE // padded_experts, 1), BM=block, STEP=min(block, 16), num_warps=8,
+        counts, starts, aligned.rows, aligned.count, usage, chunks, num_rows,
+        E=num_experts, HAS_USAGE=usage is not None, EP=padded_experts, CHUNKS=max(_TILE // padded_experts, 1),
+        BM=block, STEP=min(block, 16), num_warps=8,
     )  # fmt: skip
     blocks = triton.next_power_of_2(triton.cdiv(aligned.max_blocks, chunks))
     scatter_kernel[(chunks,)](

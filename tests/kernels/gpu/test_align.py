@@ -27,6 +27,12 @@ def by_hand(experts: Tensor, num_experts: int, block: int, expert_map: Tensor | 
     return rows, blocks
 
 
+def use_by_hand(experts: Tensor, num_experts: int, expert_map: Tensor | None) -> list[int]:
+    """Rows of each local expert."""
+    _, blocks = by_hand(experts, num_experts, 1, expert_map)
+    return [blocks.count(expert) for expert in range(num_experts)]
+
+
 def check(aligned: AlignedRows, experts: Tensor, num_experts: int, expert_map: Tensor | None) -> None:
     rows, blocks = by_hand(experts, num_experts, aligned.block, expert_map)
     count = int(aligned.count)
@@ -58,9 +64,13 @@ def run(kind: str, choice: tuple[Tensor, int, Tensor | None], block: int, dtype:
     with Canaries() as guard, guard.allocations():
         flat = guard(experts.to(dtype)).view(-1)
         mapping = None if expert_map is None else guard(expert_map)
+        usage = guard(torch.full((num_experts,), 5))
         if kind == "at once":
-            return align._align_at_once(flat, num_experts, block, mapping)
-        return align._align_in_chunks(flat, num_experts, block, mapping, chunk=16)
+            aligned = align._align_at_once(flat, num_experts, block, mapping, usage)
+        else:
+            aligned = align._align_in_chunks(flat, num_experts, block, mapping, usage, chunk=16)
+    assert (usage - 5).tolist() == use_by_hand(*choice)
+    return aligned
 
 
 @settings(max_examples=15)
@@ -86,7 +96,9 @@ def test_few_rows_get_a_block_each(mapped: bool) -> None:
     experts = torch.tensor([[3, 40], [39, 3]])
     expert_map = torch.arange(40, dtype=torch.int32) - 1 if mapped else None
     with Canaries() as guard, guard.allocations():
-        aligned = align_rows(guard(experts), 40, 16, expert_map)
+        usage = guard(torch.zeros(40, dtype=torch.int64))
+        aligned = align_rows(guard(experts), 40, 16, expert_map, usage)
+    assert usage.tolist() == use_by_hand(experts, 40, expert_map)
     assert aligned.block_expert.tolist() == ([2, -1, 38, 2] if mapped else [3, -1, 39, 3])
     assert int(aligned.count) == 4 * 16
     rows = aligned.rows.view(4, 16)
