@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 100.0  # seconds for one child with all its builds
+TIMEOUT = 400.0  # seconds for one child with all its builds
 
 # What a thread block may have at most: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes
@@ -178,8 +178,8 @@ def inspect(build: Build, cubin: bytes, shared: int, tools: Path) -> Report:
         mma=count(_MMA) - count(r"[HIQ]GMMA\b"),
         wide_async=count(r"LDGSTS\S*\.128\b"),
         narrow_async=count(r"LDGSTS\b") - count(r"LDGSTS\S*\.128\b"),
-        wide_loads=count(r"LDG\S*\.128\b"),
-        narrow_loads=count(r"LDG\.") - count(r"LDG\S*\.128\b"),
+        wide_loads=count(r"LDG\.\S*128\b"),
+        narrow_loads=count(r"LDG\.") - count(r"LDG\.\S*128\b"),
         bulk=count(r"UTMALDG\b"),
         instructions=len(words),
         loop=len(loop),
