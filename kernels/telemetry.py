@@ -60,30 +60,39 @@ def load_balance_coefficient(counts: Tensor) -> float:
     return 1.0 + float(counts.std(correction=0)) / mean if mean else 1.0
 
 
-class RoutingTelemetry:
-    """Counts of the choices of each layer of one model. Any thread may count and ask."""
+class LayerLoad:
+    """Counts the choices of one layer. Any thread may count and ask."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
-        self._layers: dict[int, list[int]] = {}  # [E] choices, then those that were left out
+        self._counts = [0] * (num_experts + 1)  # the last one: choices that were left out
+        self._on_device: dict[torch.device, Tensor] = {}  # [E] each
         self._lock = threading.Lock()
 
-    def count(self, layer: int, chosen: Iterable[tuple[int, int]]) -> None:
-        """Add one call's (expert, how often) pairs. The expert `num_experts` stands for choices that were left out."""
+    def count(self, experts: Tensor) -> None:
+        """Add one call's choices, experts [T, K]; the id `num_experts` stands for a choice that was left out.
+
+        Waits for the GPU where they are there: kernels count into `on(device)` instead.
+        """
+        if experts.shape[0] == 1:  # decoding: K numbers are faster than a histogram
+            chosen: Iterable[tuple[int, int]] = ((expert, 1) for expert in experts[0].tolist())
+        else:
+            chosen = enumerate(torch.bincount(experts.reshape(-1), minlength=self.num_experts + 1).tolist())
         with self._lock:
-            counts = self._layers.get(layer) or self._layers.setdefault(layer, [0] * (self.num_experts + 1))
             for expert, times in chosen:
-                counts[expert] += times
+                self._counts[expert] += times
 
-    def layers(self) -> dict[int, LoadStatistics]:
-        """The statistics of every layer that was called, ascending."""
+    def on(self, device: torch.device) -> Tensor:
+        """The counter [E] int64 that kernels on `device` add to (`usage` of `kernels.gpu.align.align_rows`)."""
         with self._lock:
-            counts = {layer: list(found) for layer, found in sorted(self._layers.items())}
-        return {layer: LoadStatistics.of(found[:-1], found[-1]) for layer, found in counts.items()}
+            if device not in self._on_device:
+                self._on_device[device] = torch.zeros(self.num_experts, dtype=torch.int64, device=device)
+            return self._on_device[device]
 
-    def total(self) -> LoadStatistics:
-        """The statistics of all layers together: expert e of every layer counts as one."""
+    def statistics(self) -> LoadStatistics:
+        """What was counted so far, everywhere."""
         with self._lock:
-            columns = zip(*self._layers.values(), strict=True)
-            counts = [sum(column) for column in columns] or [0] * (self.num_experts + 1)
-        return LoadStatistics.of(counts[:-1], counts[-1])
+            counts, dropped = self._counts[:-1], self._counts[-1]
+            for counter in self._on_device.values():
+                counts = [a + b for a, b in zip(counts, counter.tolist(), strict=True)]
+        return LoadStatistics.of(counts, dropped)

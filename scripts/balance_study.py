@@ -96,7 +96,7 @@ def main() -> None:
     """Train what is missing, or write the report."""
     arguments = parse_arguments()
     if arguments.report is not None:
-        write_report(arguments.out, arguments.report, study_config())
+        write_report(arguments.out, arguments.report, study_config(), arguments.schemes)
         return
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

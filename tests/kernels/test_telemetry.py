@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moehive.kernels.telemetry import LoadStatistics, RoutingTelemetry, gini_coefficient, load_balance_coefficient
+from moehive.kernels.telemetry import LayerLoad, LoadStatistics, gini_coefficient, load_balance_coefficient
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=20))
@@ -33,22 +33,24 @@ def test_the_coefficient_does_not_depend_on_the_unit() -> None:
     assert load_balance_coefficient(counts) == pytest.approx(load_balance_coefficient(counts / counts.sum()))
 
 
-def test_layers_are_counted_apart_and_together() -> None:
-    telemetry = RoutingTelemetry(3)
-    assert telemetry.total().counts == (0, 0, 0)
-    telemetry.count(4, [(0, 2), (3, 1)])  # expert 3 of 3: left out
-    telemetry.count(1, [(2, 5)])
-    telemetry.count(4, [(0, 1), (1, 1)])
-    layers = telemetry.layers()
-    assert list(layers) == [1, 4]
-    assert (layers[1].counts, layers[1].dropped) == ((0, 0, 5), 0)
-    assert (layers[4].counts, layers[4].dropped) == ((3, 1, 0), 1)
-    assert (telemetry.total().counts, telemetry.total().dropped) == ((3, 1, 5), 1)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
+def test_choices_are_counted(tokens: int, top_k: int, seed: int) -> None:
+    load = LayerLoad(6)
+    wanted = [0] * 7
+    for call in range(3):
+        generator = torch.Generator().manual_seed(seed + call)
+        experts = torch.randint(0, 7, (tokens, top_k), generator=generator)  # 6: left out
+        load.count(experts)
+        for expert in experts.flatten().tolist():
+            wanted[expert] += 1
+    load.on(torch.device("cpu")).add_(torch.tensor([1, 0, 0, 0, 0, 2]))  # what kernels counted
+    found = load.statistics()
+    assert (*found.counts, found.dropped) == (wanted[0] + 1, *wanted[1:5], wanted[5] + 2, wanted[6])
 
 
 def test_no_count_is_lost_between_threads() -> None:
-    telemetry = RoutingTelemetry(2)
+    load = LayerLoad(2)
     with ThreadPoolExecutor(4) as pool:
         for _ in range(4):
-            pool.submit(lambda: [telemetry.count(0, [(0, 1), (1, 2)]) for _ in range(2000)])
-    assert telemetry.layers()[0].counts == (8000, 16000)
+            pool.submit(lambda: [load.count(torch.tensor([[0, 1], [1, 1]])) for _ in range(500)])
+    assert load.statistics().counts == (2000, 6000)
