@@ -71,8 +71,8 @@ def scale_tile(scale, zero, n, n_inside, first, K, stride, FORMAT: tl.constexpr,
                ROWS: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """What `weight_tile` scales columns first..first + BK of rows `n` with: (factor, offset) [W, groups in BK].
 
-    The factor is fp32. The offset is INT4_GROUP's zero point in the form that `nibble_values` adds, else unused. Formats
-    without scales in the tile get a 1.
+    The factor is fp32. The offset is INT4_GROUP's zero point in the form that `nibble_values` adds, else unused.
+    Formats without scales in the tile get a 1.
     """
     if FORMAT == PLAIN or FORMAT == INT8_CHANNEL:
         factor = 1.0
