@@ -31,7 +31,7 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "stride_scale"])
 def project(x, rows, blocks, count, table, row_weight, out, num_rows, N, K, num_experts, stride_x, stride_w,
             stride_scale, TOP_K: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr,
             LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ZERO: tl.constexpr,
@@ -106,7 +106,8 @@ def project_tile(tile, blocks_m, split, x, rows, blocks, table, row_weight, out,
             total *= tl.load(scale + n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
         if HAS_BIAS:
             bias = part_pointer(table, BIAS, expert, num_experts, BT)
-            total += tl.load(bias + n, mask=n_inside & (split == 0), other=0.0).to(tl.float32)[None, :]
+            once = n_inside & (tl.zeros_like(n) + split == 0)  # not in every part of a split sum
+            total += tl.load(bias + n, mask=once, other=0.0).to(tl.float32)[None, :]
         if not GATED:
             total *= tl.load(row_weight + row, mask=row_inside, other=0.0).to(tl.float32)[:, None]
         row = row.to(tl.int64)
@@ -168,7 +169,7 @@ def accumulate(x, x_row, row_inside, data, scale, zero, n, n_inside, split, K, s
     return tl.trans(total) if SWAP else total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def activate_partials(partials, rows, blocks, count, out, num_rows, N, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr,
                       LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr, SPLIT_K: tl.constexpr, BM: tl.constexpr,
                       BN: tl.constexpr):  # fmt: skip

@@ -79,7 +79,7 @@ def scale_tile(scale, zero, n, n_inside, first, K, stride, FORMAT: tl.constexpr,
         offset = 0
     elif FORMAT == FP8_BLOCK:
         at = (n // ROWS) * stride + first // GROUP
-        factor = tl.load(scale + at, mask=n_inside & (first < K), other=0.0)[:, None]
+        factor = tl.load(scale + at, mask=n_inside, other=0.0)[:, None]
         offset = 0
     else:
         GROUPS: tl.constexpr = 1 if GROUP >= BK else BK // GROUP
@@ -105,7 +105,7 @@ def nibble_values(byte, factor, offset, FORMAT: tl.constexpr, HAS_ZERO: tl.const
     for integers the low end of the mantissa of a number in [128, 256), whose unit in the last place is 1; for E2M1 the
     low end of the exponent and the high end of the mantissa, which leaves the exponent's bias, 127 against 1.
     """
-    AT: tl.constexpr = tl.bfloat16 if CT == tl.bfloat16 else tl.float32
+    AT: tl.constexpr = tl.bfloat16 if CT == tl.bfloat16 else tl.float32  # arithmetic
     GROUPS: tl.constexpr = factor.shape[1]
     HALF: tl.constexpr = BK // 2 // GROUPS
     word = tl.reshape(byte.to(tl.int32), (W, GROUPS, HALF))
@@ -118,8 +118,12 @@ def nibble_values(byte, factor, offset, FORMAT: tl.constexpr, HAS_ZERO: tl.const
     else:
         word = ((word * 0x1001) & 0x000F000F) | 0x43004300  # 128 + nibble
         base = tl.full((1, 1, 1), 136.0, AT)
-    low = word.to(tl.int16).to(tl.bfloat16, bitcast=True).to(AT)
-    high = (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True).to(AT)
+    if AT == tl.bfloat16:
+        low = word.to(tl.int16).to(AT, bitcast=True)
+        high = (word >> 16).to(tl.int16).to(AT, bitcast=True)
+    else:  # a bf16 is the upper half of a float32
+        low = (word << 16).to(AT, bitcast=True)
+        high = (word & -0x10000).to(AT, bitcast=True)
     factor = factor[:, :, None].to(AT)
     if FORMAT == MXFP4:  # powers of two: exact
         low = low * rebias * factor
