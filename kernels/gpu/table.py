@@ -16,6 +16,7 @@ from .configuration import Matrix
 _ALIGNMENT: Final = 16  # bytes; what the kernels promise the compiler
 _PACKED: Final = (WeightFormat.INT4_GROUP, WeightFormat.MXFP4)
 _PACKED_MULTIPLE: Final = 8  # columns; every packing puts 8 into a word
+_GROUP_MULTIPLE: Final = 32  # columns; no tile is narrower
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,9 @@ class MatrixForm:
     def of(cls, matrix: WeightMatrix, bias: Tensor | None) -> MatrixForm:
         """Raises ValueError for what the kernels cannot read."""
         transposed, stride = _layout(matrix)
-        scale, zero = matrix.scale, matrix.zero
+        scale, zero, group = matrix.scale, matrix.zero, matrix.block[1]
+        if matrix.format in (*_PACKED, WeightFormat.FP8_BLOCK) and (not group or group % _GROUP_MULTIPLE):
+            raise ValueError(f"{matrix.format.value} weights with groups of {group} columns, not a multiple of 32")
         if scale is not None and scale.ndim == 2 and scale.shape[1] > 1 and scale.stride(1) != 1:
             raise ValueError(f"scales with strides {scale.stride()}; the columns of a row must be neighbours")
         if zero is not None and (scale is None or zero.stride() != scale.stride()):
@@ -51,7 +54,7 @@ class MatrixForm:
     def problem(self, element: int, *, gated: bool) -> Matrix:
         """As the choice of configuration sees it; `element` is the bytes of one input."""
         columns, inner = self.shape
-        group = 0 if self.format is WeightFormat.PLAIN else self.block[1]
+        group = self.block[1] if self.format in (*_PACKED, WeightFormat.FP8_BLOCK) else 0
         return Matrix(columns // 2 if gated else columns, inner, self.format, group, gated, element)
 
 
