@@ -18,7 +18,7 @@ from moehive.kernels.formats import ExpertMatrices, WeightFormat
 from . import activations, tiles
 from .align import AlignedRows, align_rows
 from .combine import combine
-from .configuration import Configuration, Device, Tile, active_experts, choose
+from .configuration import Configuration, Device, Matrix, Tile, active_experts, choose
 from .overrides import Override, apply_overrides
 from .projections import activate_partials, project
 from .table import ExpertTable, LayerForm, MatrixForm
@@ -70,7 +70,7 @@ def run_experts(
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
     if configuration is None:
         configuration = choose_for(top_k_index.numel(), hidden, table, overrides)
-    layer = _Layer(table.form, spec, configuration, _device(hidden.device), hidden.dtype, top_k_index.shape[1])
+    layer = _Layer(table.form, spec, configuration, device_facts(hidden.device), hidden.dtype, top_k_index.shape[1])
     aligned = align_rows(top_k_index, len(table), configuration.block, table.expert_map)
     inner = layer.gate_up(hidden, aligned, table)  # [T * k, I]
     outputs = layer.down(inner, aligned, table, top_k_weights)  # [T * k, H] or [S, T * k, H]
@@ -79,15 +79,17 @@ def run_experts(
 
 def choose_for(rows: int, hidden: Tensor, table: ExpertTable, overrides: Sequence[Override] = ()) -> Configuration:
     """What `run_experts` would choose for so many rows of that dtype on that device."""
-    assert table.form is not None, "a table without experts has no shapes"
-    device = _device(hidden.device)
-    matrices = (
-        table.form.gate_up.problem(hidden.element_size(), gated=True),
-        table.form.down.problem(hidden.element_size(), gated=False),
-    )
+    device, matrices = device_facts(hidden.device), matrices_of(table, hidden)
     present = max(sum(expert is not None for expert in table), 1)
     chosen = choose(rows, present, *matrices, device)
     return apply_overrides(overrides, chosen, rows / max(active_experts(rows, present), 1.0), *matrices, device)
+
+
+def matrices_of(table: ExpertTable, hidden: Tensor) -> tuple[Matrix, Matrix]:
+    """gate_up and down as the choice of configuration sees them."""
+    assert table.form is not None, "a table without experts has no shapes"
+    element = hidden.element_size()
+    return table.form.gate_up.problem(element, gated=True), table.form.down.problem(element, gated=False)
 
 
 def _check(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, table: ExpertTable) -> None:
@@ -104,7 +106,7 @@ def _check(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, table: Ex
 
 
 @lru_cache(maxsize=64)
-def _device(device: torch.device) -> Device:
+def device_facts(device: torch.device) -> Device:
     """Facts about the GPU; for the interpreter, which has none, an H100's."""
     if device.type != "cuda":
         return Device(90, 132)

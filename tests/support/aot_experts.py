@@ -97,8 +97,10 @@ def _build(model: Model, configuration: Configuration, sm: int, gated: bool, row
     )
     cut = f"{configuration.block} x {tile.columns} x {tile.inner} w{tile.warps} s{tile.stages}"
     cut += (" swap" if tile.swap else "") + (f" split {tile.split}" if tile.split > 1 else "")
+    out = _out(gated, tile.split, rows)
+    cut += " fp32" if not gated and out == "*fp32:16" and tile.split == 1 else ""
     name = f"sm_{sm} {'gate_up' if gated else 'down'} {model.name}, {cut}"
-    arguments = _types(_out(gated, tile.split, rows)) | {name: _plain(value) for name, value in constants.items()}
+    arguments = _types(out) | {name: _plain(value) for name, value in constants.items()}
     return Build(name, "moehive.kernels.gpu.projections:project", sm, arguments, tile.warps, tile.stages)
 
 
