@@ -110,7 +110,7 @@ def choose(rows: int, experts: int, gate_up: Matrix, down: Matrix, device: Devic
 
 def block_rows(rows_per_expert: float) -> int:
     """Rows of a block: twice what an expert has, so that few experts need a second block, from 16 to 128."""
-    return min(max(_power_of_two(2 * rows_per_expert), 16), 128)
+    return min(max(_power_of_two(round(2 * rows_per_expert)), 16), 128)
 
 
 def _tile(block: int, blocks: float, matrix: Matrix, device: Device) -> Tile:
@@ -131,8 +131,8 @@ def _tile(block: int, blocks: float, matrix: Matrix, device: Device) -> Tile:
 
 
 def _large(matrix: Matrix, device: Device) -> Tile:
-    """128 rows: bound by arithmetic. Weights that are decoded get smaller tiles, and so many warps that two programs fit
-    beside each other on sm_90: one decodes while the other multiplies.
+    """128 rows: bound by arithmetic. Weights that are decoded get smaller tiles, and as many warps as let two programs
+    run beside each other on sm_90: one decodes while the other multiplies.
     """
     halves = 2 if matrix.gated else 1
     if matrix.plain:
@@ -195,13 +195,9 @@ def shared_memory(tile: Tile, block: int, matrix: Matrix, device: Device) -> int
     return max(stages * stage + decoded, block * width * 4) + 2048
 
 
-def _power_of_two(value: float) -> int:
+def _power_of_two(value: int) -> int:
     """The least power of two that is at least `value`."""
-    return 1 << max(int(-(-value // 1)) - 1, 0).bit_length()
-
-
-def _is_power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0
+    return 1 << max(value - 1, 0).bit_length()
 
 
 def check(configuration: Configuration, gate_up: Matrix, down: Matrix, device: Device) -> None:

@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -23,6 +24,7 @@ from .data import Call, fill_table, make_calls
 from .shapes import Layer
 
 DRY_CEILINGS = roofline.H200
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +82,18 @@ class Bench:
         self.results: list[Result] = []
         self.tuned: list[dict[str, Any]] = []
         self.left_out: list[str] = []
+        self.broken: list[str] = []
         self.failed: list[correctness.Check] = []
         self.ceilings = DRY_CEILINGS if options.dry_run else timing.measure_ceilings()
 
     def run(self) -> int:
         """All of it; the exit code: 1 for wrong results, 2 where something was left out, else 0."""
         self.check()
+        say(HEAD)
         for layer in shapes.TINY if self.options.dry_run else selected(self.options.layers):
             self.layer(layer)
         self.report()
-        return 1 if self.failed else 2 if self.left_out else 0
+        return 1 if self.failed or self.broken else 2 if self.left_out else 0
 
     def late(self) -> bool:
         return time.monotonic() - self.started > self.options.budget
@@ -120,8 +124,21 @@ class Bench:
             if self.late():
                 self.left_out.append(f"{layer.name}, {count} tokens")
                 continue
-            self.results.append(self.measure(layer, count, table, dense, generator))
-            say(line(self.results[-1]))
+            result = self.attempt(
+                f"{layer.name}, {count} tokens", partial(self.measure, layer, count, table, dense, generator)
+            )
+            if result is not None:
+                self.results.append(result)
+                say(line(result))
+
+    def attempt(self, what: str, run: Callable[[], R]) -> R | None:
+        """The supervision point: one thing that breaks on an unknown GPU must not cost the results of the others."""
+        try:
+            return run()
+        except Exception as error:  # noqa: BLE001  kept, reported, and the exit code
+            self.broken.append(f"{what}: {type(error).__name__}: {str(error).strip()[:500]}")
+            say(f"  BROKEN {self.broken[-1]}")
+            return None
 
     def measure(
         self, layer: Layer, tokens: int, table: ExpertTable, dense: baselines.DenseWeights | None,
@@ -140,7 +157,9 @@ class Bench:
         others: list[float | None] = [None, None]
         if dense is not None:
             runs = (baselines.grouped_product(layer, dense), baselines.loop_of_products(layer, dense, calls))
-            others = [timing.seconds_per_call(run, calls, self.device) * 1e6 for run in runs]
+            others = [
+                self.attempt("baseline", partial(timing.microseconds_per_call, run, calls, self.device)) for run in runs
+            ]
         return Result(
             layer.name, tokens, round(active), own * 1e6, must * 1e6, limits.ideal * 1e6, limits.bytes / own / 1e12,
             limits.flops / own / 1e12, limits.ideal / own, *others,
@@ -157,7 +176,10 @@ class Bench:
         best, fastest = choose_for(rows, hidden, table, self.overrides), own
         climbing = True
         while climbing and not self.late():
-            times = {c: self.seconds_of(layer, table, calls, c) for c in tuning.neighbours(best, *problem)}
+            times = {}
+            for neighbour in tuning.neighbours(best, *problem):
+                taken = self.attempt(str(neighbour), partial(self.seconds_of, layer, table, calls, neighbour))
+                times[neighbour] = taken or float("inf")
             candidate = min(times, key=lambda c: times[c])
             climbing = times[candidate] < 0.99 * fastest
             best, fastest = (candidate, times[candidate]) if climbing else (best, fastest)
@@ -173,14 +195,16 @@ class Bench:
         say(f"\n{name}, torch {torch.__version__}, triton {triton.__version__}; copy "
             f"{self.ceilings.bandwidth / 1e12:.2f} TB/s, product {self.ceilings.rate / 1e12:.0f} TFLOP/s")  # fmt: skip
         say(f"{sum(r.holds for r in self.results)} of {len(self.results)} hold the demand; {self.seconds():.0f} s")
+        for what in self.broken:
+            say(f"  broken: {what}")
         for what in self.left_out:
             say(f"  left out for lack of time: {what}")
         self.options.out.mkdir(parents=True, exist_ok=True)
-        failed = [asdict(check) for check in self.failed]
         data = {
             "facts": facts,
-            "results": [asdict(r) for r in self.results],
-            "wrong": failed,
+            "results": [asdict(result) for result in self.results],
+            "wrong": [asdict(check) for check in self.failed],
+            "broken": self.broken,
             "left_out": self.left_out,
         }
         (self.options.out / "gpu.json").write_text(json.dumps(data, indent=2) + "\n")
@@ -223,7 +247,6 @@ def main() -> None:
         sys.exit("no CUDA device; --dry-run shows on the CPU that everything runs")
     torch.manual_seed(0)
     bench = Bench(options)
-    say(HEAD)
     sys.exit(bench.run())
 
 

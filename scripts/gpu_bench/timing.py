@@ -41,6 +41,11 @@ def seconds_per_call(run: Callable[[Call], Any], calls: Sequence[Call], device: 
     return statistics.median(times) / len(calls)
 
 
+def microseconds_per_call(run: Callable[[Call], Any], calls: Sequence[Call], device: torch.device) -> float:
+    """The same in the unit of the table."""
+    return seconds_per_call(run, calls, device) * 1e6
+
+
 def _elapsed(run: Callable[[], Any]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
