@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 from moehive.kernels.formats import WeightFormat
@@ -100,6 +101,7 @@ def active_experts(rows: int, experts: int) -> float:
     return experts * (1.0 - (1.0 - 1.0 / experts) ** rows) if rows else 0.0
 
 
+@lru_cache(maxsize=4096)
 def choose(rows: int, experts: int, gate_up: Matrix, down: Matrix, device: Device) -> Configuration:
     """The configuration for `rows` choices that are spread over `experts` local experts."""
     active = max(active_experts(rows, experts), 1.0)

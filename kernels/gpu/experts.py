@@ -18,7 +18,7 @@ from moehive.kernels.formats import ExpertMatrices, WeightFormat
 from . import activations, tiles
 from .align import AlignedRows, align_rows
 from .combine import combine
-from .configuration import Configuration, Device, Matrix, Tile, active_experts, choose
+from .configuration import Configuration, Device, Matrix, Tile, active_experts, check, choose
 from .overrides import Override, apply_overrides
 from .projections import activate_partials, project
 from .table import ExpertTable, LayerForm, MatrixForm
@@ -61,7 +61,7 @@ def run_experts(
 
     Products are of `hidden`'s dtype, sums fp32 in a fixed order: the same call gives the same bits. No atomics, no
     synchronisation with the host, so it can be captured into a CUDA graph. Raises ValueError for tensors that do not
-    fit each other.
+    fit each other, and for a configuration that cannot run.
     """
     table = experts if isinstance(experts, ExpertTable) else ExpertTable.of(experts, hidden.device)
     _check(hidden, top_k_index, top_k_weights, table)
@@ -70,6 +70,8 @@ def run_experts(
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
     if configuration is None:
         configuration = choose_for(top_k_index.numel(), hidden, table, overrides)
+    else:
+        check(configuration, *matrices_of(table, hidden), device_facts(hidden.device))
     layer = _Layer(table.form, spec, configuration, device_facts(hidden.device), hidden.dtype, top_k_index.shape[1])
     aligned = align_rows(top_k_index, len(table), configuration.block, table.expert_map)
     inner = layer.gate_up(hidden, aligned, table)  # [T * k, I]
@@ -79,8 +81,7 @@ def run_experts(
 
 def choose_for(rows: int, hidden: Tensor, table: ExpertTable, overrides: Sequence[Override] = ()) -> Configuration:
     """What `run_experts` would choose for so many rows of that dtype on that device."""
-    device, matrices = device_facts(hidden.device), matrices_of(table, hidden)
-    present = max(sum(expert is not None for expert in table), 1)
+    device, matrices, present = device_facts(hidden.device), matrices_of(table, hidden), max(table.present, 1)
     chosen = choose(rows, present, *matrices, device)
     return apply_overrides(overrides, chosen, rows / max(active_experts(rows, present), 1.0), *matrices, device)
 

@@ -84,19 +84,22 @@ def _override(where: str, entry: Any) -> Override:
 def _check_fields(where: str, entry: Any, known: Mapping[str, type]) -> None:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: not an object")
-    value: Any
     for name, value in entry.items():
         if name not in known:
             raise ValueError(f"{where}: unknown key {name!r}, not one of {sorted(known)}")
         kind = (int, float) if known[name] is float else known[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and known[name] is not bool):
             raise ValueError(f"{where}: {name} is {value!r}, not of type {known[name].__name__}")
-        if name in _RANGES:
-            low, high = _RANGES[name]
-            if not low <= value <= high or value & (value - 1):
-                raise ValueError(f"{where}: {name} is {value}, not a power of two from {low} to {high}")
-        if name == "stages" and not 1 <= value <= _MAX_STAGES:
-            raise ValueError(f"{where}: stages is {value}, not from 1 to {_MAX_STAGES}")
+        _check_range(where, name, entry[name])
+
+
+def _check_range(where: str, name: str, value: Any) -> None:
+    if name in _RANGES:
+        low, high = _RANGES[name]
+        if not low <= value <= high or value & (value - 1):
+            raise ValueError(f"{where}: {name} is {value}, not a power of two from {low} to {high}")
+    if name == "stages" and not 1 <= value <= _MAX_STAGES:
+        raise ValueError(f"{where}: stages is {value}, not from 1 to {_MAX_STAGES}")
 
 
 def apply_overrides(

@@ -103,6 +103,7 @@ class ExpertTable(Sequence[ExpertMatrices | None]):
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self._experts: list[ExpertMatrices | None] = [None] * num_experts
         self._form: LayerForm | None = None
+        self._present = 0
         # rows: data, scale, zero, bias; tiles.py names them
         self.gate_up = torch.zeros(4, num_experts, dtype=torch.int64, device=device)  # [4, E] addresses
         self.down = torch.zeros(4, num_experts, dtype=torch.int64, device=device)  # [4, E] addresses
@@ -125,7 +126,12 @@ class ExpertTable(Sequence[ExpertMatrices | None]):
     @property
     def expert_map(self) -> Tensor | None:
         """int32 [E] for `align_rows` and `combine`: each expert's own index, -1 for those not here. None: all are."""
-        return self._map if any(expert is None for expert in self._experts) else None
+        return None if self._present == len(self._experts) else self._map
+
+    @property
+    def present(self) -> int:
+        """How many experts are here."""
+        return self._present
 
     def put(self, index: int, expert: ExpertMatrices) -> None:
         """Add or replace one. Raises ValueError where it has another form than those before it, or another device."""
@@ -136,6 +142,7 @@ class ExpertTable(Sequence[ExpertMatrices | None]):
         if any(part is not None and part.device != self._map.device for half in parts for part in half):
             raise ValueError(f"expert {index} is not on {self._map.device}")
         self._form = form
+        self._present += self._experts[index] is None
         self._experts[index] = expert
         for table, half in zip((self.gate_up, self.down), parts, strict=True):
             table[:, index] = torch.tensor([0 if part is None else part.data_ptr() for part in half])
@@ -143,6 +150,7 @@ class ExpertTable(Sequence[ExpertMatrices | None]):
 
     def remove(self, index: int) -> None:
         """Let go of one; it may be absent already."""
+        self._present -= self._experts[index] is not None
         self._experts[index] = None
         self._map[index] = -1
 

@@ -149,6 +149,16 @@ def test_hidden_2880() -> None:
     check_layer(experts, hidden, *routing(2, 1, 1, generator), CLAMPED, cut)
 
 
+def test_groups_that_are_no_power_of_two() -> None:
+    generator, kind = seeded(12), Kind(WeightFormat.INT4_GROUP, group=96, dtype=torch.float16, zero=True)
+    experts: list[Expert | None] = [random_expert(kind, 200, 96, generator) for _ in range(2)]
+    hidden = torch.randn(2, 200, generator=generator)
+    index, weights = routing(2, 2, 1, generator)
+    check_layer(experts, hidden, index, weights, FfnSpec(), Configuration(16, Tile(128, 32), Tile(256, 32)))
+    with pytest.raises(ValueError, match="do not fit groups of 96"):
+        check_layer(experts, hidden, index, weights, FfnSpec())
+
+
 def test_one_expert_takes_all_rows() -> None:
     """More than two blocks."""
     generator = seeded(6)

@@ -32,6 +32,7 @@ def test_addresses_are_those_of_the_parts() -> None:
     assert table.expert_map is not None
     assert table.expert_map.tolist() == [-1, 1]
     assert list(table) == [None, one]
+    assert table.present == 1
 
 
 def test_it_keeps_what_it_has_and_lets_go_of_what_it_has_not() -> None:
