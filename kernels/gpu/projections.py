@@ -1,13 +1,13 @@
-"""The two projections of the experts on the rows that were routed to them: one kernel, and one that finishes split sums.
+"""The two projections of the experts on the rows that were routed to them: and what finishes split sums.
 
 A row is one choice of one token: row r = t * k + j is token t's j-th expert. `project` takes blocks of BM rows of one
-expert each (kernels/gpu/align.py makes them; with few rows a block is one row), and BN columns of the output:
+expert each, which kernels/gpu/align.py makes, and BN columns of the output:
 
     gated:  out[r] = act(x[r // k] @ gate.T + bias, x[r // k] @ up.T + bias)    [T * k, I]
     plain:  out[r] = weight[r] * (x[r] @ down.T + bias)                         [T * k, H]
 
-Experts are addressed one by one through a table of addresses, so each can be loaded and evicted alone; blocks of experts
-that are not there are skipped, and their rows of `out` are left as they were. Sums are fp32 and in a fixed order.
+Experts are addressed one by one through a table of addresses, so each can be loaded and evicted alone. Blocks of
+experts that are not here are skipped, and their rows of `out` are left as they were. Sums are fp32, in a fixed order.
 
 Gate and up are one product: a tile has the columns of both, gate and up of a column next to each other. With two sums
 instead, the largest tiles need more registers than there are.
@@ -31,60 +31,58 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "stride_scale"])
 def project(x, rows, blocks, count, table, row_weight, out, num_rows, N, K, num_experts, stride_x, stride_w,
-            stride_scale, TOP_K: tl.constexpr, ALIGNED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-            ALPHA: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr,
-            HAS_ZERO: tl.constexpr, FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
-            GROUP: tl.constexpr, HARDWARE_FP8: tl.constexpr, WT: tl.constexpr, ST: tl.constexpr, BT: tl.constexpr,
-            CT: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-            GM: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr, PERSISTENT: tl.constexpr):  # fmt: skip
-    """One tile of the output for each program, or as many as there are for a PERSISTENT one.
+            stride_scale, TOP_K: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr,
+            LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ZERO: tl.constexpr,
+            FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+            HARDWARE_FP8: tl.constexpr, WT: tl.constexpr, ST: tl.constexpr, BT: tl.constexpr, CT: tl.constexpr,
+            EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GM: tl.constexpr,
+            SPLIT_K: tl.constexpr, SWAP: tl.constexpr, PERSISTENT: tl.constexpr):  # fmt: skip
+    """One tile of the output, or for a PERSISTENT program every one whose number is its own modulo the programs.
 
     x [*, K]; out [num_rows, N], or with SPLIT_K > 1 fp32 [SPLIT_K, num_rows, N] (GATED: [.., 2 N], before the
     activation, columns in the weights' order); row_weight [num_rows].
-    ALIGNED: rows [count] int32 are the rows of all blocks, num_rows or more where a block is not full; blocks
-    [count / BM] int32 each block's expert, -1 to skip it. Else blocks [num_rows] are the rows' experts, one row a block.
-    table [4, num_experts] int64: addresses of an expert's data, scales, zero points and bias; 0 for what is not there.
+    rows, blocks, count: AlignedRows' `rows`, `block_expert` and `count` for blocks of BM.
+    table [4, num_experts] int64: addresses of each expert's data, scales, zero points and bias.
+    Programs: (tiles, or fewer PERSISTENT ones; SPLIT_K).
     """
-    blocks_m = tl.cdiv(tl.load(count), BM) if ALIGNED else num_rows
+    split = tl.program_id(1)
+    own = tl.program_id(0)
+    blocks_m = tl.load(count) // BM
     tiles = blocks_m * tl.cdiv(N, BN)
-    first = tl.program_id(0)
+    # The loop costs registers, hence programs that run beside each other, so one tile does without it.
     if PERSISTENT:
-        for tile in tl.range(first, tiles, tl.num_programs(0)):
-            project_tile(tile, blocks_m, 0, x, rows, blocks, table, row_weight, out, num_rows, N, K, num_experts,
-                         stride_x, stride_w, stride_scale, TOP_K, ALIGNED, GATED, ACTIVATION, ALPHA, LIMIT, INTERLEAVED,
-                         HAS_BIAS, HAS_ZERO, FORMAT, TRANSPOSED, ROWS, GROUP, HARDWARE_FP8, WT, ST, BT, CT, EVEN_K, BM,
-                         BN, BK, GM, SPLIT_K, SWAP)  # fmt: skip
-    elif first < tiles:
-        project_tile(first, blocks_m, tl.program_id(1), x, rows, blocks, table, row_weight, out, num_rows, N, K,
-                     num_experts, stride_x, stride_w, stride_scale, TOP_K, ALIGNED, GATED, ACTIVATION, ALPHA, LIMIT,
-                     INTERLEAVED, HAS_BIAS, HAS_ZERO, FORMAT, TRANSPOSED, ROWS, GROUP, HARDWARE_FP8, WT, ST, BT, CT,
-                     EVEN_K, BM, BN, BK, GM, SPLIT_K, SWAP)  # fmt: skip
+        for tile in tl.range(own, tiles, tl.num_programs(0)):
+            project_tile(tile, blocks_m, split, x, rows, blocks, table, row_weight, out, num_rows, N, K,
+                         num_experts, stride_x, stride_w, stride_scale, TOP_K, GATED, ACTIVATION, ALPHA,
+                         LIMIT, INTERLEAVED, HAS_BIAS, HAS_ZERO, FORMAT, TRANSPOSED, ROWS, GROUP,
+                         HARDWARE_FP8, WT, ST, BT, CT, EVEN_K, BM, BN, BK, GM, SPLIT_K, SWAP)  # fmt: skip
+    elif own < tiles:
+        project_tile(own, blocks_m, split, x, rows, blocks, table, row_weight, out, num_rows, N, K,
+                     num_experts, stride_x, stride_w, stride_scale, TOP_K, GATED, ACTIVATION, ALPHA,
+                     LIMIT, INTERLEAVED, HAS_BIAS, HAS_ZERO, FORMAT, TRANSPOSED, ROWS, GROUP,
+                     HARDWARE_FP8, WT, ST, BT, CT, EVEN_K, BM, BN, BK, GM, SPLIT_K, SWAP)  # fmt: skip
 
 
 @triton.jit
-def project_tile(tile, blocks_m, split, x, rows, blocks, table, row_weight, out, num_rows, N, K, num_experts, stride_x,
-                 stride_w, stride_scale, TOP_K: tl.constexpr, ALIGNED: tl.constexpr, GATED: tl.constexpr,
-                 ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
-                 HAS_BIAS: tl.constexpr, HAS_ZERO: tl.constexpr, FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr,
-                 ROWS: tl.constexpr, GROUP: tl.constexpr, HARDWARE_FP8: tl.constexpr, WT: tl.constexpr,
-                 ST: tl.constexpr, BT: tl.constexpr, CT: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr,
-                 BN: tl.constexpr, BK: tl.constexpr, GM: tl.constexpr, SPLIT_K: tl.constexpr,
-                 SWAP: tl.constexpr):  # fmt: skip
-    """The tile of that number. GM blocks of rows use a column of weights before the next column is read."""
+def project_tile(tile, blocks_m, split, x, rows, blocks, table, row_weight, out, num_rows, N, K, num_experts,
+                 stride_x, stride_w, stride_scale, TOP_K: tl.constexpr, GATED: tl.constexpr,
+                 ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+                 INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ZERO: tl.constexpr,
+                 FORMAT: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+                 HARDWARE_FP8: tl.constexpr, WT: tl.constexpr, ST: tl.constexpr, BT: tl.constexpr,
+                 CT: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                 GM: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
+    """Tile number `tile` of `project`. GM blocks of rows use a column of weights before the next column is read."""
     blocks_n = tl.cdiv(N, BN)
     first_m = tile // (GM * blocks_n) * GM
     height = tl.minimum(blocks_m - first_m, GM)
     m = first_m + tile % (GM * blocks_n) % height
     first_n = tile % (GM * blocks_n) // height * BN
-    expert = tl.load(blocks + m).to(tl.int32)
-    present = (expert >= 0) & (expert < num_experts)
-    if tl.load(table + tl.where(present, expert, 0), mask=present, other=0) != 0:
-        if ALIGNED:
-            row = tl.load(rows + m * BM + tl.arange(0, BM))  # [BM]
-        else:
-            row = tl.where(tl.arange(0, BM) == 0, m, num_rows)  # [BM]
+    expert = tl.load(blocks + m)
+    if expert >= 0:
+        row = tl.load(rows + m * BM + tl.arange(0, BM))  # [BM]
         row_inside = row < num_rows
         W: tl.constexpr = 2 * BN if GATED else BN
         j = tl.arange(0, W)
@@ -108,7 +106,8 @@ def project_tile(tile, blocks_m, split, x, rows, blocks, table, row_weight, out,
             total *= tl.load(scale + n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
         if HAS_BIAS:
             bias = part_pointer(table, BIAS, expert, num_experts, BT)
-            total += tl.load(bias + n, mask=n_inside & (split == 0), other=0.0).to(tl.float32)[None, :]
+            once = n_inside & (tl.zeros_like(n) + split == 0)  # not in every part of a split sum
+            total += tl.load(bias + n, mask=once, other=0.0).to(tl.float32)[None, :]
         if not GATED:
             total *= tl.load(row_weight + row, mask=row_inside, other=0.0).to(tl.float32)[:, None]
         row = row.to(tl.int64)
@@ -170,24 +169,22 @@ def accumulate(x, x_row, row_inside, data, scale, zero, n, n_inside, split, K, s
     return tl.trans(total) if SWAP else total
 
 
-@triton.jit
-def activate_partials(partials, blocks, table, out, num_rows, N, num_experts, ACTIVATION: tl.constexpr,
-                      ALPHA: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr, SPLIT_K: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows"])
+def activate_partials(partials, rows, blocks, count, out, num_rows, N, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr,
+                      LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr, SPLIT_K: tl.constexpr, BM: tl.constexpr,
                       BN: tl.constexpr):  # fmt: skip
-    """out [num_rows, N] from what a GATED `project` with SPLIT_K > 1 left, splits added in order.
-
-    One row a program; blocks [num_rows] are the rows' experts, and those that are not there are skipped again.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BN + tl.arange(0, BN)
-    expert = tl.load(blocks + row).to(tl.int32)
-    present = (expert >= 0) & (expert < num_experts)
-    if tl.load(table + tl.where(present, expert, 0), mask=present, other=0) != 0:
-        gate = tl.zeros((BN,), tl.float32)
-        up = tl.zeros((BN,), tl.float32)
-        for split in tl.static_range(SPLIT_K):
-            at = partials + (split * num_rows + row) * 2 * N
-            gate += tl.load(at + (2 * i if INTERLEAVED else i), mask=i < N, other=0.0)
-            up += tl.load(at + (2 * i + 1 if INTERLEAVED else i + N), mask=i < N, other=0.0)
-        h = activate(gate, up, ACTIVATION, ALPHA, LIMIT)
-        tl.store(out + row * N + i, h.to(out.dtype.element_ty), mask=i < N)
+    """out [num_rows, N] from what a GATED `project` with SPLIT_K > 1 left; splits are added in order."""
+    m = tl.program_id(0)
+    if m < tl.load(count) // BM:
+        if tl.load(blocks + m) >= 0:
+            row = tl.load(rows + m * BM + tl.arange(0, BM)).to(tl.int64)  # [BM]
+            i = tl.program_id(1) * BN + tl.arange(0, BN)
+            inside = (row < num_rows)[:, None] & (i < N)[None, :]
+            gate = tl.zeros((BM, BN), tl.float32)
+            up = tl.zeros((BM, BN), tl.float32)
+            for split in tl.static_range(SPLIT_K):
+                at = partials + (split * num_rows + row)[:, None] * 2 * N
+                gate += tl.load(at + (2 * i if INTERLEAVED else i)[None, :], mask=inside, other=0.0)
+                up += tl.load(at + (2 * i + 1 if INTERLEAVED else i + N)[None, :], mask=inside, other=0.0)
+            h = activate(gate, up, ACTIVATION, ALPHA, LIMIT)
+            tl.store(out + row[:, None] * N + i[None, :], h.to(out.dtype.element_ty), mask=inside)
