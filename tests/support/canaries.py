@@ -1,0 +1,54 @@
+"""Buffers with a margin around them, so that a kernel that reads or writes beside its tensors is caught.
+
+    with Canaries() as guard:
+        x, out = guard(x), guard.empty((T, K), torch.float32)
+        kernel[grid](x, out, ...)
+    # leaving the block checks that no margin changed
+
+Floating margins are NaN, so a value that was read there spoils the result; integer margins are far outside any index.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+_MARGIN = 256  # bytes on each side; keeps 16-byte alignment, and every dtype's size divides it
+_BYTE = 0xA5
+
+
+class Canaries:
+    """Makes guarded tensors; checks all margins at the end of the block."""
+
+    def __init__(self) -> None:
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # (whole buffer as bytes, what its margins were)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy of `tensor` with margins."""
+        return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor that holds what the margins hold: what a kernel leaves unwritten shows."""
+        margin = _MARGIN // dtype.itemsize
+        size = torch.Size(shape).numel()
+        buffer = torch.empty(size + 2 * margin, dtype=dtype)
+        if dtype.is_floating_point:
+            buffer.fill_(float("nan"))
+        else:
+            buffer.view(torch.uint8).fill_(_BYTE)
+        self._buffers.append((buffer.view(torch.uint8), _margins(buffer.view(torch.uint8)).clone()))
+        return buffer[margin : margin + size].view(shape)
+
+    def __enter__(self) -> Canaries:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
+        if kind is None:
+            for number, (buffer, before) in enumerate(self._buffers):
+                assert torch.equal(_margins(buffer), before), f"guarded tensor {number}: written outside its bounds"
+
+
+def _margins(buffer: Tensor) -> Tensor:
+    return torch.cat((buffer[:_MARGIN], buffer[-_MARGIN:]))
