@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .formats import ExpertMatrices, WeightFormat, WeightMatrix
+
 CONCATENATED: Final = "concatenated"
 CLAMPED_INTERLEAVED: Final = "clamped-interleaved"
 
@@ -87,6 +89,14 @@ class ExpertWeights:
     def nbytes(self) -> int:
         """Bytes of memory of all weights."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def matrices(self, spec: FfnSpec) -> ExpertMatrices:
+        """The same weights with outputs as rows, as views. Raises ValueError where they do not fit each other."""
+        gate_up, down = (
+            WeightMatrix(WeightFormat.PLAIN, weight.t() if spec.transposed else weight)
+            for weight in (self.gate_up, self.down)
+        )
+        return ExpertMatrices(gate_up, down, self.gate_up_bias, self.down_bias)
 
     def to(self, device: torch.device) -> ExpertWeights:
         """These weights on `device`; themselves where they are there already."""

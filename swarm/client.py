@@ -221,7 +221,9 @@ class Swarm:
         return directory, manifest
 
     def _loaded(self, model_id: str) -> SwarmModel:
-        model = self._models.get(ModelId(model_id)) if self._joined else None
+        if self._member is None:
+            raise ConfigError(_NOT_JOINED)
+        model = self._models.get(ModelId(model_id))
         if model is None:
             raise ConfigError(f"model {model_id} is not loaded: swarm.load(model_id) first")
         return model

@@ -62,7 +62,7 @@ class ExpertLoader:
         self._manifest = manifest
         self._source = source
         quantization = manifest.model.quantization
-        self._fp8_block = quantization.block if quantization else None
+        self._block = quantization.block if quantization else None
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of one expert's weights of `dtype`."""
@@ -87,7 +87,7 @@ class ExpertLoader:
     def _canonical(self, key: ExpertKey, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> ExpertWeights:
         short = {short_name(name): tensor for name, tensor in tensors.items()}
         try:
-            return canonical_weights(short, self.spec, dtype, fp8_block=self._fp8_block)
+            return canonical_weights(short, self.spec, dtype, block=self._block)
         except ValueError as error:
             raise ManifestError(f"{self._manifest.experts[key].file}: {error}") from error
 

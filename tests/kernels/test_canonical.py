@@ -77,7 +77,7 @@ def test_fp8_blocks() -> None:
     scales = {
         f"{name}_scale_inv": torch.rand(-(-t.shape[0] // 12), -(-t.shape[1] // 12)) for name, t in tensors.items()
     }
-    weights = canonical_weights(tensors | scales, PLAIN, BF16, fp8_block=(12, 12))
+    weights = canonical_weights(tensors | scales, PLAIN, BF16, block=(12, 12))
     gate, up, down = (
         dequantize_fp8_block(tensors[f"{n}.weight"], scales[f"{n}.weight_scale_inv"], (12, 12), BF16)
         for n in ("gate_proj", "up_proj", "down_proj")
