@@ -16,11 +16,24 @@ if TYPE_CHECKING:
     from .client import join as join
     from .loading import load_expert as load_expert
     from .loading import open_local as open_local
+    from .model.kv.cache import kv_cache as kv_cache
+    from .model.kv.default import use_kv as use_kv
+    from .model.kv.fidelity import logit_error as logit_error
+    from .model.kv.options import KvOptions as KvOptions
 
 # name -> module below this package; imported when first used
-_EXPORTS: Final = {"Swarm": "client", "join": "client", "load_expert": "loading", "open_local": "loading"}
+_EXPORTS: Final = {
+    "KvOptions": "model.kv.options",
+    "Swarm": "client",
+    "join": "client",
+    "kv_cache": "model.kv.cache",
+    "load_expert": "loading",
+    "logit_error": "model.kv.fidelity",
+    "open_local": "loading",
+    "use_kv": "model.kv.default",
+}
 
-__all__ = ["Swarm", "join", "load_expert", "open_local"]
+__all__ = ["KvOptions", "Swarm", "join", "kv_cache", "load_expert", "logit_error", "open_local", "use_kv"]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .model.kv.options import KvMode, KvOptions
+
 AnswerForm = Literal["sum", "rows"]
 DEFAULT_DISK_BUDGET = 64 << 30  # bytes for the dense parts of models; a client keeps no experts
 _NOT_JOINED = "the swarm is not joined: use `with join(ticket) as swarm:`"
@@ -101,6 +103,7 @@ class Swarm:
         *,
         dtype: torch.dtype | None = None,
         answers: AnswerForm = "sum",
+        kv: KvMode | KvOptions = "full",
         timeout: float = 60.0,
         progress: Progress | None = None,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -109,6 +112,7 @@ class Swarm:
         `model` is a model id, or a local converted directory whose dense part is then used. `answers`: "sum" (one row
         per token comes back from each peer: fast) or "rows" (every expert's row comes back and is added in the order of
         transformers: equal to it bit for bit on like machines, more bytes). Experts are never replaced or left out.
+        `kv`: how `generate` keeps keys and values, for contexts that do not fit into memory; see KvOptions.
 
         Waits up to `timeout` seconds for a peer that has the model. Raises ModelUnavailable, ShardUnavailable,
         ManifestError, StorageError, TransportError; ConfigError for a `model` that is neither, or when not joined.
@@ -119,7 +123,7 @@ class Swarm:
         backend = SwarmExperts(
             self._caller(manifest.model_id), self._open_portal.start_task_soon, manifest.model.num_experts, form=answers
         )
-        return open_local(directory, dtype=dtype, backend=backend)
+        return open_local(directory, dtype=dtype, backend=backend, kv=kv)
 
     def stats(self, model_id: str) -> DispatchStats:
         """Who computed how much for this client so far."""
