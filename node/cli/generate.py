@@ -6,7 +6,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from moehive.protocol.ids import is_hash
 from moehive.protocol.ticket import Ticket
 
 from .arguments import Flag, NotNegative, Positive, TicketText
+from .kv import KvFlags, kv_json, kv_lines
 from .node import check_converted
 from .output import note, progress_bar, say, say_json, table
 
@@ -72,13 +73,15 @@ class GenerateOptions:
     chat: Flag = False
     """Put the prompt through the model's chat template, as one message of a user."""
 
+    kv: KvFlags = field(default_factory=KvFlags)
+
 
 def generate(
     prompt: str | None = None, /, *, options: GenerateOptions, quiet: Flag = False, json: Flag = False
 ) -> None:
     """Continue a prompt; the text appears on stdout while it is made.
 
-    Then a summary on stderr: tokens per second, and which peer computed how much.
+    Then a summary on stderr: tokens per second, which peer computed how much, where keys and values were.
 
     Parameters
     ----------
@@ -101,7 +104,7 @@ def generate(
     with _loaded(options) as (model, tokenizer, stats):
         write = _silent if json else _write
         try:
-            result = continue_text(model, tokenizer, prompt, sampling, write, chat=options.chat)
+            result = continue_text(model, tokenizer, prompt, sampling, write, chat=options.chat, kv=options.kv.options)
         finally:
             write("\n")  # also before an error message
     if json:
@@ -118,6 +121,7 @@ def _read_prompt() -> str:
 
 def check_options(options: GenerateOptions) -> None:
     """Raise ConfigError, TicketError for what can be seen to be wrong without loading anything."""
+    options.kv.options  # noqa: B018  # made and dropped: it checks itself
     if options.join is not None:
         Ticket.parse(options.join)
     if is_hash(options.model):
@@ -139,6 +143,8 @@ def summary(result: Generated, seed: int, stats: DispatchStats | None) -> str:
     if stats is not None:
         lines.append(peer_table(stats))
         lines += [f"  {stats.retries} requests were repeated at another peer"] * bool(stats.retries)
+    if result.kv is not None:
+        lines += kv_lines(result.kv, result.kv_error)
     return "\n".join(lines)
 
 
@@ -163,6 +169,7 @@ def result_json(result: Generated, seed: int, stats: DispatchStats | None) -> di
         "firstTokenSeconds": round(result.first_token_seconds, 4),
         "tokensPerSecond": round(result.tokens_per_second, 2),
         "swarm": None if stats is None else _stats_json(stats),
+        "kv": None if result.kv is None else kv_json(result.kv, result.kv_error),
     }
 
 

@@ -69,11 +69,10 @@ class SpilledCache(DynamicCache):
         """What is where, and what it cost."""
         engine, times, counts = self._engine, self._engine.workspace.times, self._engine.store.counts
         own = [layer for layer in self.layers if isinstance(layer, SpilledLayer)]
-        tokens = max((layer.get_seq_length() for layer in own), default=0)
         return KvStats(
             mode=self.options.mode,
-            tokens=tokens,
-            stored_tokens=tokens - tokens % max(1, engine.block_tokens),
+            tokens=max((layer.get_seq_length() for layer in own), default=0),
+            block_tokens=engine.block_tokens,
             layers=len(own),
             kept_layers=len(self.layers) - len(own),
             full_bytes=engine.full_bytes,

@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, get_args
-
-import torch
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from moehive.protocol.errors import ConfigError
 from moehive.swarm.memory import detect_memory
 from moehive.swarm.paths import Paths
+
+if TYPE_CHECKING:
+    import torch
 
 KvMode = Literal["full", "spill", "window", "fp8", "int8"]
 KV_MODES: Final[tuple[KvMode, ...]] = get_args(KvMode)
@@ -126,6 +127,8 @@ def budgets_of(
 
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
+        import torch  # not at the top: the command line reads the options before it needs torch
+
         return int(torch.cuda.mem_get_info(device)[0])
     return detect_memory().room
 

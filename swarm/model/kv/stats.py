@@ -13,7 +13,7 @@ class KvStats:
 
     mode: KvMode
     tokens: int  # of the longest layer that spills
-    stored_tokens: int  # of them, those in blocks; the rest are as they came
+    block_tokens: int  # of a stored block; 0 before the first token
     layers: int  # that spill
     kept_layers: int  # that keep transformers' own cache
     full_bytes: int  # that a full cache would take for the layers that spill
@@ -31,6 +31,11 @@ class KvStats:
     wait_seconds: float  # the part of it that computation waited for
     expected: int  # layers that were there when they were asked for
     unexpected: int  # layers that were not: the first, those after a change of length, all without room for two
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens in blocks; the newest ones are as they came."""
+        return self.tokens - self.tokens % max(1, self.block_tokens)
 
     @property
     def reload_rate(self) -> float:
