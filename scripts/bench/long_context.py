@@ -1,6 +1,6 @@
 """A 128K-token context on a KV budget of a 16th of its size, against transformers' full cache.
 
-    python scripts/bench/long_context.py [--context 131072] [--share 16] [--read 4096] [--rounds 8] [--json FILE]
+    python scripts/bench/long_context.py [--context 131072] [--share 16] [--read 256] [--rounds 8] [--json FILE]
 
 A random model with as many layers as Qwen3-30B-A3B and tiny ones (one key-value head of 16 numbers), so that two cores
 hold its full cache and attend over it. Attention over 128K x 128K tokens would take those two cores an hour, so the
@@ -42,7 +42,7 @@ from moehive.swarm.model.kv.options import KV_MODES, LOSSLESS, KvOptions
 
 LAYERS, HEAD, VOCABULARY = 48, 16, 512
 TOKEN_BYTES = LAYERS * 2 * HEAD * 4  # one key-value head, fp32
-CHUNK, SYNTHETIC_CHUNK = 256, 8192
+CHUNK, SYNTHETIC_CHUNK = 64, 8192
 WINDOW_SHARE = 128  # of the context, in window mode
 
 
@@ -186,7 +186,7 @@ def main() -> None:
     parser = arguments(__doc__, rounds=8)
     parser.add_argument("--context", type=int, default=1 << 17, help="tokens")
     parser.add_argument("--share", type=int, default=16, help="the budget is the full cache's size divided by this")
-    parser.add_argument("--read", type=int, default=1024, help="tokens that are really read before generating")
+    parser.add_argument("--read", type=int, default=256, help="tokens that are really read before generating")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each process")
     parser.add_argument("--modes", nargs="+", default=[mode for mode in KV_MODES if mode != "full"])
     options = parser.parse_args()

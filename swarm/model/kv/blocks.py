@@ -153,29 +153,30 @@ class BlockStore:
             self._disk.give(old.on_disk * old.nbytes)
 
     def close(self) -> None:
-        """Drop every block."""
+        """Give back files and spare buffers. The layers are empty by then."""
+        assert not any(map(len, self._shelves))
         for shelf in self._shelves:
             if shelf.file is not None:
                 shelf.file.close()
         self._shelves = [_Shelf() for _ in self._shelves]
+        for pool in (self._device, self._host):
+            pool.drop_spare()
 
     # --- moving down ----------------------------------------------------------------------------------------------
 
     def _shrink(self) -> None:
         while True:
-            counts = [len(shelf.on_device) for shelf in self._shelves]
-            layer = next_to_spill(counts, over=self._device_bytes > self._plan.resident, window=self._plan.window)
+            tier = [(shelf.on_disk + len(shelf.in_host), len(shelf.on_device)) for shelf in self._shelves]
+            layer = next_to_spill(tier, over=self._device_bytes > self._plan.resident, window=self._plan.window)
             if layer is None:
                 return
             self._leave_device(self._shelves[layer])
 
     def _leave_device(self, shelf: _Shelf) -> None:
         block = shelf.on_device[0]
-        if shelf.nbytes + self._host_reserve(shelf) <= self._host.account.limit:
-            self._make_room_in_host(shelf.nbytes + self._host_reserve(shelf))
+        if self._make_room_in_host(shelf.nbytes):
             copy = self._host.take(shelf.nbytes)
-            copy.copy_(block)
-            shelf.in_host.append(copy)
+            shelf.in_host.append(copy.copy_(block))
         elif block.device.type == "cpu":
             self._write(shelf, block)
         else:
@@ -189,16 +190,17 @@ class BlockStore:
         self._device.give(shelf.on_device.popleft())
         self._device_bytes -= shelf.nbytes
 
-    def _host_reserve(self, shelf: _Shelf) -> int:
-        """Bytes of host memory for blocks on their way from disk."""
-        return max(self._plan.transit, shelf.nbytes) if self._staging is self._host else 0
-
-    def _make_room_in_host(self, nbytes: int) -> None:
+    def _make_room_in_host(self, nbytes: int) -> bool:
+        """Whether a block of `nbytes` can stay in host memory, after older ones left it where that was needed."""
+        reserve = max(self._plan.transit, nbytes) if self._staging is self._host else 0  # for blocks read from disk
+        if nbytes + reserve > self._host.account.limit:
+            return False
         while True:
-            counts = [len(shelf.in_host) for shelf in self._shelves]
-            layer = next_to_spill(counts, over=self._host.room < nbytes)
+            tier = [(shelf.on_disk, len(shelf.in_host)) for shelf in self._shelves]
+            layer = next_to_spill(tier, over=self._host.room < nbytes + reserve)
             if layer is None:
-                return
+                # Not where a layer that is being rewritten fills it: its new blocks then go straight to disk.
+                return self._host.room >= nbytes + reserve
             shelf = self._shelves[layer]
             self._write(shelf, shelf.in_host[0])
             self._host.give(shelf.in_host.popleft())

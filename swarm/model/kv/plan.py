@@ -17,7 +17,6 @@ from moehive.protocol.errors import BudgetTooSmall
 _BLOCK_BYTES: Final = 256 << 10
 _BLOCK_TOKENS: Final = (64, 2048)  # fewest and most
 _TAIL_SHARE: Final = 16
-_TRANSIT_SHARE: Final = 64  # of the budget, at most, for reading several small blocks at a time
 
 
 def block_length(token_bytes: int, layers: int, budget: int) -> int:
@@ -56,7 +55,7 @@ class KvPlan:
     slot: int  # size of each
     resident: int  # for stored blocks that stay in working memory
     window: int | None  # blocks of each layer that stay; None: as many as fit
-    transit: int  # for blocks on their way from tier to tier
+    transit: int  # for blocks on their way from tier to tier: one, or several small ones
 
 
 def divide(facts: KvFacts) -> KvPlan:
@@ -66,13 +65,13 @@ def divide(facts: KvFacts) -> KvPlan:
     reading, blocks worth one layer save one layer's share of it. Raises BudgetTooSmall with the least that would do.
     """
     window = (facts.window or 0) * facts.layers * facts.block
-    transit = max(1, min(_BLOCK_BYTES, facts.budget // _TRANSIT_SHARE) // facts.block) * facts.block
-    fixed = facts.layers * facts.tail + transit + window
+    fixed = facts.layers * facts.tail + facts.block + window
     for slots in (2, 1):
         for slot in (facts.roomy_slot, facts.slot):
-            if fixed + slots * slot <= facts.budget:
-                resident = facts.budget - fixed - slots * slot + window
-                return KvPlan(slots, slot, resident, facts.window, transit)
+            left = facts.budget - fixed - slots * slot
+            if left >= 0:
+                more = max(0, min(_BLOCK_BYTES - facts.block, left // 2)) // facts.block * facts.block
+                return KvPlan(slots, slot, left - more + window, facts.window, facts.block + more)
     raise BudgetTooSmall(f"KV cache of {facts.tokens} tokens", budget=facts.budget, needed=fixed + facts.slot)
 
 
@@ -82,13 +81,13 @@ def missing_on_disk(facts: KvFacts, plan: KvPlan, block_tokens: int, lower: int)
     return max(0, stored - plan.resident - lower)
 
 
-def next_to_spill(counts: Sequence[int], *, over: bool, window: int | None = None) -> int | None:
-    """The layer whose oldest block leaves a tier in which layer i has counts[i] blocks; None where none has to.
+def next_to_spill(tier: Sequence[tuple[int, int]], *, over: bool, window: int | None = None) -> int | None:
+    """The layer whose oldest block in a tier leaves it; None where none has to.
 
-    `over`: the tier holds more bytes than it may. `window`: blocks of each layer that stay, and no more. The layer with
-    the most blocks goes first, of equal ones the first.
+    `tier` says of each layer which number its oldest block there has, and how many it has there. `over`: the tier holds
+    more bytes than it may. `window`: blocks of each layer that may stay. The oldest block goes first, of equally old
+    ones the first layer's.
     """
-    fullest = max(range(len(counts)), key=counts.__getitem__, default=None)
-    if fullest is None or not counts[fullest]:
-        return None
-    return fullest if over or (window is not None and counts[fullest] > window) else None
+    allowed = 0 if over else window
+    due = [] if allowed is None else [layer for layer, (_, count) in enumerate(tier) if count > allowed]
+    return min(due, key=lambda layer: tier[layer][0], default=None)
