@@ -94,7 +94,8 @@ class SpilledCache(DynamicCache):
 
     def close(self) -> None:
         """Forget everything; give back memory and disk. A closed cache may be used again, as an empty one."""
-        self.reset()  # type: ignore[no-untyped-call]
+        with torch.inference_mode():  # transformers' layers are set to zero, which may be tensors made in it
+            self.reset()  # type: ignore[no-untyped-call]
         self._engine.close()
 
     def __enter__(self) -> Self:

@@ -185,7 +185,7 @@ class KvEngine:
             if layout.spaced(total) <= self.workspace.capacity and tail <= facts.tail and block <= facts.block:
                 return
             tail, block = max(tail, facts.tail), max(block, facts.block)
-        planned = self._budgets.max_tokens or 0
+        planned, window = self._budgets.max_tokens or 0, self._budgets.window
         tokens = max(total, planned)
         roomy = planned if total <= planned else total + max(self.block_tokens, total // _GROWTH)
         facts = KvFacts(
@@ -196,7 +196,7 @@ class KvEngine:
             tail=tail,
             block=block,
             tokens=tokens,
-            window=None if self._budgets.window is None else -(-self._budgets.window // self.block_tokens),
+            window=None if window is None else -(-min(window, roomy) // self.block_tokens),
         )
         plan = divide(facts)
         if planned:

@@ -126,7 +126,7 @@ class Blocks(RuleBasedStateMachine):
 
 
 TestBlocks = Blocks.TestCase
-TestBlocks.settings = settings(max_examples=30, stateful_step_count=25)
+TestBlocks.settings = settings(stateful_step_count=25)
 
 
 def test_the_oldest_go_down_a_tier_evenly_over_the_layers() -> None:

@@ -110,7 +110,7 @@ class Engine(RuleBasedStateMachine):
 
 
 TestEngine = Engine.TestCase
-TestEngine.settings = settings(max_examples=30, stateful_step_count=20)
+TestEngine.settings = settings(stateful_step_count=25)
 
 
 def run(engine: KvEngine, steps: int, count: int = 1) -> None:
