@@ -114,7 +114,6 @@ def _own_cache(model: PreTrainedModel, kv: KvOptions, length: int, arguments: di
         return None
     cache = kv_cache(model, kv, max_tokens=length + arguments["max_new_tokens"])
     arguments["past_key_values"] = cache
-    assert isinstance(cache, SpilledCache)
     return cache
 
 

@@ -33,7 +33,7 @@ from _common import (
     write_json,
 )
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen3MoeConfig
 from transformers.utils import logging
 
 from moehive.protocol.units import format_size
@@ -56,16 +56,7 @@ def serve(pipe: Connection, mode: str, budget: int, context: int, threads: int) 
     model = tiny_model()
     with torch.inference_mode():
         model(torch.zeros(1, CHUNK, dtype=torch.long))  # all that is allocated once is allocated
-        options = (
-            KvOptions(mode)
-            if mode == "full"
-            else KvOptions(  # type: ignore[arg-type]
-                mode,
-                budget=budget,
-                window=context // WINDOW_SHARE if mode == "window" else None,  # type: ignore[arg-type]
-            )
-        )
-        cache = kv_cache(model, options, max_tokens=context)
+        cache = make_cache(model, mode, budget, context)
         before = reset_peak()
         for question in questions(pipe):
             if question[0] == "fill":
@@ -76,8 +67,16 @@ def serve(pipe: Connection, mode: str, budget: int, context: int, threads: int) 
                 logits = model(question[1], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
                 pipe.send((time.perf_counter() - started, logits.clone()))
             else:
-                stats = None if mode == "full" else asdict(cache.stats())  # type: ignore[attr-defined]
+                stats = None if mode == "full" else asdict(cache.stats())
                 pipe.send((peak() - before, stats))
+
+
+def make_cache(model: Any, mode: Any, budget: int, context: int) -> Any:
+    """Transformers' own for `full`."""
+    if mode == "full":
+        return DynamicCache(config=model.config)
+    window = context // WINDOW_SHARE if mode == "window" else None
+    return kv_cache(model, KvOptions(mode, budget=budget, window=window), max_tokens=context)
 
 
 def tiny_model() -> Any:

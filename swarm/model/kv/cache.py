@@ -8,7 +8,7 @@ from typing import Any, Final, NoReturn, Self
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, cache_utils
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from moehive.protocol.errors import ConfigError, UnsupportedModel
 
@@ -24,25 +24,25 @@ _INDEXED: Final = "DynamicIndexedLayer"
 
 def kv_cache(
     model: PreTrainedModel, kv: KvMode | KvOptions = "spill", *, max_tokens: int | None = None, **options: Any
-) -> Cache:
+) -> SpilledCache:
     """A cache for one generation with `model`, to be passed as `past_key_values` to `generate` or to the model.
 
-        cache = kv_cache(model, "spill", budget=256 << 20)
-        model.generate(**inputs, past_key_values=cache, prefill_chunk_size=512)
+        with kv_cache(model, "spill", budget=256 << 20) as cache:
+            model.generate(**inputs, past_key_values=cache, prefill_chunk_size=512)
 
-    `kv` and `options` are those of KvOptions. `max_tokens` is the length that the cache will reach, prompt and new
-    tokens: where it is known, budgets that are too small are refused at the first token, and memory is laid out once.
-    As any cache it may hold several turns of one conversation. It frees memory and disk when it is closed (it is a
-    context manager) or collected.
+    `kv` and `options` are those of KvOptions; for `full`, which is transformers' own, no cache is needed. `max_tokens`
+    is the length that the cache will reach, prompt and new tokens: where it is known, budgets that are too small are
+    refused at the first token, and memory is laid out once. As any cache it may hold several turns of a conversation.
+    It frees memory and disk when it is closed or collected.
 
     Raises ConfigError, UnsupportedModel. Using it raises BudgetTooSmall, DiskFull, StorageError.
     """
     chosen = kv if isinstance(kv, KvOptions) else KvOptions(kv, **options)
     if chosen is kv and options:
         raise ConfigError(f"KvOptions are complete: leave {', '.join(options)} out, or set them there")
-    config = model.config.get_text_config(decoder=True)
     if chosen.mode == "full":
-        return DynamicCache(config=config)
+        raise ConfigError("a full KV cache is transformers' own: leave past_key_values out, or choose another mode")
+    config = model.config.get_text_config(decoder=True)
     if getattr(config, "num_kv_shared_layers", 0) or "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise UnsupportedModel("layers of this model read the keys of other layers: leave its KV cache full")
     return SpilledCache(config, chosen, model.device, max_tokens)

@@ -23,7 +23,8 @@ def use_kv(model: M, kv: KvMode | KvOptions) -> M:
     Raises UnsupportedModel for a model that cannot do it.
     """
     options = kv if isinstance(kv, KvOptions) else KvOptions(kv)
-    kv_cache(model, options)  # refused here, not at the first prompt
+    if options.mode != "full":
+        kv_cache(model, options)  # refused here, not at the first prompt
     setattr(model, _OPTIONS, options)
     kind = type(model)
     if not issubclass(kind, _Generates):

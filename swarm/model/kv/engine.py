@@ -114,6 +114,7 @@ class KvEngine:
         newest = [part.index_select(0, rows) for part in old.spaced_views(layer.tail, self.block_tokens)]
         self._buffers.free(layer.tail)
         new = old.with_batch(len(rows))
+        self._failed = True
         layer.layout, layer.tail = new, None
         self._fit(new, layer.length)
         for kept, taken in zip(self._tail(layer, new), newest, strict=True):
@@ -127,7 +128,6 @@ class KvEngine:
         def pack(content: Pair, block: Tensor) -> None:
             self._codec.encode(new, *content, block)
 
-        self._failed = True
         self.store.rewrite(index, self._codec.nbytes(new, self.block_tokens), unpack, pack)
         self._failed = False
 
@@ -176,11 +176,8 @@ class KvEngine:
 
     def _fit(self, layout: KvLayout, total: int) -> None:
         """Divide the working memory anew where `total` tokens of `layout` do not fit into what there is."""
-        tail, block, facts = (
-            layout.spaced(self.block_tokens),
-            self._codec.nbytes(layout, self.block_tokens),
-            self._facts,
-        )
+        tail, block = layout.spaced(self.block_tokens), self._codec.nbytes(layout, self.block_tokens)
+        facts = self._facts
         if facts is not None:
             if layout.spaced(total) <= self.workspace.capacity and tail <= facts.tail and block <= facts.block:
                 return

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import DynamicCache
 
 from moehive.protocol.errors import ConfigError
 
-from .cache import SpilledCache, kv_cache
+from .cache import kv_cache
 from .options import KvMode, KvOptions
 
 _PIECE = 32  # tokens that are read at a time: those before them come from the cache
@@ -35,24 +35,25 @@ def logit_error(
 ) -> LogitError:
     """Read `input_ids` [B, T] twice, with a full cache and with `kv`, `piece` tokens at a time; compare the logits.
 
-    0 everywhere for a lossless mode. Raises ConfigError for an empty text, and what the cache and the experts raise.
+    0 everywhere for a lossless mode. Raises ConfigError for an empty text and for mode full, and what the cache and the
+    experts raise.
     """
     options = kv if isinstance(kv, KvOptions) else KvOptions(kv)
     length = input_ids.shape[1]
     if length == 0:
         raise ConfigError("there is no text to measure the error of a KV cache on")
-    exact, other = kv_cache(model, "full"), kv_cache(model, options, max_tokens=length)
+    exact, other = DynamicCache(config=model.config), kv_cache(model, options, max_tokens=length)
     sums = _Sums()
     for start in range(0, length, piece):
         ids = input_ids[:, start : start + piece]
-        stored = other.stats().stored_tokens if isinstance(other, SpilledCache) else start
+        stored = other.stats().stored_tokens
         wanted, found = _logits(model, ids, exact), _logits(model, ids, other)  # [B, n, V]
         if stored:
             sums.add(wanted, found)
     return sums.result(length)
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+def _logits(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
     logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
     return logits.double()
 

@@ -76,10 +76,11 @@ class KvOptions:
             raise ConfigError("a full KV cache has no budget: choose a mode that spills, such as spill")
         if self.window is not None and self.mode != "window":
             raise ConfigError(f"a window of {self.window} tokens means something in mode window only")
-        for name in ("budget", "window", "prefill_chunk", "block_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} of a KV cache: {value} is not a positive number")
+        for least, names in ((1, ("budget", "window", "prefill_chunk", "block_tokens")), (0, ("host", "disk"))):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    raise ConfigError(f"{name} of a KV cache: {value} is less than {least}")
 
     @property
     def lossless(self) -> bool:

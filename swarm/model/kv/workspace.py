@@ -37,7 +37,14 @@ Fill: TypeAlias = Callable[[Wanted, Tensor], None]
 @dataclass(slots=True)
 class _Slot:
     buffer: Tensor | None = None
-    holds: Wanted | None = None  # fetched in advance and not asked for yet
+    holds: Wanted | None = None  # wholly fetched, and not asked for yet
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetch:
+    slot: _Slot
+    wanted: Wanted
+    done: Future[None]
 
 
 @dataclass(slots=True)
@@ -60,7 +67,7 @@ class Workspace:
         self._nbytes = 0
         self._slots: list[_Slot] = []
         self._current = 0
-        self._pending: Future[None] | None = None
+        self._pending: _Fetch | None = None
         self._usual = 0.0  # seconds of a fill
         self._thread: ThreadPoolExecutor | None = None
 
@@ -90,28 +97,28 @@ class Workspace:
             return
         started = time.perf_counter()
         try:
-            pending.result()
-        except StorageError:  # its layer is put together again when it is asked for, which meets the same error
-            self._slots[self._other].holds = None
+            pending.done.result()
+            pending.slot.holds = pending.wanted
+        except StorageError:
+            pass  # its layer is put together again when it is asked for, which meets the same error
         finally:
             self.times.wait += time.perf_counter() - started
 
     def open(self, wanted: Wanted, fill: Fill) -> Tensor:
         """A slot's buffer with the stored tokens in place. Raises what `fill` raises."""
         self.settle()
-        other = self._other
-        if self._slots[other].holds == wanted:
+        slot = self._slots[self._other]
+        expected, slot.holds = slot.holds == wanted, None
+        buffer = self._buffer(slot)
+        if expected:
             self.times.expected += 1
-        else:
-            self.times.unexpected += wanted.length > 0
+        elif wanted.length:
+            self.times.unexpected += 1
             started = time.perf_counter()
-            self._fill(other, wanted, fill)
+            self._fill(buffer, wanted, fill)
             self.times.wait += time.perf_counter() - started
-        self._current = other
-        slot = self._slots[other]
-        slot.holds = None
-        assert slot.buffer is not None
-        return slot.buffer
+        self._current = self._other
+        return buffer
 
     def fetch_ahead(self, wanted: Wanted, fill: Fill) -> None:
         """Start to put together what is probably asked for next, while the caller computes."""
@@ -119,10 +126,11 @@ class Workspace:
         assert self.looks_ahead
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="moehive-kv")
-        other = self._other
-        self._buffer(other)  # here: in the other thread nothing is allocated
-        self._pending = self._thread.submit(_on_stream_of(self._pool.device), self._fill, other, wanted, fill)
-        self._slots[other].holds = wanted
+        slot = self._slots[self._other]
+        slot.holds = None
+        buffer = self._buffer(slot)  # here: in the other thread nothing is allocated
+        done = self._thread.submit(_on_stream_of(self._pool.device), self._fill, buffer, wanted, fill)
+        self._pending = _Fetch(slot, wanted, done)
 
     def forget(self, layer: int) -> None:
         """What was fetched of a layer is no longer what it stores."""
@@ -143,20 +151,17 @@ class Workspace:
         """The slot that attention does not read now; the only one if there is one, which it has read."""
         return (self._current + 1) % len(self._slots)
 
-    def _buffer(self, index: int) -> Tensor:
-        slot = self._slots[index]
+    def _buffer(self, slot: _Slot) -> Tensor:
         if slot.buffer is None:
             slot.buffer = self._pool.take(self._nbytes)
         return slot.buffer
 
-    def _fill(self, index: int, wanted: Wanted, fill: Fill) -> None:
-        buffer = self._buffer(index)
-        if wanted.length:
-            started = time.perf_counter()
-            fill(wanted, buffer)
-            seconds = time.perf_counter() - started
-            self.times.reload += seconds
-            self._usual += (seconds - self._usual) / _MEMORY
+    def _fill(self, buffer: Tensor, wanted: Wanted, fill: Fill) -> None:
+        started = time.perf_counter()
+        fill(wanted, buffer)
+        seconds = time.perf_counter() - started
+        self.times.reload += seconds
+        self._usual += (seconds - self._usual) / _MEMORY
 
 
 def _on_stream_of(device: torch.device) -> Callable[..., None]:

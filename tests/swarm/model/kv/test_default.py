@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from support.families import build_model
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 import moehive.swarm
 from moehive.protocol.errors import ConfigError
-from moehive.swarm.model.kv.cache import SpilledCache, kv_cache
+from moehive.swarm.model.kv.cache import SpilledCache
 from moehive.swarm.model.kv.default import use_kv
 
 PROMPT = torch.randint(3, 250, (1, 30), generator=torch.Generator().manual_seed(7))
@@ -57,7 +57,7 @@ def test_long_prompts_are_read_in_chunks(options: Any) -> None:
 
 def test_what_the_caller_brings_counts(options: Any) -> None:
     model = use_kv(build_model("mixtral", "float32"), options())
-    own = kv_cache(model, "full")
+    own = DynamicCache(config=model.config)
     assert cache_of(model, PROMPT, past_key_values=own) is own
     assert cache_of(model, PROMPT, use_cache=False) is None
     use_kv(model, "full")

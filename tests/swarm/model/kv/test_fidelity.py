@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from support.families import build_model
+from transformers import DynamicCache
 
 from moehive.protocol.errors import ConfigError
+from moehive.swarm.model.kv.cache import kv_cache
 from moehive.swarm.model.kv.fidelity import LogitError, logit_error
 
 
@@ -21,10 +23,9 @@ def text(length: int) -> torch.Tensor:
     return torch.randint(3, 250, (2, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("mode", ["full", "spill", "window"])
+@pytest.mark.parametrize("mode", ["spill", "window"])
 def test_lossless_modes_change_nothing(model: Any, options: Any, mode: str) -> None:
-    kv = "full" if mode == "full" else options(mode)
-    assert logit_error(model, text(50), kv, piece=10) == LogitError(50, 80, 0.0, 0.0, 0.0, 1.0)
+    assert logit_error(model, text(50), options(mode), piece=10) == LogitError(50, 80, 0.0, 0.0, 0.0, 1.0)
 
 
 def test_eight_bits_change_a_little_and_float8_more(model: Any, options: Any) -> None:
@@ -42,11 +43,9 @@ def test_only_positions_that_read_stored_blocks_count(model: Any, options: Any) 
 
 
 def test_it_is_the_difference_of_the_logits(model: Any, options: Any) -> None:
-    from moehive.swarm.model.kv.cache import kv_cache
-
     ids = text(16)[:1]
     with torch.inference_mode():
-        caches = kv_cache(model, "full"), kv_cache(model, options("fp8"))
+        caches = DynamicCache(config=model.config), kv_cache(model, options("fp8"))
         for cache in caches:
             model(input_ids=ids[:, :8], past_key_values=cache, use_cache=True)
         wanted, found = (model(input_ids=ids[:, 8:], past_key_values=cache, use_cache=True).logits for cache in caches)

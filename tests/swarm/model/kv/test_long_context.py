@@ -53,7 +53,7 @@ def generate(model: Any, text: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
 def test_the_full_caches_tokens_on_a_sixteenth_of_its_memory(model: Any, text: Tensor, tmp_path: Path) -> None:
     wanted = generate(model, text, DynamicCache(config=model.config))
     for mode, more in (("spill", {}), ("window", {"window": 32})):
-        with kv_cache(model, mode, budget=FULL // 16, directory=tmp_path, **more) as cache:  # type: ignore[arg-type,attr-defined]
+        with kv_cache(model, mode, budget=FULL // 16, directory=tmp_path, **more) as cache:  # type: ignore[arg-type]
             found = generate(model, text, cache)
             stats = cache.stats()
         assert torch.equal(found[0], wanted[0])

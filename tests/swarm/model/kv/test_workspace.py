@@ -99,6 +99,18 @@ def test_a_fetch_that_failed_is_tried_again_by_who_needs_it(workspace: Workspace
     assert int(workspace.open(wanted(2), stored.fill)[0]) == 2
 
 
+def test_a_slot_that_was_filled_in_vain_holds_nothing(workspace: Workspace, stored: Stored) -> None:
+    workspace.open(wanted(1), stored.fill)
+    workspace.fetch_ahead(wanted(2), stored.fill)
+    workspace.settle()
+    stored.fails = True
+    with pytest.raises(StorageError):
+        workspace.open(wanted(3), stored.fill)  # into the slot where 2 was
+    stored.fails = False
+    workspace.open(wanted(2), stored.fill)
+    assert workspace.times.expected == 0
+
+
 def test_it_looks_ahead_with_a_second_slot_and_where_fetching_takes_long(stored: Stored) -> None:
     workspace = Workspace(BufferPool(Account(2 * NBYTES), torch.device("cpu")))
     workspace.resize(2, NBYTES)
