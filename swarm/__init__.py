@@ -16,18 +16,36 @@ if TYPE_CHECKING:
     from .client import join as join
     from .loading import load_expert as load_expert
     from .loading import open_local as open_local
+    from .model.kv.cache import kv_cache as kv_cache
+    from .model.kv.default import use_kv as use_kv
+    from .model.kv.fidelity import logit_error as logit_error
+    from .model.kv.options import KvOptions as KvOptions
     from .model.seats import routing_statistics as routing_statistics
 
 # name -> module below this package; imported when first used
 _EXPORTS: Final = {
+    "KvOptions": "model.kv.options",
     "Swarm": "client",
     "join": "client",
+    "kv_cache": "model.kv.cache",
     "load_expert": "loading",
+    "logit_error": "model.kv.fidelity",
     "open_local": "loading",
     "routing_statistics": "model.seats",
+    "use_kv": "model.kv.default",
 }
 
-__all__ = ["Swarm", "join", "load_expert", "open_local", "routing_statistics"]
+__all__ = [
+    "KvOptions",
+    "Swarm",
+    "join",
+    "kv_cache",
+    "load_expert",
+    "logit_error",
+    "open_local",
+    "routing_statistics",
+    "use_kv",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .model.kv.options import KvMode, KvOptions
+
 AnswerForm = Literal["sum", "rows"]
 DEFAULT_DISK_BUDGET = 64 << 30  # bytes for the dense parts of models; a client keeps no experts
 _NOT_JOINED = "the swarm is not joined: use `with join(ticket) as swarm:`"
@@ -115,6 +117,7 @@ class Swarm:
         dtype: torch.dtype | None = None,
         answers: AnswerForm = "sum",
         ram: int = 0,
+        kv: KvMode | KvOptions = "full",
         timeout: float = 60.0,
         observer: Observer | None = None,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -123,6 +126,7 @@ class Swarm:
         `model` is a model id, or a local converted directory whose dense part is then used. `answers`: "sum" (one row
         per token comes back from each peer: fast) or "rows" (every expert's row comes back and is added in the order of
         transformers: equal to it bit for bit on like machines, more bytes). Experts are never replaced or left out.
+        `kv`: how `generate` keeps keys and values, for contexts that do not fit into memory; see KvOptions.
 
         With `ram`, a budget in bytes, experts that are worth it are fetched in the background and then computed here;
         the budget is the same for all loads of one model.
@@ -136,7 +140,7 @@ class Swarm:
         directory, manifest = self._skeleton(model, timeout, observer)
         opened = self._open_portal.call(self._open_model, manifest, ram)
         backend = opened.backend(self._open_portal.start_task_soon, answers)
-        return open_local(directory, dtype=dtype, backend=backend)
+        return open_local(directory, dtype=dtype, backend=backend, kv=kv)
 
     def load_expert(
         self, model_id: str, layer: int, expert: int, *, dtype: torch.dtype | None = None, timeout: float = 10.0

@@ -24,6 +24,8 @@ from .store.directory import ConvertedDirectory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .model.kv.options import KvMode, KvOptions
+
 # Any of these among the assets means that AutoTokenizer finds a tokenizer.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model", "vocab.json")
 
@@ -59,14 +61,19 @@ def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[
 
 
 def open_local(
-    directory: Path | str, *, dtype: torch.dtype | None = None, backend: ExpertsBackend | None = None
+    directory: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: ExpertsBackend | None = None,
+    kv: KvMode | KvOptions = "full",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model and the tokenizer of a converted directory; None where it has no tokenizer.
 
     `dtype` is that of the computation, the checkpoint's own by default. `backend` computes the routed experts; by
-    default they are read from `directory`, through a RAM tier with a budget taken from this machine's memory.
+    default they are read from `directory`, through a RAM tier with a budget taken from this machine's memory. `kv` is
+    how `generate` keeps keys and values: see KvOptions; by default as transformers does.
 
-    Raises ManifestError, StorageError, CorruptShard, UnsupportedModel.
+    Raises ManifestError, StorageError, CorruptShard, UnsupportedModel, ConfigError.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,6 +84,10 @@ def open_local(
     check_active(model)
     if backend is not None:
         attach_backend(model, backend)
+    if kv != "full":
+        from .model.kv.default import use_kv
+
+        use_kv(model, kv)
     return model, AutoTokenizer.from_pretrained(str(directory)) if _has_tokenizer(manifest) else None
 
 

@@ -42,11 +42,11 @@ _HINTS: tuple[tuple[type[MoehiveError], str], ...] = (
     (UnsupportedVersion, "both sides need versions of moehive that fit: see `moehive --version` on each"),
     (NotAdmitted, "the ticket belongs to another swarm: copy a new one from a node of the swarm you mean"),
     (PeerError, "check that the node that printed the ticket is running and can be reached from this machine"),
-    (DiskFull, "make room, or raise --disk where the budget is meant"),
+    (DiskFull, "make room, or raise --disk (of a KV cache: --kv-disk) where the budget is meant"),
     (CorruptShard, "`moehive inspect DIR` lists every damaged file; convert or fetch it again"),
     (SeedChanged, "name the checkpoint that was converted; of the hub with its revision: --seed hub:REPO@REVISION"),
     (SeedError, "check --seed, and whether this machine reaches the hub where it is there"),
-    (BudgetTooSmall, "see --ram and --disk"),
+    (BudgetTooSmall, "see --ram and --disk, of a KV cache --kv-budget"),
     (
         ModelUnavailable,
         "`moehive inspect DIR` shows the id of a model; a node has to serve it: `moehive node DIR --join TICKET`",

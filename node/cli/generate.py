@@ -6,7 +6,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ from moehive.protocol.ticket import Ticket
 
 from .arguments import Flag, NotNegative, Positive, Size, TicketText
 from .drafting import check_draft, drafting
+from .kv import KvFlags, kv_json, kv_lines
 from .node import check_converted
 from .output import note, progress_bar, say, say_json, table
 
@@ -84,13 +85,15 @@ class GenerateOptions:
     chat: Flag = False
     """Put the prompt through the model's chat template, as one message of a user."""
 
+    kv: KvFlags = field(default_factory=KvFlags)
+
 
 def generate(
     prompt: str | None = None, /, *, options: GenerateOptions, quiet: Flag = False, json: Flag = False
 ) -> None:
     """Continue a prompt; the text appears on stdout while it is made.
 
-    Then a summary on stderr: tokens per second, and which peer computed how much.
+    Then a summary on stderr: tokens per second, which peer computed how much, where keys and values were.
 
     Parameters
     ----------
@@ -114,7 +117,9 @@ def generate(
         write = _silent if json else _write
         try:
             drafts = drafting(model, options.draft, options.draft_tokens)
-            result = continue_text(model, tokenizer, prompt, sampling, write, chat=options.chat, drafts=drafts)
+            result = continue_text(
+                model, tokenizer, prompt, sampling, write, chat=options.chat, drafts=drafts, kv=options.kv.options
+            )
         finally:
             write("\n")  # also before an error message
     if json:
@@ -132,6 +137,7 @@ def _read_prompt() -> str:
 def check_options(options: GenerateOptions) -> None:
     """Raise ConfigError, TicketError for what can be seen to be wrong without loading anything."""
     check_draft(options.draft)
+    options.kv.options  # noqa: B018  # made and dropped: it checks itself
     if options.join is not None:
         Ticket.parse(options.join)
     if is_hash(options.model):
@@ -155,6 +161,8 @@ def summary(result: Generated, seed: int, stats: DispatchStats | None) -> str:
         lines.append(f"  {stats.round_trips / max(len(result.tokens), 1):.1f} round trips per token")
         lines += [f"  {stats.retries} requests were repeated at another peer"] * bool(stats.retries)
         lines += [f"  {stats.hedges} late requests were asked of a second peer too"] * bool(stats.hedges)
+    if result.kv is not None:
+        lines += kv_lines(result.kv, result.kv_error)
     return "\n".join(lines)
 
 
@@ -179,6 +187,7 @@ def result_json(result: Generated, seed: int, stats: DispatchStats | None) -> di
         "firstTokenSeconds": round(result.first_token_seconds, 4),
         "tokensPerSecond": round(result.tokens_per_second, 2),
         "swarm": None if stats is None else _stats_json(stats, len(result.tokens)),
+        "kv": None if result.kv is None else kv_json(result.kv, result.kv_error),
     }
 
 

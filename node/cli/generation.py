@@ -15,6 +15,12 @@ import torch
 from transformers import TextStreamer
 
 from moehive.protocol.errors import ConfigError
+from moehive.swarm.model.kv.cache import SpilledCache, kv_cache
+from moehive.swarm.model.kv.fidelity import LogitError, logit_error
+from moehive.swarm.model.kv.options import KvOptions
+from moehive.swarm.model.kv.stats import KvStats
+
+_CHECKED = 512  # tokens on which an approximate KV cache is measured; more where a block is longer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +61,8 @@ class Generated:
     prompt_tokens: int
     first_token_seconds: float
     seconds: float
+    kv: KvStats | None = None  # of a KV cache that is not transformers' own
+    kv_error: LogitError | None = None  # of an approximate one
 
     @property
     def tokens_per_second(self) -> float:
@@ -71,24 +79,26 @@ def continue_text(
     *,
     chat: bool = False,
     drafts: Mapping[str, Any] = _NO_DRAFTS,
+    kv: KvOptions | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Generated:
     """Continue `prompt`, or with `chat` answer it as the chat template puts it; `write` gets the text in pieces.
 
-    `drafts` is what drafting.drafting gives. Equal arguments and an equal model give equal text. Raises ConfigError for
-    a prompt or a tokenizer that cannot be used, and what the model's experts raise.
+    `drafts` is what drafting.drafting gives. Equal arguments and an equal model give equal text. With an approximate
+    `kv` the beginning of the text is then read again, to measure what it changed. Raises ConfigError for a prompt or a
+    tokenizer that cannot be used, and what the model's experts and its KV cache raise.
     """
     if tokenizer is None:
         raise ConfigError("this model has no tokenizer: use it from Python, where generate takes token ids")
     inputs = _encode(tokenizer, prompt, chat)  # [1, T] each
-    arguments = sampling.arguments()
+    length = inputs["input_ids"].shape[1]
+    arguments = sampling.arguments() | {"pad_token_id": _padding(model, tokenizer)}
+    cache = _own_cache(model, kv or KvOptions(), length, arguments)
     streamer = _Streamer(tokenizer, write, clock)
     torch.manual_seed(sampling.seed)
     started = clock()
-    arguments |= {"streamer": streamer, "pad_token_id": _padding(model, tokenizer), **drafts}
-    output = model.generate(**inputs, **arguments)  # type: ignore[operator]
+    output = model.generate(**inputs, **arguments, **drafts, streamer=streamer)  # type: ignore[operator]
     seconds = clock() - started
-    length = inputs["input_ids"].shape[1]
     tokens = tuple(output[0, length:].tolist())
     return Generated(
         text=str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
@@ -96,7 +106,31 @@ def continue_text(
         prompt_tokens=length,
         first_token_seconds=(streamer.first_token or started) - started,
         seconds=seconds,
+        **_report(model, output, cache),
     )
+
+
+def _own_cache(model: PreTrainedModel, kv: KvOptions, length: int, arguments: dict[str, Any]) -> SpilledCache | None:
+    """The cache for a prompt of `length` tokens, also added to the arguments of `generate`; None: transformers' own."""
+    if kv.chunk is not None and length > kv.chunk:
+        arguments["prefill_chunk_size"] = kv.chunk
+    if kv.mode == "full":
+        return None
+    cache = kv_cache(model, kv, max_tokens=length + arguments["max_new_tokens"])
+    arguments["past_key_values"] = cache
+    return cache
+
+
+def _report(model: PreTrainedModel, output: Tensor, cache: SpilledCache | None) -> dict[str, Any]:
+    """What a KV cache of ours has to say about `output` [1, T]. It is closed."""
+    if cache is None:
+        return {}
+    stats = cache.stats()
+    cache.close()
+    if cache.options.lossless:
+        return {"kv": stats}
+    checked = output[:, : max(_CHECKED, 2 * stats.block_tokens)]
+    return {"kv": stats, "kv_error": logit_error(model, checked, cache.options)}
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moehive.swarm.client import join
+from moehive.swarm.model.kv.options import KvOptions
 
 pytestmark = pytest.mark.swarm
 
@@ -49,7 +50,7 @@ def tokens_of(model: Any, prompt: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_tokens_in_both_forms_and_the_same_bits_in_rows(
-    nodes: Nodes, checkpoints: Checkpoints, cache: Path, prompt: Tensor, family: str
+    nodes: Nodes, checkpoints: Checkpoints, cache: Path, prompt: Tensor, family: str, tmp_path: Path
 ) -> None:
     founder, *others = nodes.swarm(checkpoints.converted(family), "*:0-3", "*:3-5", "*:5-7")
     reference = AutoModelForCausalLM.from_pretrained(
@@ -59,9 +60,12 @@ def test_the_same_tokens_in_both_forms_and_the_same_bits_in_rows(
         model_id = founder.ready()["modelId"]
         exact, _ = swarm.load(model_id, dtype=torch.float32, answers="rows")
         quick, _ = swarm.load(model_id, dtype=torch.float32, answers="sum")
+        kv = KvOptions("spill", budget=1 << 18, block_tokens=8, directory=tmp_path)
+        spilling, _ = swarm.load(model_id, dtype=torch.float32, answers="rows", kv=kv)
         wanted = tokens_of(reference, prompt)
         assert torch.equal(tokens_of(exact, prompt), wanted)
         assert torch.equal(tokens_of(quick, prompt), wanted)
+        assert torch.equal(tokens_of(spilling, prompt), wanted)
         pairs = zip(logits_of(exact, prompt), logits_of(reference, prompt), strict=True)
         assert [torch.equal(found, expected) for found, expected in pairs] == [True] * (1 + STEPS)
         stats = swarm.stats(model_id)
