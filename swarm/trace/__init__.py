@@ -1,0 +1,1 @@
+"""Routing traces of real runs: which experts every token used. Recorded, replayed, learned from. Import from the modules."""
