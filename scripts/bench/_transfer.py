@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from _common import questions
+from _http import serving as http_serving
 
 from moehive.node.services import ShardService
 from moehive.protocol.bits import Bits, full
@@ -48,6 +49,7 @@ class Where:
     addresses: tuple[str, ...]
     raw_port: int
     raw_fingerprint: bytes
+    http_port: int
     pid: int
     daemon_pid: int
 
@@ -84,18 +86,21 @@ class Shelf:
         return data
 
 
-def serve(pipe: Connection, root: Path, size: int) -> None:
+def serve(pipe: Connection, root: Path, object_hash: ShardHash, size: int) -> None:
     """Say where we are, then obey: ("rate", bytes per second or None) or ("cpu", None). Answers: seconds of reading."""
-    asyncio.run(_serve(pipe, root, size))
+    asyncio.run(_serve(pipe, root, object_hash, size))
 
 
-async def _serve(pipe: Connection, root: Path, size: int) -> None:
-    uploads = Uploads()
-    shelf = Shelf(ContentStore(root, 1 << 40), size)
+async def _serve(pipe: Connection, root: Path, object_hash: ShardHash, size: int) -> None:
+    uploads, store = Uploads(), ContentStore(root, 1 << 40)
+    shelf = Shelf(store, size)
+    path = store.path(object_hash)
+    assert path is not None
     raw = RawServer(uploads, size)
     async with (
         HivemindTransport(Identity.ephemeral()) as transport,
         BulkServer((LISTEN,), 0, agent="bench", shelf=shelf, uploads=uploads) as bulk,
+        http_serving(path) as http_port,
     ):
 
         def offer(peer: PeerId) -> BulkOffer:
@@ -107,7 +112,8 @@ async def _serve(pipe: Connection, root: Path, size: int) -> None:
         await transport.serve(RAW, raw.on_stream)
         daemon = transport._daemon.pid
         assert daemon is not None
-        pipe.send(Where(transport.peer, tuple(transport.addresses), raw.port, raw.fingerprint, os.getpid(), daemon))
+        us = os.getpid()
+        pipe.send(Where(transport.peer, tuple(transport.addresses), raw.port, raw.fingerprint, http_port, us, daemon))
 
         def obey() -> None:
             for order, value in questions(pipe):

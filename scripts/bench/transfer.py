@@ -1,6 +1,6 @@
 """One verified download, on disk, against the same carrier's plain bytes; and expert requests beside it.
 
-    python scripts/bench/transfer.py [--size 512MiB] [--rounds 7] [--latency-seconds 8] [--json FILE]
+    python scripts/bench/transfer.py [--size 512MiB] [--rounds 7] [--latency-seconds 4] [--json FILE]
 
 Real processes on this machine: a source with an object on disk, this one as the client, and the daemons of both. In
 each round every stage is measured once, one after the other, and compared with `raw` of the same round.
@@ -28,6 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import _http
 from _common import Child, Rounds, arguments, conditions, p50, print_head, print_table, repeat, write_json
 from _latency import measure_latency, report_latency
 from _transfer import HOT, RAW, SECRET, Where, cpu_seconds, serve
@@ -84,6 +85,7 @@ class Client:
         self._where = where
         self._transport = transport
         self._pool = pool
+        self._root = root
         self._store = ContentStore(root, 1 << 40)
         self._chunks = ChunkList(0, ())
         self._count = size // CHUNK_SIZE
@@ -188,6 +190,10 @@ class Client:
     async def round(self, stages: Sequence[str]) -> Costs:
         """Every stage by every carrier."""
         costs: Costs = {}
+        if "framed" in stages and _http.INSTALLED:
+            port = self._where.http_port
+            costs["HTTP, dropped"] = await self.cost(partial(_http.download, port, None))
+            costs["HTTP, on disk"] = await self.cost(partial(_http.download, port, self._root.with_name("http")))
         for carrier, raw, opened in (("TLS", self.raw_tls, self.by_tls), ("daemon", self.raw_stream, self.by_stream)):
             if "raw" in stages:
                 costs[f"{carrier}, raw"] = await self.cost(raw)
@@ -236,14 +242,14 @@ def main() -> None:
     """Start everything, take turns, print."""
     parser = arguments(__doc__, rounds=7)
     parser.add_argument("--size", default="512MiB", help="of the object")
-    parser.add_argument("--latency-seconds", type=float, default=8.0, help="of each latency measurement; 0: none")
+    parser.add_argument("--latency-seconds", type=float, default=4.0, help="of each measurement of latency; 0: none")
     options = parser.parse_args()
     size = parse_size(options.size) // CHUNK_SIZE * CHUNK_SIZE
     facts = conditions(size=f"{size >> 20} MiB, {PER_REQUEST} chunks in a request, {AT_ONCE} requests in flight")
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         object_hash = put_object(root, size)
-        with Child(serve, root / "source", size) as source, asyncio.Runner() as runner:
+        with Child(serve, root / "source", object_hash, size) as source, asyncio.Runner() as runner:
             where = source.answer()
             context = connected(source, where, root / "client", size)
             client = runner.run(context.__aenter__())
@@ -259,10 +265,11 @@ def main() -> None:
             source.ask(("rate", None))
             runner.run(context.__aexit__(None, None, None))
     report(facts, size, free, links)
-    latency = measure_latency(options.latency_seconds) if options.latency_seconds else {}
-    if latency:
+    results: dict[str, Any] = {"no limit": [_plain(costs) for costs in free.results]}
+    if options.latency_seconds:
+        latency = measure_latency(options.latency_seconds, options.rounds)
         report_latency(latency)
-    results = {"free": [_plain(costs) for costs in free.results], "latency": latency}
+        results["latency"] = [{name: asdict(each) for name, each in found.items()} for found in latency.results]
     results |= {name: [_plain(costs) for costs in rounds.results] for name, rounds in links.items()}
     write_json(options.json, facts, results)
 
@@ -284,14 +291,18 @@ def report(facts: dict[str, object], size: int, free: Rounds, links: dict[str, R
     print_head("One source, verified and on disk, against the carrier's plain bytes", facts)
     print("CPU seconds per GiB of each part; *cores* is the speed at which all parts together fill this machine.\n")
     cores, rows = os.cpu_count() or 1, []
-    for carrier, stage in product(CARRIERS, STAGES):
+    for name in free.results[0]:
+        carrier, stage = name.split(", ")
         parts = [part * GIB / size for part in _parts(free, carrier, stage)]
-        speed = p50([size / MIB / costs[f"{carrier}, {stage}"].seconds for costs in free.results])
+        speed = p50([size / MIB / costs[name].seconds for costs in free.results])
         allowed = cores * GIB / MIB / sum(parts)
-        rows.append((f"{carrier}, {stage}", speed, p50(ratios(free, carrier, stage)), *parts, sum(parts), allowed))
+        ratio = p50(ratios(free, carrier, stage)) if carrier in CARRIERS else None
+        rows.append((name, speed, ratio, *parts, sum(parts), allowed))
     print_table(
         ("", "MiB/s", "of raw", "send", "read", "receive", "deliver", "daemons", "CPU s/GiB", "cores, MiB/s"), rows
     )
+    if not _http.INSTALLED:
+        print(_http.MISSING)
     for carrier in CARRIERS:
         raw, whole = (_parts(free, carrier, stage) for stage in ("raw", "on disk"))
         print(

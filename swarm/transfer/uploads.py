@@ -38,6 +38,7 @@ from .supply import Answer
 T = TypeVar("T")
 PIECE = 64 << 10  # bytes that leave at once where the rate is limited: what a small message may have to wait for
 SHARED_RATE = 50e6  # bytes per second to peers on whose connection activations wait
+MIN_PAUSE = 0.001  # seconds; shorter ones cost more than they bring, and add up to longer ones
 ACTIVE = 10.0  # seconds after a peer's last expert request in which its next one is expected
 _MAX_SAMPLES = 1024
 _MAX_REMEMBERED = 1024  # peers whose last turn is known
@@ -128,7 +129,7 @@ class Uploads:
 
     @property
     def contended(self) -> bool:
-        """Whether somebody waits for a turn: then it is given back after each answer."""
+        """Whether somebody waits for a turn."""
         return bool(self._waiting)
 
     def _grant(self) -> None:
@@ -199,7 +200,7 @@ class Uploads:
             if shared:
                 self._shared_bucket, beside = draw(self._shared_bucket, size, SHARED_RATE, now)
                 wait = max(wait, beside)
-            return wait
+            return wait if wait >= MIN_PAUSE else 0.0
 
     # --- activations, on the event loop ---------------------------------------------------------------------------
 

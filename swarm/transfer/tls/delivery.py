@@ -18,7 +18,7 @@ from moehive.swarm.transfer.channel import Deliver
 from moehive.swarm.transfer.replies import ExpectedChunks
 
 T = TypeVar("T")
-_BUFFERS = 4  # chunks between the threads: what one of them may fall behind
+_BUFFERS = 3  # chunks: one that is received, one that is delivered, and one between them
 
 
 @dataclass(eq=False, slots=True)

@@ -1,8 +1,8 @@
 """The server's end of one admitted bulk connection: one thread, which reads requests and writes their answers.
 
-Requests are answered one after the other, small ones first. Between two chunks the thread looks whether the client has
-asked for more or withdrawn something, and gives its upload slot to whoever waits for one. Everything has a deadline:
-a client that does not read, or sends requests byte by byte, costs its own connection and nothing else.
+Requests are answered one after the other, small ones first, each answer in an upload turn of its own. Between two
+chunks the thread looks whether the client has asked for more or withdrawn something. Everything has a deadline: a
+client that does not read, or sends requests byte by byte, costs its own connection and nothing else.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class ServedConnection:
             self._end_turn()
 
     def _ready(self, request: RequestReceived) -> Iterator[Answer]:
-        """The answers to a request, each when it may be sent.
+        """The answers to a request, each in the turn in which it is to be sent.
 
         The next one is read meanwhile, unless somebody waits for a turn: then the processor has enough to do.
         """
@@ -159,8 +159,7 @@ class ServedConnection:
             more = answer.more
             ahead = self._readers.submit(next, coming) if more and not self._uploads.contended else None
             yield answer
-            if self._uploads.contended:
-                self._end_turn()
+            self._end_turn()
             if more:
                 self._look_up(request.request_id)
 
@@ -179,11 +178,10 @@ class ServedConnection:
     # --- turns and bytes ------------------------------------------------------------------------------------------
 
     def _take_turn(self, request_id: int) -> None:
-        if self._turn is None:
-            self._turn = self._uploads.ask(self.peer)
+        self._turn = turn = self._uploads.ask(self.peer)
         while True:
             with suppress(TimeoutError):
-                self._turn.granted.result(timeout=_LOOK_EVERY)
+                turn.granted.result(timeout=_LOOK_EVERY)
                 return
             self._receive(0.0)
             if request_id in self._unwanted:
