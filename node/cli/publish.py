@@ -65,7 +65,7 @@ class PublishOptions:
 _DEFAULTS = PublishOptions()
 
 
-def publish(directory: Path, options: PublishOptions = _DEFAULTS, *, json: Flag = False) -> int:
+def publish(directory: Path, /, options: PublishOptions = _DEFAULTS, *, json: Flag = False) -> int:
     """Verify a converted model and supply all of it to a swarm, until Ctrl-C or until others hold it.
 
     It holds no expert to compute: others fetch the model (moehive fetch, moehive node) and run it. When it is ready it
