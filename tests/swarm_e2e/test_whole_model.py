@@ -135,10 +135,7 @@ def test_the_hub_stands_in_for_experts_that_no_peer_holds(
     nodes: Nodes, converted: Path, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     """A fresh process, because huggingface_hub reads its settings when it is imported."""
-    some = Path(copytree(converted, tmp_path / "some"))
-    for key, shard in ConvertedDirectory(converted).manifest.experts.items():
-        if key.expert > 1:
-            (some / shard.file).unlink()
+    some = checkpoints.some(FAMILY, tmp_path / "some", lambda key: key.expert < 2)
     peer = nodes.start(some, "--experts", "*:0-1")
     with HubServer({"org/mixtral": checkpoints.source(FAMILY)}) as hub:
         environment = {

@@ -155,7 +155,7 @@ def test_a_dry_run_deletes_nothing(moehive, store):
 def test_the_oldest_goes_until_the_store_is_small_enough(moehive, store, manifest):
     for age, key in enumerate(store.objects()):
         os.utime(store.path(key), (1e9 + age, 1e9 + age))
-    oldest, *others = store.objects()
+    _, *others = store.objects()
     keep = sum(store.objects()[key] for key in others)
     assert moehive("store", "prune", "--keep", keep, "--force").code == 0
     assert set(store.objects()) == set(others)
