@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from moehive.protocol.errors import ModelUnavailable, PeerError
-from moehive.protocol.ids import ModelId, ShardHash
+from moehive.protocol.ids import ModelId, PeerId, ShardHash
 from moehive.protocol.inventory import decode_inventory
 from moehive.protocol.manifest import Manifest, ShardEntry
 from moehive.protocol.messages import EXPERT, PEER, SHARD
@@ -152,25 +152,25 @@ class Member:
 
     def wanted(self, directory: Directory, shard: ShardEntry | None = None) -> Wanted:
         """A shard (None: the manifest, which every peer of the model has) as something to be downloaded."""
-        find = partial(_sources, directory, shard)
+        find = partial(_sources, directory, shard, self.transport.peer)
         if shard is None:
             return Wanted(ShardHash(directory.model), find, "manifest")
         return Wanted(shard.hash, find, shard.file, shard.size)
 
 
-async def _sources(directory: Directory, shard: ShardEntry | None) -> Sources:
-    """Who announces an object, or that it is loading. Looks the directory up again where nobody is known."""
-    sources = _known_sources(directory.holders, shard)
+async def _sources(directory: Directory, shard: ShardEntry | None, us: PeerId) -> Sources:
+    """Who else announces an object, or that it is loading. Looks the directory up again where nobody is known."""
+    sources = _known_sources(directory.holders, shard, us)
     if not sources:
         with suppress(TimeoutError):  # then still nobody is known
             await directory.refresh()
-        sources = _known_sources(directory.holders, shard)
+        sources = _known_sources(directory.holders, shard, us)
     return sources
 
 
-def _known_sources(holders: Holders, shard: ShardEntry | None) -> Sources:
-    if shard is None:
-        return {peer: Source(holders.addresses(peer)) for peer in holders.inventories}
-    suppliers = holders.suppliers(shard)
-    loading = {peer: Source(holders.addresses(peer), partial=True) for peer in holders.loading}
-    return loading | {peer: Source(holders.addresses(peer)) for peer in suppliers}
+def _known_sources(holders: Holders, shard: ShardEntry | None, us: PeerId) -> Sources:
+    complete = set(holders.inventories) if shard is None else set(holders.suppliers(shard))
+    sources = {peer: Source(holders.addresses(peer), partial=True) for peer in holders.loading}
+    sources |= {peer: Source(holders.addresses(peer)) for peer in complete}
+    sources.pop(us, None)
+    return sources

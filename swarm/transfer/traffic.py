@@ -27,7 +27,15 @@ from moehive.protocol.ids import PeerId
 from moehive.swarm.policy.claims import ASK_AGAIN, EVERYTHING, Claim, after_have, after_refusal
 from moehive.swarm.policy.download import Ask, Facts, Item, Peer, Plan, batch, plan
 from moehive.swarm.policy.expectation import Flight, ItemKey
-from moehive.swarm.policy.pace import Pace, after_answer, after_asking, after_busy, after_chunk, after_release, after_timeout
+from moehive.swarm.policy.pace import (
+    Pace,
+    after_answer,
+    after_asking,
+    after_busy,
+    after_chunk,
+    after_release,
+    after_timeout,
+)
 from moehive.swarm.policy.standing import Offence
 from moehive.swarm.standings import Standings, offence_of
 
@@ -40,7 +48,7 @@ class Counters:
 
     received: int = 0  # bytes, verified and new
     duplicate: int = 0  # bytes, verified, but somebody else was faster
-    wrong: int = 0  # chunks that did not match their hash
+    wrong: int = 0  # answers that did not match their hash
 
 
 @dataclass(frozen=True, slots=True)

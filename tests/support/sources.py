@@ -129,7 +129,9 @@ class OwnShelf:
 
     def chunk_list(self, object_hash: ShardHash) -> ChunkList | None:
         held = self.world.store.has(object_hash)
-        return self.world.store.chunk_list(object_hash) if held else self.world.downloads.partials.chunk_list(object_hash)
+        return (
+            self.world.store.chunk_list(object_hash) if held else self.world.downloads.partials.chunk_list(object_hash)
+        )
 
     def have(self, object_hash: ShardHash) -> Bits:
         return EVERYTHING if self.world.store.has(object_hash) else self.world.downloads.partials.have(object_hash)
