@@ -97,7 +97,7 @@ class Acquisition:
             raise CorruptShard(f"{self._settings.model} is damaged or not complete, and cannot be published")
 
     async def _choose(self) -> list[ShardEntry]:
-        """What is to be held: what the swarm lacks most, and what others who load now do not begin with, comes first."""
+        """What is to be held: first what the swarm lacks most, and what others who load now do not begin with."""
         selected = await self._select()
         replicas = self._member.directory(self._manifest.model_id).holders.replicas
         order = rarest_first(selected, replicas, seed=self._member.transport.peer)

@@ -91,7 +91,7 @@ class Holdings:
         return shard is not None and shard.hash in self._verified
 
     def verify(self, shards: Iterable[ShardEntry]) -> None:
-        """Hash shards and hold those that are right; the others are left out, loudly. What is right is told as it goes."""
+        """Hash shards and hold those that are right, telling as it goes; the others are left out, loudly."""
         told = time.monotonic()
         for shard in shards:
             try:

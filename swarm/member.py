@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from moehive.protocol.errors import ModelUnavailable, PeerError
-from moehive.protocol.ids import ModelId, ShardHash
+from moehive.protocol.ids import ModelId, PeerId, ShardHash
 from moehive.protocol.inventory import decode_inventory
 from moehive.protocol.manifest import ShardEntry
 from moehive.protocol.messages import EXPERT, PEER, SHARD
@@ -25,8 +25,9 @@ from .seeds.channel import Seeds
 from .standings import Standings
 from .transfer.channel import OpenChannel
 from .transfer.downloader import Downloader
+from .transfer.opening import ChannelOpener
 from .transfer.sources import Source, Sources, Wanted
-from .transfer.stream_channel import stream_channels
+from .transfer.stream_channel import StreamChannel
 from .transport.base import Record, Transport
 
 _log = get_logger(__name__)
@@ -55,7 +56,7 @@ def is_genuine(key: bytes, subkey: str, record: Record) -> bool:
 class Member:
     """Membership of one swarm; an async context manager around an entered transport.
 
-    `open_channel` is the carrier of downloads; default: streams of the transport.
+    `open_channel` is the carrier of downloads; default: connections of their own, or else streams of the transport.
     """
 
     def __init__(self, transport: Transport, secret: bytes, open_channel: OpenChannel | None = None) -> None:
@@ -67,8 +68,8 @@ class Member:
         self.shards = ConnectionPool(transport, SHARD, secret, self.agent)
         self.experts = ConnectionPool(transport, EXPERT, secret, self.agent)
         self.seeds = Seeds()
-        channels = self.seeds.channels(open_channel or stream_channels(self.shards))
-        self.downloads = Downloader(channels, self.standings, seed=transport.peer)
+        carrier = open_channel or ChannelOpener(self.shards, self.agent, StreamChannel)
+        self.downloads = Downloader(self.seeds.channels(carrier), self.standings, seed=transport.peer)
         self._directories: dict[ModelId, Directory] = {}
         self._tasks = asyncio.TaskGroup()
         self._running: list[asyncio.Task[None]] = []
@@ -136,17 +137,18 @@ class Member:
 
         Looks the directory up again where no peer is known.
         """
-        peers = _known_sources(directory.holders, shard)
+        us = self.transport.peer
+        peers = _known_sources(directory.holders, shard, us)
         if not peers:
             with suppress(TimeoutError):  # then still nobody is known
                 await directory.refresh()
-            peers = _known_sources(directory.holders, shard)
+            peers = _known_sources(directory.holders, shard, us)
         return peers if shard is None else {**self.seeds.sources(shard.hash), **peers}
 
 
-def _known_sources(holders: Holders, shard: ShardEntry | None) -> Sources:
-    if shard is None:
-        return {peer: Source(holders.addresses(peer)) for peer in holders.inventories}
-    suppliers = holders.suppliers(shard)
-    loading = {peer: Source(holders.addresses(peer), partial=True) for peer in holders.loading}
-    return loading | {peer: Source(holders.addresses(peer)) for peer in suppliers}
+def _known_sources(holders: Holders, shard: ShardEntry | None, us: PeerId) -> Sources:
+    complete = set(holders.inventories) if shard is None else set(holders.suppliers(shard))
+    sources = {peer: Source(holders.addresses(peer), partial=True) for peer in holders.loading}
+    sources |= {peer: Source(holders.addresses(peer)) for peer in complete}
+    sources.pop(us, None)
+    return sources

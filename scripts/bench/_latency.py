@@ -26,6 +26,7 @@ from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.transfer.channel import ChunkChannel
 from moehive.swarm.transfer.opening import ChannelOpener
 from moehive.swarm.transfer.stream_channel import StreamChannel
+from moehive.swarm.transport.addresses import bootstrap_peers
 
 HIDDEN, INTERMEDIATE, EXPERTS = 4096, 32, 4  # one row is 8 KiB, and computing it next to nothing
 VOCABULARY = 32768  # an embedding of 256 MiB: what is downloaded
@@ -62,7 +63,7 @@ def measure_latency(seconds: float) -> dict[str, Latency]:
 async def _measure(client: Client, ticket: Ticket, model: ConvertedDirectory, seconds: float) -> dict[str, Latency]:
     largest = max(model.manifest.skeleton, key=lambda shard: shard.size)
     chunks = model.chunk_list(largest.hash)
-    [peer] = {shard for shard in await _peers(client)}
+    [peer] = bootstrap_peers(ticket.peers)
     found = {}
     async with ConnectionPool(client.transport, SHARD, ticket.secret, "bench") as pool:
         stream = StreamChannel(await pool.connection(peer, ticket.peers))
@@ -126,10 +127,10 @@ def _make_model(directory: Path) -> Path:
     source, converted = directory / "source", directory / "converted"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(_CONFIG))
+    noise = torch.randint(0, 255, (VOCABULARY, 2 * HIDDEN), dtype=torch.uint8)
     tensors = {
-        "model.embed_tokens.weight": torch.randint(0, 255, (VOCABULARY, 2 * HIDDEN), dtype=torch.uint8).view(
-            torch.bfloat16
-        )
+        "model.embed_tokens.weight": noise.view(torch.bfloat16),
+        "model.layers.0.input_layernorm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
     }
     for expert in range(EXPERTS):
         for name, shape in (

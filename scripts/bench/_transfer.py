@@ -19,6 +19,7 @@ from pathlib import Path
 from _common import questions
 
 from moehive.node.services import ShardService
+from moehive.protocol.bits import Bits, full
 from moehive.protocol.chunks import CHUNK_SIZE, ChunkList, chunk_count
 from moehive.protocol.ids import PeerId, ShardHash
 from moehive.protocol.messages import SHARD, BulkOffer
@@ -57,9 +58,10 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Shelf:
-    """A store whose every byte is verified on its way out, and the hot object."""
+    """A store whose every byte is verified on its way out, and the hot object. `cpu`: seconds spent on reading."""
 
     def __init__(self, store: ContentStore, hot_bytes: int) -> None:
+        self.cpu = 0.0
         self._store = store
         self._hot = ChunkList(hot_bytes, (bytes(32),) * chunk_count(hot_bytes))
         self._buffer = os.urandom(CHUNK_SIZE)
@@ -68,13 +70,22 @@ class Shelf:
         """See `supply.Shelf`."""
         return self._hot if object_hash == HOT else self._store.chunk_list(object_hash)
 
-    def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes:
+    def have(self, object_hash: ShardHash) -> Bits:
         """See `supply.Shelf`."""
-        return self._buffer if object_hash == HOT else self._store.read_range(object_hash, offset, length)
+        return full(chunk_count(self.chunk_list(object_hash).size))
+
+    def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes:
+        """See `supply.Shelf`. One reader at a time, here."""
+        if object_hash == HOT:
+            return self._buffer
+        started = time.thread_time()
+        data = self._store.read_range(object_hash, offset, length)
+        self.cpu += time.thread_time() - started
+        return data
 
 
 def serve(pipe: Connection, root: Path, size: int) -> None:
-    """Say where we are, then obey: a number is the rate in bytes per second, None lifts it."""
+    """Say where we are, then obey: ("rate", bytes per second or None) or ("cpu", None). Answers: seconds of reading."""
     asyncio.run(_serve(pipe, root, size))
 
 
@@ -99,8 +110,10 @@ async def _serve(pipe: Connection, root: Path, size: int) -> None:
         pipe.send(Where(transport.peer, tuple(transport.addresses), raw.port, raw.fingerprint, os.getpid(), daemon))
 
         def obey() -> None:
-            for uploads.cap in questions(pipe):
-                pipe.send(None)
+            for order, value in questions(pipe):
+                if order == "rate":
+                    uploads.cap = value
+                pipe.send(shelf.cpu)
 
         await asyncio.to_thread(obey)
 

@@ -23,6 +23,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +55,19 @@ MIB, GIB = float(1 << 20), float(1 << 30)
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one transfer: wall-clock seconds, and processor seconds of who took part."""
+    """Of one transfer: wall-clock seconds, and the processor seconds of each part, most of which is one thread."""
 
     seconds: float
-    source: float
-    client: float
-    daemons: float
+    send: float  # the source, but for
+    read: float  # its store
+    receive: float  # the client, but for
+    deliver: float  # verifying and writing
+    daemons: float  # both
 
     @property
-    def cpu(self) -> float:
-        """All of them."""
-        return self.source + self.client + self.daemons
+    def parts(self) -> tuple[float, ...]:
+        """Processor seconds, part by part."""
+        return self.send, self.read, self.receive, self.deliver, self.daemons
 
 
 Stage = Callable[[], Awaitable[None]]
@@ -73,7 +77,10 @@ Costs = dict[str, Cost]  # by "carrier, stage"
 class Client:
     """The client's end, and how each stage is run."""
 
-    def __init__(self, where: Where, transport: HivemindTransport, pool: ConnectionPool, root: Path, size: int) -> None:
+    def __init__(
+        self, source: Child, where: Where, transport: HivemindTransport, pool: ConnectionPool, root: Path, size: int
+    ) -> None:
+        self._source = source
         self._where = where
         self._transport = transport
         self._pool = pool
@@ -81,6 +88,7 @@ class Client:
         self._chunks = ChunkList(0, ())
         self._count = size // CHUNK_SIZE
         self._object = ShardHash("")
+        self._delivering = 0.0  # processor seconds
 
     async def learn(self, object_hash: ShardHash) -> None:
         """Which object to get; its chunk list is known to a downloader before it begins."""
@@ -93,11 +101,13 @@ class Client:
         where, us, daemon = self._where, os.getpid(), self._transport._daemon.pid
         assert daemon is not None
         pids = (where.pid, us, where.daemon_pid, daemon)
+        reading, self._delivering = self._source.ask(("cpu", None)), 0.0
         before, started = [cpu_seconds(pid) for pid in pids], time.perf_counter()
         await stage()
         seconds = time.perf_counter() - started
         source, client, *daemons = (cpu_seconds(pid) - start for pid, start in zip(pids, before, strict=True))
-        return Cost(seconds, source, client, sum(daemons))
+        read = self._source.ask(("cpu", None)) - reading
+        return Cost(seconds, source - read, read, client - self._delivering, self._delivering, sum(daemons))
 
     # --- carriers -------------------------------------------------------------------------------------------------
 
@@ -141,10 +151,15 @@ class Client:
         """All chunks, some requests at a time."""
         starts = iter(range(0, self._count, PER_REQUEST))
 
+        def timed(index: int, data: memoryview) -> None:
+            started = time.thread_time()
+            deliver(index, data)
+            self._delivering += time.thread_time() - started
+
         async def work() -> None:
             for first in starts:
                 count = min(PER_REQUEST, self._count - first)
-                await channel.get_chunks(object_hash, first, count, deliver, timeout=60)
+                await channel.get_chunks(object_hash, first, count, timed, timeout=60)
 
         await asyncio.gather(*(work() for _ in range(AT_ONCE)))
 
@@ -180,7 +195,7 @@ class Client:
             for name in stages:
                 if name != "raw":
                     stage = getattr(self, name.replace(" ", "_"))
-                    costs[f"{carrier}, {name}"] = await self.cost(lambda stage=stage: stage(channel))  # type: ignore[misc]
+                    costs[f"{carrier}, {name}"] = await self.cost(partial(stage, channel))
                 self._store.delete(self._object)
             await channel.close()
         return costs
@@ -192,17 +207,18 @@ def _drop(index: int, data: memoryview) -> None:
 
 # --- running ----------------------------------------------------------------------------------------------------------
 
+CARRIERS = ("TLS", "daemon")
 STAGES = ("raw", "framed", "read", "verified", "on disk")
 
 
 @asynccontextmanager
-async def connected(where: Where, root: Path, size: int) -> AsyncIterator[Client]:
+async def connected(source: Child, where: Where, root: Path, size: int) -> AsyncIterator[Client]:
     """The client, on a daemon of its own."""
     async with (
         HivemindTransport(Identity.ephemeral(), client_only=True, bootstrap=where.addresses) as transport,
         ConnectionPool(transport, SHARD, SECRET, "bench") as pool,
     ):
-        yield Client(where, transport, pool, root, size)
+        yield Client(source, where, transport, pool, root, size)
 
 
 def put_object(root: Path, size: int) -> ShardHash:
@@ -229,18 +245,18 @@ def main() -> None:
         object_hash = put_object(root, size)
         with Child(serve, root / "source", size) as source, asyncio.Runner() as runner:
             where = source.answer()
-            context = connected(where, root / "client", size)
+            context = connected(source, where, root / "client", size)
             client = runner.run(context.__aenter__())
             runner.run(client.learn(object_hash))
             runner.run(client.round(STAGES))  # warms the caches
             free = repeat(options.rounds, lambda: runner.run(client.round(STAGES)))
             links: dict[str, Rounds] = {}
             for rate in LINKS:
-                source.ask(rate)
+                source.ask(("rate", rate))
                 links[f"{rate / 1e6:.0f} MB/s"] = repeat(
                     max(options.rounds // 2, 1), lambda: runner.run(client.round(("raw", "on disk")))
                 )
-            source.ask(None)
+            source.ask(("rate", None))
             runner.run(context.__aexit__(None, None, None))
     report(facts, size, free, links)
     latency = measure_latency(options.latency_seconds) if options.latency_seconds else {}
@@ -266,28 +282,44 @@ def ratios(rounds: Rounds, carrier: str, stage: str) -> list[float]:
 def report(facts: dict[str, object], size: int, free: Rounds, links: dict[str, Rounds]) -> None:
     """The stages, what the processors allow, and the same where a link is the limit."""
     print_head("One source, verified and on disk, against the carrier's plain bytes", facts)
-    cores = os.cpu_count() or 1
-    for carrier in ("TLS", "daemon"):
-        rows = []
-        for stage in STAGES:
-            costs = [each[f"{carrier}, {stage}"] for each in free.results]
-            each_gib = [[value * GIB / size for value in (c.source, c.client, c.daemons, c.cpu)] for c in costs]
-            middle = [p50(column) for column in zip(*each_gib, strict=True)]
-            speed = p50([size / MIB / cost.seconds for cost in costs])
-            rows.append(
-                (f"{carrier}, {stage}", speed, p50(ratios(free, carrier, stage)), *middle, cores * 1024 / middle[-1])
-            )
-        columns = ("", "MiB/s", "of raw", "source", "client", "daemons", "CPU s/GiB", "the cores allow, MiB/s")
-        print_table(columns, rows)
+    print("CPU seconds per GiB of each part; *cores* is the speed at which all parts together fill this machine.\n")
+    cores, rows = os.cpu_count() or 1, []
+    for carrier, stage in product(CARRIERS, STAGES):
+        parts = [part * GIB / size for part in _parts(free, carrier, stage)]
+        speed = p50([size / MIB / costs[f"{carrier}, {stage}"].seconds for costs in free.results])
+        allowed = cores * GIB / MIB / sum(parts)
+        rows.append((f"{carrier}, {stage}", speed, p50(ratios(free, carrier, stage)), *parts, sum(parts), allowed))
+    print_table(
+        ("", "MiB/s", "of raw", "send", "read", "receive", "deliver", "daemons", "CPU s/GiB", "cores, MiB/s"), rows
+    )
+    for carrier in CARRIERS:
+        raw, whole = (_parts(free, carrier, stage) for stage in ("raw", "on disk"))
+        print(
+            f"{carrier}: {sum(raw):.2f} CPU s per {size >> 20} MiB are the carrier's, {sum(whole):.2f} with what is"
+            f" verified and written: {sum(raw) / sum(whole):.2f}x is what shared cores allow;"
+            f" with a core for each part, the busiest one allows {min(max(raw) / max(whole), 1.0):.2f}x"
+        )
     print(f"{free}\n")
+    report_links(size, {"no limit": free, **links})
+
+
+def report_links(size: int, links: dict[str, Rounds]) -> None:
+    """The ratio that is asked for, at each limit."""
     rows = []
-    for name, rounds in {"no limit": free, **links}.items():
-        for carrier in ("TLS", "daemon"):
-            speed = p50([size / MIB / costs[f"{carrier}, on disk"].seconds for costs in rounds.results])
-            found = ratios(rounds, carrier, "on disk")
-            verdict = "met" if p50(found) >= GOAL else "missed"
-            rows.append((f"{name}, {carrier}", speed, p50(found), min(found), max(found), verdict))
+    for (name, rounds), carrier in product(links.items(), CARRIERS):
+        speed = p50([size / MIB / costs[f"{carrier}, on disk"].seconds for costs in rounds.results])
+        found = ratios(rounds, carrier, "on disk")
+        rows.append((f"{name}, {carrier}", speed, p50(found), min(found), max(found), _verdict(p50(found))))
     print_table(("link", "MiB/s", "of raw", "lowest", "highest", f"at least {GOAL}x"), rows)
+
+
+def _verdict(ratio: float) -> str:
+    return "met" if ratio >= GOAL else "missed"
+
+
+def _parts(rounds: Rounds, carrier: str, stage: str) -> list[float]:
+    """CPU seconds of each part, medians."""
+    return [p50(part) for part in zip(*(costs[f"{carrier}, {stage}"].parts for costs in rounds.results), strict=True)]
 
 
 if __name__ == "__main__":

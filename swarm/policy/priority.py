@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 INTERVAL = 0.5  # seconds between decisions
-MIN_SAMPLES = 30  # of one size, for a percentile that means something
+MIN_SAMPLES = 100  # of one size, for a percentile that means something
 MAX_SAMPLE_AGE = 10.0  # seconds
 SLOWDOWN = 2.0  # of the 99th percentile, at which bulk is halved
 FLOOR = 4.0 * (1 << 20)  # bytes per second that bulk always gets

@@ -207,13 +207,13 @@ class ContentStore:
 
     # --- what PartialObject asks ----------------------------------------------------------------------------------
 
-    def open_file(self, object_hash: ShardHash, size: int) -> tuple[int | None, Path]:
+    def open_file(self, object_hash: ShardHash, size: int) -> tuple[int | None, Path, bool]:
         """See partial.Home."""
         fs, path = self._fs, self._layout.partial(object_hash)
         with self._ledger.locked(change=True):
             if self.has(object_hash):
                 self._sync_name(object_hash)  # whoever published it may have been killed, or have failed, before that
-                return None, self._layout.object(object_hash)
+                return None, self._layout.object(object_hash), False
             fresh = object_hash not in self._ledger.partials
             self._ledger.reserve(object_hash, size)
             with storage_errors("open", path):
@@ -229,7 +229,7 @@ class ContentStore:
                         fs.unlink(path)
                 fs.close(fd)
                 raise
-        return fd, path
+        return fd, path, fresh
 
     def publish(self, chunks: ChunkList, object_hash: ShardHash) -> Path:
         """See partial.Home."""

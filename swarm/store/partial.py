@@ -22,8 +22,8 @@ from .filesystem import FileSystem, storage_errors
 class Home(Protocol):
     """What a partial object asks of the store it belongs to."""
 
-    def open_file(self, object_hash: ShardHash, size: int) -> tuple[int | None, Path]:
-        """Reserve, create, lock: descriptor and path. Where the object is finished already: None and its final path."""
+    def open_file(self, object_hash: ShardHash, size: int) -> tuple[int | None, Path, bool]:
+        """Reserve, create, lock: descriptor, path, and whether the file is new. Finished already: None and its path."""
 
     def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes:
         """Bytes of the finished object."""
@@ -56,13 +56,13 @@ class PartialObject:
 
     def __enter__(self) -> Self:
         """Reserve the space, lock the file and hash what it holds. Raises DiskFull, PartialBusy, StorageError."""
-        self._fd, self._path = self._home.open_file(self.object_hash, self.chunks.size)
+        self._fd, self._path, new = self._home.open_file(self.object_hash, self.chunks.size)
         if self._fd is None:
             self._final = self._path
             self._verified = set(range(len(self.chunks.hashes)))
             return self
         try:
-            self._verified = self._hash_chunks(self._fd)
+            self._verified = set() if new else self._hash_chunks(self._fd)
         except BaseException:
             self._close()
             raise
@@ -94,8 +94,10 @@ class PartialObject:
             raise WrongBytes(f"{len(data)} bytes are not chunk {index} of object {self.object_hash}")
         with self._lock:
             if index not in self._verified:
+                fd, (offset, length) = self._open_fd(), chunk_range(index, self.chunks.size)
                 with storage_errors("write", self._path):
-                    self._fs.pwrite(self._open_fd(), data, chunk_range(index, self.chunks.size)[0])
+                    self._fs.pwrite(fd, data, offset)
+                    self._fs.start_writing(fd, offset, length)
                 self._verified.add(index)
 
     def read_chunk(self, index: int) -> bytes | None:

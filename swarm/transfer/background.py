@@ -8,9 +8,10 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-# Linux's nice value of a thread. At 19 a thread gets 1.5 % of a processor that others keep busy, at 10 it gets 10 %,
-# and activations still overtake it at once.
-NICENESS = 10
+# Linux's nice value of these threads. Beside bulk at full speed on two busy cores, the 99th percentile of an 8 KiB
+# round trip of activations was 13 times that at idle with 0, 3 times with 10, 1.1 times with 15. Of a core that others
+# keep busy, 15 leaves 3 %: some 50 MB/s.
+NICENESS = 15
 
 
 def start_thread(work: Callable[[], None], name: str) -> threading.Thread:

@@ -1,4 +1,4 @@
-"""The life of one download: find sources, get the chunk list, have the chunks fetched, give up when nobody can go on."""
+"""The life of one download: find sources, get the chunk list, have the chunks fetched, give up if nobody can go on."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ class Download:
 
     def unavailable(self, *details: str) -> ShardUnavailable:
         """What to say when it was given up: why each peer failed."""
-        reasons = [*details, *(f"peer {peer}: {reason}" for peer, reason in self._engine.traffic.reasons(self._key).items())]
+        reasons = [
+            *details,
+            *(f"peer {peer}: {reason}" for peer, reason in self._engine.traffic.reasons(self._key).items()),
+        ]
         return ShardUnavailable(self._wanted.title, "; ".join(reasons) or f"{self._known} peers known, none usable now")
 
     def _on_progress(self, size: int) -> None:
@@ -99,11 +102,18 @@ class Download:
             del self._contacts[peer]
             news.set()
 
-        for peer in choose(self._candidates(sources), self._engine.now, self._key):
-            if peer not in self._contacts and not self._engine.traffic.is_used(peer, self._key):
+        for peer in choose(self._candidates(sources), self._engine.now, f"{self._engine.seed}/{self._key}"):
+            if peer not in self._contacts and not self._is_served_by(peer):
                 contact = tasks.create_task(self._use(peer, sources[peer]), name=f"contact {peer}")
                 contact.add_done_callback(partial(made, peer))
                 self._contacts[peer] = contact
+
+    def _is_served_by(self, peer: PeerId) -> bool:
+        """Whether there is nothing to ask a peer for, beyond what the engine asks."""
+        traffic = self._engine.traffic
+        if self._chunks.done():
+            return traffic.is_used(peer, self._key)
+        return traffic.refuses(peer, self._key, self._engine.now)
 
     def _candidates(self, sources: Sources) -> dict[PeerId, Candidate]:
         traffic = self._engine.traffic

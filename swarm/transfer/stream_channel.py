@@ -69,4 +69,3 @@ class StreamChannel:
     async def close(self) -> None:
         """See ChunkChannel."""
         await self._connection.close()
-

@@ -27,7 +27,15 @@ from moehive.protocol.ids import PeerId
 from moehive.swarm.policy.claims import ASK_AGAIN, EVERYTHING, Claim, after_have, after_refusal
 from moehive.swarm.policy.download import Ask, Facts, Item, Peer, Plan, batch, plan
 from moehive.swarm.policy.expectation import Flight, ItemKey
-from moehive.swarm.policy.pace import Pace, after_answer, after_asking, after_busy, after_chunk, after_release, after_timeout
+from moehive.swarm.policy.pace import (
+    Pace,
+    after_answer,
+    after_asking,
+    after_busy,
+    after_chunk,
+    after_release,
+    after_timeout,
+)
 from moehive.swarm.policy.standing import Offence
 from moehive.swarm.standings import Standings, offence_of
 
@@ -40,7 +48,7 @@ class Counters:
 
     received: int = 0  # bytes, verified and new
     duplicate: int = 0  # bytes, verified, but somebody else was faster
-    wrong: int = 0  # chunks that did not match their hash
+    wrong: int = 0  # answers that did not match their hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +175,11 @@ class Traffic:
     def is_used(self, peer: PeerId, key: ItemKey) -> bool:
         """Whether a connected peer is known to have, or being asked for what it has of, an object."""
         return peer in self._peers and peer in self._items[key].claims
+
+    def refuses(self, peer: PeerId, key: ItemKey, now: float) -> bool:
+        """Whether a peer said, not long ago, that it has nothing of an object."""
+        claim = self._items[key].claims.get(peer)
+        return claim is not None and not claim.have and claim.ask_at is not None and claim.ask_at > now
 
     def is_asking(self, key: ItemKey) -> bool:
         """Whether a peer has not answered yet what it has of an object."""
@@ -308,7 +321,7 @@ class Traffic:
 
     def _ask_what_they_have(self, now: float) -> Iterator[tuple[PeerId, ItemKey]]:
         for key, item in self._items.items():
-            for peer, claim in item.claims.items():
+            for peer, claim in item.claims.items() if item.chunks else ():
                 due = claim.ask_at is not None and claim.ask_at <= now
                 if due and peer in self._peers and self.ready_at(peer) <= now:
                     item.claims[peer] = replace(claim, ask_at=now + ASK_AGAIN)  # unless the answer says more
@@ -321,6 +334,7 @@ class Traffic:
                 max(claim.ask_at, self.ready_at(peer))
                 for item in self._items.values()
                 for peer, claim in item.claims.items()
+                if item.chunks
                 if claim.ask_at is not None and peer in self._peers
             ),
             default=math.inf,

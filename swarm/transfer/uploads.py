@@ -37,7 +37,7 @@ from .supply import Answer
 
 T = TypeVar("T")
 PIECE = 64 << 10  # bytes that leave at once where the rate is limited: what a small message may have to wait for
-SHARED_RATE = 100e6  # bytes per second to peers on whose connection activations wait
+SHARED_RATE = 50e6  # bytes per second to peers on whose connection activations wait
 ACTIVE = 10.0  # seconds after a peer's last expert request in which its next one is expected
 _MAX_SAMPLES = 1024
 _MAX_REMEMBERED = 1024  # peers whose last turn is known

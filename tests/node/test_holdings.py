@@ -8,9 +8,13 @@ from shutil import copytree
 import pytest
 
 from moehive.node.holdings import Holdings
+from moehive.protocol.chunks import CHUNK_SIZE, ChunkList
 from moehive.protocol.ids import ExpertKey, ShardHash
 from moehive.protocol.manifest import Manifest
+from moehive.swarm.policy.claims import EVERYTHING
+from moehive.swarm.store.content import ContentStore
 from moehive.swarm.store.directory import ConvertedDirectory
+from moehive.swarm.transfer.partials import Partials
 
 KEY = ExpertKey(0, 3)
 
@@ -118,3 +122,37 @@ def test_no_seed_with_a_damaged_file(held: Held) -> None:
     held.damage(held.shard.file)
     held.holdings.verify_seed()
     assert not held.holdings.complete
+
+
+def test_what_is_being_downloaded_is_supplied_as_far_as_it_is_verified(held: Held, tmp_path: Path) -> None:
+    partials, store = Partials(), ContentStore(tmp_path / "store", 1 << 30)
+    data = b"".join(bytes([n + 1]) * CHUNK_SIZE for n in range(3)) + b"tail"
+    chunks = ChunkList.of(data)
+    holdings = Holdings(held.manifest, held.source, on_change=lambda: None, partials=partials)
+    assert holdings.chunk_list(chunks.root) is None
+    assert holdings.have(chunks.root) == 0
+    with store.open_partial(chunks.root, chunks) as partial, partials.offered(partial):
+        for index in (1, 3):
+            partial.write_chunk(index, data[index * CHUNK_SIZE : (index + 1) * CHUNK_SIZE])
+        assert holdings.chunk_list(chunks.root) == chunks
+        assert holdings.have(chunks.root) == 0b1010
+        assert holdings.read_range(chunks.root, CHUNK_SIZE, CHUNK_SIZE) == bytes([2]) * CHUNK_SIZE
+        assert holdings.read_range(chunks.root, 3 * CHUNK_SIZE, 4) == b"tail"
+        for offset, length in [(0, CHUNK_SIZE), (CHUNK_SIZE, 5), (CHUNK_SIZE + 1, 5), (4 * CHUNK_SIZE, 1)]:
+            assert holdings.read_range(chunks.root, offset, length) is None
+    assert holdings.chunk_list(chunks.root) is None
+    assert holdings.read_range(chunks.root, CHUNK_SIZE, CHUNK_SIZE) is None
+
+
+def test_of_what_is_held_everything_can_be_had(held: Held) -> None:
+    held.holdings.verify([held.shard])
+    assert held.holdings.have(held.shard.hash) == EVERYTHING
+    assert held.holdings.have(ShardHash(held.manifest.model_id)) == EVERYTHING
+
+
+def test_loading_is_told_at_both_ends(held: Held) -> None:
+    seen: list[bool] = []
+    holdings = Holdings(held.manifest, held.source, on_change=lambda: seen.append(holdings.is_loading))
+    with holdings.loading():
+        assert holdings.is_loading
+    assert seen == [True, False]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from shutil import copytree
 
 import pytest
 import torch
-from support.swarm_fakes import SECRET, identity
+from support.swarm_fakes import SECRET, announce, identity, supplying
 
+from moehive.node.holdings import Holdings
 from moehive.node.serving import Serving
 from moehive.node.settings import NodeSettings
 from moehive.protocol.errors import CorruptShard
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.announcer import Announcer
+from moehive.swarm.directory import Directory
 from moehive.swarm.member import Member
 from moehive.swarm.store.base import NotHeld
+from moehive.swarm.store.content import ContentStore
 from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
@@ -43,3 +47,33 @@ async def test_an_expert_whose_file_fails_is_no_longer_held(
     with pytest.raises(error), serving._lease(*KEY, torch.float32):
         pass
     assert not serving.holdings.holds(*KEY)
+
+
+async def test_a_node_is_announced_and_supplies_what_it_has_before_it_has_everything(
+    mixtral: ConvertedDirectory, tmp_path: Path
+) -> None:
+    network, us, manifest = MemoryNetwork(), identity(2), mixtral.manifest
+    first, others = manifest.experts[KEY], Holdings(manifest, mixtral, on_change=lambda: None)
+    others.verify([first])
+    store, ready = ContentStore(tmp_path, 1 << 30), asyncio.Event()
+    store.put(manifest.to_bytes())
+    async with (
+        supplying(network, identity(1), others) as seed,  # which says that it has more
+        MemoryTransport(network, us) as transport,
+        Member(transport, SECRET) as member,
+    ):
+        await announce(seed, identity(1), manifest.experts, model=manifest.model_id)
+        announcer = Announcer(transport, us, SECRET, manifest.model_id)
+        settings = NodeSettings(manifest.model_id, tmp_path, experts="all", skeleton=False, ram=1 << 20)
+        serving, stop = Serving(settings, member, manifest, store, announcer), asyncio.Event()
+        running = asyncio.create_task(serving.run(stop, ready.set))
+        directory = Directory(seed, SECRET, manifest.model_id, member.standings)
+        async with asyncio.timeout(30):
+            while not (inventory := directory.holders.inventories.get(us.peer)) or KEY not in inventory.held:
+                await directory.refresh()
+                await asyncio.sleep(0.01)
+        assert inventory.loading
+        assert not ready.is_set()  # it still looks for the others
+        assert serving.holdings.chunk_list(first.hash) is not None
+        stop.set()
+        await running

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from moehive.protocol.bits import Bits, full
 from moehive.protocol.chunks import CHUNK_SIZE, ChunkList
 from moehive.protocol.codec import Message, encode
 from moehive.protocol.ids import PeerId, ShardHash
@@ -53,6 +54,9 @@ class FakeShelf:
 
     def chunk_list(self, object_hash: ShardHash) -> ChunkList | None:
         return self.chunks if object_hash == self.hash else None
+
+    def have(self, object_hash: ShardHash) -> Bits:
+        return full(len(self.chunks.hashes)) if object_hash == self.hash else 0
 
     def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes | None:
         if object_hash != self.hash:

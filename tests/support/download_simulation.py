@@ -228,7 +228,9 @@ class Simulation:
             under_way = 0
             for other in others:
                 under_way |= other.bits
-            outcome.two_owners_early += bool(self.traffic.missing(flight.item) & ~under_way & self.traffic.have(flight.peer, flight.item))
+            outcome.two_owners_early += bool(
+                self.traffic.missing(flight.item) & ~under_way & self.traffic.have(flight.peer, flight.item)
+            )
         if outcome.first_chunk < 0:
             outcome.first_chunk = flight.next
         outcome.longest_run = max(outcome.longest_run, flight.count)

@@ -9,13 +9,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moehive.protocol.bits import from_indices, to_bitmap
+from moehive.protocol.bits import Bits, from_indices, to_bitmap
 from moehive.protocol.chunks import CHUNK_SIZE, ChunkList, chunk_range
 from moehive.protocol.codec import Message
 from moehive.protocol.errors import RefusalCode
-from moehive.protocol.ids import PeerId
+from moehive.protocol.ids import PeerId, ShardHash
 from moehive.protocol.messages import SHARD, Chunk, ChunkHashes, GetChunkList, GetChunks, GetHave, Have
 from moehive.swarm.identity import Identity
+from moehive.swarm.policy.claims import EVERYTHING
 from moehive.swarm.rpc.pool import ConnectionPool
 from moehive.swarm.rpc.server import Refusal, Reply, stream_handler
 from moehive.swarm.standings import Standings
@@ -118,6 +119,27 @@ class World:
     async def fetch(self, data: bytes, timeout: float = 10.0) -> bytes:
         """Its bytes, from the store."""
         return (await self.downloads.fetch(self.wanted(data), self.store, timeout=self._speed * timeout)).read_bytes()
+
+
+@dataclass
+class OwnShelf:
+    """What a downloader has, complete or in parts."""
+
+    world: World
+
+    def chunk_list(self, object_hash: ShardHash) -> ChunkList | None:
+        held = self.world.store.has(object_hash)
+        return (
+            self.world.store.chunk_list(object_hash) if held else self.world.downloads.partials.chunk_list(object_hash)
+        )
+
+    def have(self, object_hash: ShardHash) -> Bits:
+        return EVERYTHING if self.world.store.has(object_hash) else self.world.downloads.partials.have(object_hash)
+
+    def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes | None:
+        if self.world.store.has(object_hash):
+            return self.world.store.read_range(object_hash, offset, length)
+        return self.world.downloads.partials.read_range(object_hash, offset, length)
 
 
 @asynccontextmanager

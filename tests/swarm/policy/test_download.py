@@ -92,7 +92,9 @@ def test_what_only_one_has_is_fetched_from_it_first() -> None:
 
 
 def test_a_last_resort_is_asked_only_for_what_nobody_has() -> None:
-    outcome = simulate({"a": Script(rate=5 * MB, have=frozenset(range(60))), "seed": Script(last_resort=True)}, [CHUNKS])
+    outcome = simulate(
+        {"a": Script(rate=5 * MB, have=frozenset(range(60))), "seed": Script(last_resort=True)}, [CHUNKS]
+    )
     assert outcome.sent == {"a": 60 * CHUNK_SIZE, "seed": 20 * CHUNK_SIZE}
 
 

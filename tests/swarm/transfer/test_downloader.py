@@ -8,14 +8,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from support.sources import FakeSource, World, downloading, make_data
-from support.swarm_fakes import identity
+from support.sources import FakeSource, OwnShelf, World, downloading, make_data
+from support.swarm_fakes import identity, supplying
+from support.waiting import until
 
 from moehive.protocol.chunks import CHUNK_SIZE, ChunkList
 from moehive.protocol.errors import DiskFull, ManifestError, RefusalCode, ShardUnavailable, TransportError
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.transfer.progress import TransferProgress
-from moehive.swarm.transfer.sources import Sources, Wanted
+from moehive.swarm.transfer.sources import Source, Sources, Wanted
 
 DATA = make_data(12)
 CHUNKS = ChunkList.of(DATA)
@@ -39,9 +40,7 @@ async def hurried(tmp_path: Path) -> AsyncIterator[World]:
 
 async def verified(world: World, count: int) -> None:
     """Wait until so many chunks are there."""
-    async with asyncio.timeout(10):
-        while world.downloads.partials.have(CHUNKS.root).bit_count() < count:
-            await asyncio.sleep(0.001)
+    await until(lambda: world.downloads.partials.have(CHUNKS.root).bit_count() >= count)
 
 
 async def test_all_of_it_once_and_then_never_again(world: World) -> None:
@@ -79,9 +78,7 @@ LIES: dict[str, dict[str, int]] = {
 async def test_who_sends_wrong_bytes_is_banned_and_another_one_asked(world: World, lie: str) -> None:
     async with world.source(A, FakeSource(DATA, **LIES[lie])):
         fetching = asyncio.create_task(world.fetch(DATA))
-        async with asyncio.timeout(10):
-            while not world.standings.banned(A.peer):
-                await asyncio.sleep(0)
+        await until(lambda: world.standings.banned(A.peer))
         async with world.source(B, FakeSource(DATA)):
             assert await fetching == DATA
     assert not world.standings.banned(B.peer)
@@ -136,7 +133,9 @@ async def test_a_new_fetch_goes_on_where_an_abandoned_one_stopped(world: World) 
         assert len(second.sent) == len(EVERY) - 4
 
 
-@pytest.mark.parametrize("code", [RefusalCode.NOT_HELD, RefusalCode.BUSY, RefusalCode.INTERNAL, RefusalCode.SHUTTING_DOWN])
+@pytest.mark.parametrize(
+    "code", [RefusalCode.NOT_HELD, RefusalCode.BUSY, RefusalCode.INTERNAL, RefusalCode.SHUTTING_DOWN]
+)
 async def test_a_refusal_sends_us_on(world: World, code: RefusalCode) -> None:
     async with world.source(A, FakeSource(DATA, refuses=code)), world.source(B, FakeSource(DATA)):
         assert await world.fetch(DATA) == DATA
@@ -172,7 +171,10 @@ async def test_the_reason_of_each_source_is_told(world: World) -> None:
 
 async def test_whoever_cannot_be_reached_is_told_too(world: World) -> None:
     async with world.source(A, FakeSource(DATA)):
-        with world.network.dropping_connections(A.peer), pytest.raises(ShardUnavailable, match=f"peer {A.peer}: no such"):
+        with (
+            world.network.dropping_connections(A.peer),
+            pytest.raises(ShardUnavailable, match=f"peer {A.peer}: no such"),
+        ):
             await world.fetch(DATA, timeout=0.0)
 
 
@@ -226,9 +228,7 @@ async def test_partial_holders_have_it_together(world: World) -> None:
 async def test_a_partial_holder_that_gets_more_is_asked_for_it(hurried: World) -> None:
     async with hurried.source(A, FakeSource(DATA, have=frozenset({0, 1})), partial=True) as source:
         fetching = asyncio.create_task(hurried.fetch(DATA))
-        async with asyncio.timeout(10):
-            while len(source.sent) < 2:
-                await asyncio.sleep(0.001)
+        await until(lambda: len(source.sent) >= 2)
         source.have = None
         assert await fetching == DATA
 
@@ -237,9 +237,7 @@ async def test_a_have_map_that_lies_costs_its_peer(world: World) -> None:
     liar = FakeSource(DATA, have=frozenset({0, 1}), claims=frozenset(EVERY))
     async with world.source(A, liar, partial=True):
         fetching = asyncio.create_task(world.fetch(DATA))
-        async with asyncio.timeout(20):
-            while not world.standings.banned(A.peer):
-                await asyncio.sleep(0.001)
+        await until(lambda: world.standings.banned(A.peer))
         async with world.source(B, FakeSource(DATA)):
             assert await fetching == DATA
 
@@ -272,6 +270,22 @@ async def test_what_is_being_downloaded_can_be_supplied(world: World) -> None:
             assert await fetching == DATA
     assert partials.chunk_list(root) is None
     assert partials.have(root) == 0
+
+
+async def test_two_downloaders_help_each_other(world: World, tmp_path: Path) -> None:
+    """Each has a source with one half, and the other downloader: what that one has got so far is enough."""
+    halves = [frozenset(range(6)), frozenset(range(6, 13))]
+    async with downloading(tmp_path / "other", speed=20.0) as other:
+        for one, key in ((world, A), (other, B)):
+            one.sources[key.peer] = Source(partial=True)
+            one.sources[identity(20).peer] = Source(partial=True)
+        async with (
+            world.source(A, FakeSource(DATA, have=halves[0]), partial=True),
+            other.source(B, FakeSource(DATA, have=halves[1]), partial=True),
+            supplying(world.network, identity(20), OwnShelf(other)),
+            supplying(other.network, identity(20), OwnShelf(world)),
+        ):
+            assert await asyncio.gather(world.fetch(DATA), other.fetch(DATA)) == [DATA, DATA]
 
 
 # --- many ---------------------------------------------------------------------------------------------------------
@@ -327,7 +341,7 @@ async def test_into_memory(world: World) -> None:
 async def test_a_deadline_ends_it_and_says_why(world: World) -> None:
     async with world.source(A, FakeSource(DATA, silent_after=3)):
         started = time.monotonic()
-        with pytest.raises(ShardUnavailable, match="a shard: .*not complete after"):
+        with pytest.raises(ShardUnavailable, match=r"a shard: .*not complete after"):
             await world.downloads.fetch_to_memory(world.wanted(DATA), memoryview(bytearray(len(DATA))), deadline=0.3)
         assert time.monotonic() - started < 10
 

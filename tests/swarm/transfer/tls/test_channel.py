@@ -175,12 +175,13 @@ async def test_deliveries_of_one_request_never_overlap(channel: TlsChannel, shel
 async def test_deliver_runs_in_a_thread_and_the_loop_goes_on(channel: TlsChannel, shelf: FakeShelf) -> None:
     gate = Gate()
     collected = Collected(gate)
-    running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, 8, collected, timeout=PATIENCE))
+    count = _BUFFERS - 1  # more would fill the buffers, and then the connection waits too
+    running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, count, collected, timeout=PATIENCE))
     await asyncio.to_thread(gate.reached.wait, PATIENCE)  # the loop works
     assert await channel.chunk_list(shelf.hash, timeout=PATIENCE) == shelf.chunks  # and so does the connection
     gate.open()
     await running
-    assert len(collected.chunks) == 8
+    assert len(collected.chunks) == count
 
 
 async def test_a_slow_receiver_holds_the_sender_back(channel: TlsChannel, shelf: FakeShelf) -> None:
