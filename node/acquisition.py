@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from moehive.protocol.errors import StorageError
+from moehive.protocol.errors import CorruptShard, StorageError
 from moehive.protocol.ids import ExpertKey, ShardHash
 from moehive.protocol.manifest import ShardEntry
 from moehive.swarm.directory import Holders
@@ -17,11 +17,12 @@ from moehive.swarm.model_fetcher import ModelFetcher
 from moehive.swarm.policy.placement import fill_budget, rarest_first
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.store.content import ContentStore
+from moehive.swarm.threads import to_its_end
 from moehive.swarm.transfer.sources import Wanted
 
 from .holdings import Holdings
 from .selection import AUTO, parse_selection
-from .settings import NodeSettings
+from .settings import NodeSettings, Publishing
 
 FIRST_TRY = 10.0  # seconds of waiting for somebody who can supply what is missing, before the node starts without it
 TRY_AGAIN = 30.0  # seconds between attempts to get what nobody could supply
@@ -58,6 +59,9 @@ class Acquisition:
 
     async def first_pass(self) -> list[ShardEntry]:
         """Hold what can be had now; returns what could not. Raises ConfigError, DiskFull, StorageError."""
+        if self._settings.publish is not None:
+            await self._verify_whole(self._settings.publish)
+            return []
         if self._fetcher is None:
             await asyncio.to_thread(self._holdings.verify, await self._choose())  # which names what is missing
             return []
@@ -87,8 +91,13 @@ class Acquisition:
         if self._fetcher is None and all(self._source.path(shard.hash) is not None for shard in self._manifest.shards):
             await asyncio.to_thread(self._holdings.verify_seed)
 
+    async def _verify_whole(self, publishing: Publishing) -> None:
+        await to_its_end(self._holdings.verify_seed, publishing.on_verified)
+        if not self._holdings.complete:
+            raise CorruptShard(f"{self._settings.model} is damaged or not complete, and cannot be published")
+
     async def _choose(self) -> list[ShardEntry]:
-        """What is to be held: what the swarm lacks most, and what others who load now do not begin with, comes first."""
+        """What is to be held: first what the swarm lacks most, and what others who load now do not begin with."""
         selected = await self._select()
         replicas = self._member.directory(self._manifest.model_id).holders.replicas
         order = rarest_first(selected, replicas, seed=self._member.transport.peer)

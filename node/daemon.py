@@ -71,6 +71,7 @@ class NodeDaemon:
                 held=len(holdings.experts),
                 experts=len(manifest.experts),
                 held_bytes=holdings.expert_bytes,
+                supplied_bytes=holdings.supplied_bytes,
                 skeleton=holdings.skeleton,
                 addresses=addresses,
                 ticket=Ticket(member.secret, (*addresses, *others)[: limits.MAX_TICKET_PEERS]),

@@ -55,14 +55,19 @@ class Holdings:
         return sum(shard.size for shard in list(self._verified.values()) if shard.expert_key is not None)
 
     @property
+    def supplied_bytes(self) -> int:
+        """Bytes of everything that can be fetched here."""
+        return sum(shard.size for shard in self.manifest.shards if self._is_held(shard.hash))
+
+    @property
     def skeleton(self) -> bool:
         """Whether dense part and assets are all here."""
-        return all(shard.hash in self._verified for shard in self.manifest.skeleton)
+        return all(self._is_held(shard.hash) for shard in self.manifest.skeleton)
 
     @property
     def complete(self) -> bool:
         """Whether every shard of the model can be fetched here."""
-        return all(shard.hash in self._verified or shard.hash in self._seed for shard in self.manifest.shards)
+        return all(self._is_held(shard.hash) for shard in self.manifest.shards)
 
     @property
     def is_loading(self) -> bool:
@@ -86,7 +91,7 @@ class Holdings:
         return shard is not None and shard.hash in self._verified
 
     def verify(self, shards: Iterable[ShardEntry]) -> None:
-        """Hash shards and hold those that are right; the others are left out, loudly. What is right is told as it goes."""
+        """Hash shards and hold those that are right, telling as it goes; the others are left out, loudly."""
         told = time.monotonic()
         for shard in shards:
             try:
@@ -102,8 +107,11 @@ class Holdings:
                 told = time.monotonic()
         self._on_change()
 
-    def verify_seed(self) -> None:
-        """Hash every other shard of the model, so that all of it can be supplied; stops at the first that is wrong."""
+    def verify_seed(self, verified: Callable[[int], None] = lambda size: None) -> None:
+        """Hash every other shard of the model, so that all of it can be supplied; stops at the first that is wrong.
+
+        `verified` is told the size of each one that is right.
+        """
         for shard in self.manifest.shards:
             if shard.hash not in self._verified:
                 try:
@@ -112,6 +120,7 @@ class Holdings:
                     _log.error("not offered as a seed of the whole model", file=shard.file, reason=str(error))
                     return
                 self._seed.add(shard.hash)
+            verified(shard.size)
         self._on_change()
 
     def add(self, shard: ShardEntry) -> None:

@@ -33,6 +33,7 @@ from moehive.swarm.transfer.uploads import Uploads
 
 from .acquisition import Acquisition
 from .holdings import Holdings
+from .publishing import watch_copies
 from .services import ExpertService, PeerService, ShardService
 from .settings import NodeSettings
 from .worker import ComputeWorker
@@ -89,13 +90,13 @@ class Serving:
         async with self._bulk, self._direct, task_group() as tasks:
             working = [tasks.create_task(self._worker.run(), name="compute")]
             working.append(tasks.create_task(self._uploads.run(), name="uploads"))
-            working.append(tasks.create_task(self._hold(on_ready), name="hold"))
+            working.append(tasks.create_task(self._hold(on_ready, stop), name="hold"))
             await stop.wait()
             await self._leave()
             for task in working:
                 task.cancel()
 
-    async def _hold(self, on_ready: Callable[[], None]) -> None:
+    async def _hold(self, on_ready: Callable[[], None], enough: asyncio.Event) -> None:
         """Get what is to be held, announcing it as it comes: what is here can be used, and supplied, from the start."""
         await self._serve()
         async with task_group() as tasks:
@@ -104,6 +105,9 @@ class Serving:
             if not await self._announcer.announce():
                 _log.warning("no peer stored the first announcement; others find this node only later")
             on_ready()
+            if (publishing := self._settings.publish) is not None:
+                watch = watch_copies(self._member, self.holdings.manifest, publishing, enough)
+                tasks.create_task(watch, name="copies")
             tasks.create_task(self._acquisition.keep_trying(left), name="fetch the rest")
             tasks.create_task(self._acquisition.verify_all(), name="verify the rest")
 

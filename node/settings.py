@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,15 @@ from moehive.swarm.seeds.base import SeedName
 from .scheduler import QueueLimits
 
 DEFAULT_LISTEN = "/ip4/127.0.0.1/tcp/0"
+
+
+@dataclass(frozen=True, slots=True)
+class Publishing:
+    """How a model is published, and who wants to see it. `on_copies` is told how many copies others hold together."""
+
+    copies: int | None = None  # leave when others hold so many; None: stay
+    on_verified: Callable[[int], None] = lambda size: None  # called from a thread, for every file
+    on_copies: Callable[[float], None] = lambda copies: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,7 @@ class NodeSettings:
     disk: int = 20 << 30  # bytes for fetched objects
     seeds: tuple[SeedName, ...] = ()  # stand in for peers that are missing
     skeleton: bool = True  # also keep and serve the dense part
+    publish: Publishing | None = None  # supply all of a converted directory, verified first, rather than hold experts
     threads: int | None = None  # of torch; None: torch's own choice
     drain_timeout: float = 10.0  # seconds that requests in progress get on leaving
     queue: QueueLimits = field(default_factory=QueueLimits)
@@ -48,6 +59,7 @@ class NodeReady:
     held: int  # experts
     experts: int  # of the whole model
     held_bytes: int
+    supplied_bytes: int  # of the model's files that can be fetched here
     skeleton: bool
     addresses: tuple[str, ...]
     ticket: Ticket

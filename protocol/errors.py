@@ -242,6 +242,7 @@ class ShardUnavailable(SwarmError):
     def __init__(self, name: str, detail: str = "") -> None:
         super().__init__(f"shard {name}: no live peer can supply it{' (' + detail + ')' if detail else ''}")
         self.name = name
+        self.detail = detail
 
 
 class ModelUnavailable(SwarmError):

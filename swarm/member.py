@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from moehive.protocol.errors import ModelUnavailable, PeerError
-from moehive.protocol.ids import ModelId, ShardHash
+from moehive.protocol.ids import ModelId, PeerId, ShardHash
 from moehive.protocol.inventory import decode_inventory
 from moehive.protocol.manifest import ShardEntry
 from moehive.protocol.messages import EXPERT, PEER, SHARD
@@ -70,8 +70,8 @@ class Member:
         self.shards = ConnectionPool(transport, SHARD, secret, self.agent)
         self.experts = ConnectionPool(transport, EXPERT, secret, self.agent, upgrade=partial(dial, agent=self.agent))
         self.seeds = Seeds()
-        carrier = self.seeds.channels(open_channel or ChannelOpener(self.shards, self.agent, StreamChannel))
-        self.downloads = Downloader(carrier, self.standings, seed=transport.peer)
+        carrier = open_channel or ChannelOpener(self.shards, self.agent, StreamChannel)
+        self.downloads = Downloader(self.seeds.channels(carrier), self.standings, seed=transport.peer)
         self._directories: dict[ModelId, Directory] = {}
         self._tasks = asyncio.TaskGroup()
         self._running: list[asyncio.Task[None]] = []
@@ -143,17 +143,18 @@ class Member:
 
         Looks the directory up again where no peer is known.
         """
-        peers = _known_sources(directory.holders, shard)
+        us = self.transport.peer
+        peers = _known_sources(directory.holders, shard, us)
         if not peers:
             with suppress(TimeoutError):  # then still nobody is known
                 await directory.refresh()
-            peers = _known_sources(directory.holders, shard)
+            peers = _known_sources(directory.holders, shard, us)
         return peers if shard is None else {**self.seeds.sources(shard.hash), **peers}
 
 
-def _known_sources(holders: Holders, shard: ShardEntry | None) -> Sources:
-    if shard is None:
-        return {peer: Source(holders.addresses(peer)) for peer in holders.inventories}
-    suppliers = holders.suppliers(shard)
-    loading = {peer: Source(holders.addresses(peer), partial=True) for peer in holders.loading}
-    return loading | {peer: Source(holders.addresses(peer)) for peer in suppliers}
+def _known_sources(holders: Holders, shard: ShardEntry | None, us: PeerId) -> Sources:
+    complete = set(holders.inventories) if shard is None else set(holders.suppliers(shard))
+    sources = {peer: Source(holders.addresses(peer), partial=True) for peer in holders.loading}
+    sources |= {peer: Source(holders.addresses(peer)) for peer in complete}
+    sources.pop(us, None)
+    return sources

@@ -32,7 +32,7 @@ async def count_copies(member: Member, models: Mapping[ModelId, Manifest]) -> di
     for model, manifest in models.items():
         holders = await _answering(member, model)
         if holders is not None:
-            for object_hash, count in _count(manifest, holders).items():
+            for object_hash, count in copies_by_object(manifest, holders).items():
                 copies[object_hash] = max(count, copies.get(object_hash, 0))
     return copies
 
@@ -66,7 +66,7 @@ async def _ask(member: Member, announced: Inventory) -> Inventory | None:
     return inventory
 
 
-def _count(manifest: Manifest, holders: Holders) -> dict[ShardHash, int]:
+def copies_by_object(manifest: Manifest, holders: Holders) -> dict[ShardHash, int]:
     """Peers for each object of the model: as `Holders.suppliers`, without walking all peers for every shard."""
     complete = [peer for peer, one in holders.inventories.items() if one.complete]
     skeleton = [peer for peer, one in holders.inventories.items() if one.skeleton]
@@ -76,3 +76,16 @@ def _count(manifest: Manifest, holders: Holders) -> dict[ShardHash, int]:
         peers: Iterable[PeerId] = holders.of(key) if key is not None else () if shard.group is not None else skeleton
         copies[shard.hash] = max(len({*peers, *complete}), copies.get(shard.hash, 0))
     return copies
+
+
+def full_copies(manifest: Manifest, holders: Holders, us: PeerId) -> float:
+    """How many copies of a model the others hold together: copies of its rarest shard, and what part has one more.
+
+    1.25 means that every shard has one copy elsewhere and a quarter of them two, as BitTorrent clients count it. What
+    only multi-token prediction needs does not count: nodes do not hold it by themselves.
+    """
+    others = Holders({peer: one for peer, one in holders.inventories.items() if peer != us})
+    counts = copies_by_object(manifest, others)
+    shards = [counts[shard.hash] for shard in manifest.shards if shard.group is None]
+    least = min(shards)
+    return least + sum(count > least for count in shards) / len(shards)

@@ -19,10 +19,12 @@ from .config import config_sources
 from .convert import convert
 from .demo import demo
 from .errors import exit_code
+from .fetch import fetch
 from .generate import generate
 from .inspect import inspect
 from .node import node
 from .places import show_id, show_paths
+from .publish import publish
 from .store import store_app
 
 _COMMANDS: Mapping[str, Callable[..., int | None]] = {
@@ -30,6 +32,8 @@ _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "convert": convert,
     "inspect": inspect,
     "node": node,
+    "publish": publish,
+    "fetch": fetch,
     "generate": generate,
     "id": show_id,
     "paths": show_paths,

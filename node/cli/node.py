@@ -134,7 +134,7 @@ def node(model: str, options: NodeOptions = _DEFAULTS, *, json: Flag = False) ->
     with sole_use_of_identity(settings):
         from moehive.node.daemon import NodeDaemon  # torch: seconds
 
-        return asyncio.run(_serve(NodeDaemon(settings, _say_ready_as_json if json else _say_ready)))
+        return asyncio.run(serve(NodeDaemon(settings, _say_ready_as_json if json else _say_ready)))
 
 
 def settings_of(model: str, options: NodeOptions, environment: Mapping[str, str]) -> NodeSettings:
@@ -203,7 +203,7 @@ def sole_use_of_identity(settings: NodeSettings) -> Iterator[None]:
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-async def _serve(daemon: NodeDaemon) -> int:
+async def serve(daemon: NodeDaemon) -> int:
     """Run until the first signal and leave cleanly, or until the second and leave at once; the exit code."""
     stop = asyncio.Event()
     running = asyncio.ensure_future(daemon.run(stop))
@@ -263,6 +263,7 @@ def ready_json(ready: NodeReady) -> dict[str, Any]:
         "expertsHeld": ready.held,
         "expertsTotal": ready.experts,
         "bytesHeld": ready.held_bytes,
+        "bytesSupplied": ready.supplied_bytes,
         "skeleton": ready.skeleton,
         "addresses": list(ready.addresses),
         "ticket": str(ready.ticket),

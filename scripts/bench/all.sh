@@ -21,6 +21,7 @@ bench demo --json "$out/demo.json"
 bench local --json "$out/local.json"
 bench telemetry --json "$out/telemetry.json"
 bench long_context --json "$out/long_context.json"
+bench transfer_sources --json "$out/transfer_sources.json"
 bench convert
 
 if ((${#failed[@]})); then

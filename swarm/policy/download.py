@@ -23,7 +23,7 @@ from .expectation import Flight, ItemKey, Queue, is_late, late_at, queue_of
 from .pace import Pace
 
 RUN = 8  # neighbouring chunks of one request, at most
-MAX_IN_FLIGHT = 256  # chunks over all peers: what a careless carrier would hold in memory
+MAX_IN_FLIGHT = 128  # chunks over all peers: what a careless carrier would hold in memory
 GUESSED_RATE = 16e6  # bytes per second, while no peer has sent anything
 SOONER = 1.5  # how many times sooner somebody else must be expected to bring a chunk, to be asked for it as well
 HEAD_START = 0.05  # seconds that this must be worth besides, where its owner is silent
@@ -49,7 +49,7 @@ class Peer:
     """A connected peer that is not banned."""
 
     id: PeerId
-    pace: Pace = Pace()
+    pace: Pace
     ready_at: float = 0.0  # it asked for, or deserves, a pause until then
     last_resort: bool = False  # only for what no other peer has
 
@@ -255,7 +255,7 @@ def _worth(board: _Board, peer: Peer, item: Item, candidates: Bits, count: int) 
 
 
 def _duplicates(board: _Board) -> Iterator[Ask]:
-    """Requests for chunks that are under way, to peers for whom nothing fresh is left, if they bring them clearly sooner."""
+    """Requests for chunks under way, to peers for whom nothing fresh is left, where they bring them clearly sooner."""
     idle = [peer for peer in board.usable if not peer.last_resort and board.is_idle(peer.id)]
     for item in board.facts.items:
         helpers = [peer for peer in idle if item in board.items[peer.id]]
@@ -292,11 +292,7 @@ def _duplicates_for(board: _Board, peer: Peer, item: Item, by_then: dict[int, fl
         board.watching = True
         last = max(late, key=lambda index: (by_then[index], index))
         count = 0
-        while (
-            count < board.limit(peer.id)
-            and by_then.get(last - count, 0.0) > queue.when(count + 1)
-            and last - count in late
-        ):
+        while count < board.limit(peer.id) and last - count in late and by_then[last - count] > queue.when(count + 1):
             count += 1
         if not count:
             return

@@ -72,7 +72,7 @@ def after_asking(pace: Pace, now: float, *, idle: bool) -> Pace:
 
 
 def after_chunk(pace: Pace, size: int, waited: float, now: float, *, more: bool) -> Pace:
-    """A chunk of `size` bytes came, `waited` seconds after its request or that one's last chunk; `more`: others are due."""
+    """A chunk of `size` bytes came, `waited` seconds after its request or the last chunk of that; `more` are due."""
     seconds = max(now - pace.heard, 1e-6)
     kept = math.exp(-seconds / _MEMORY)
     wait = pace.wait + _SMOOTHING * (waited - pace.wait) if pace.wait else waited

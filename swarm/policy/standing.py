@@ -57,7 +57,7 @@ def after_success(standing: Standing, now: float) -> Standing:
 
 
 def least_needed(standings: Mapping[PeerId, Standing], count: int) -> list[PeerId]:
-    """Which `count` peers' standings to forget: those that say nothing any more, then those whose time is over soonest."""
+    """Which `count` standings to forget: those that say nothing any more, then those whose time is over soonest."""
     return sorted(standings, key=lambda peer: (standings[peer].lies > 0, standings[peer].avoid_until))[:count]
 
 

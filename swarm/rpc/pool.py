@@ -167,7 +167,8 @@ class ConnectionPool:
         for peer, connection in tuple(self._open.items()):
             if len(self._open) <= MAX_CONNECTIONS:
                 return
-            if not connection.in_flight and self._open.pop(peer, None) is not None:
+            if not connection.in_flight and peer in self._open:
+                del self._open[peer]
                 await connection.close()
 
     async def _dial(self, peer: PeerId, addresses: Sequence[str]) -> Connection:

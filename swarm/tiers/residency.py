@@ -130,9 +130,7 @@ class Residency(Generic[K, V]):
         """Promise `size` bytes to a load of `key`, evicting for it; False, and no change, where too much is in use."""
         need = self.resident + self.reserved + size - self.budget
         if need > 0:
-            victims = choose_victims(
-                self.policy, key, need, sizes=self.sizes, wanted=self._wanted, keep=self._keep
-            )
+            victims = choose_victims(self.policy, key, need, sizes=self.sizes, wanted=self._wanted, keep=self._keep)
             if victims is None:
                 return False
             self._drop_all(victims)

@@ -106,5 +106,7 @@ def _shaped(array: NDArray[Any] | None, tokens: int, layers: int, last: int | No
 
 def _within(samples: HiddenSamples, tokens: int, layers: tuple[int, ...]) -> bool:
     rows, shape = samples.rows, samples.inputs.shape
-    ordered = rows.ndim == 1 and (len(rows) == 0 or (rows[0] >= 0 and rows[-1] < tokens and bool((np.diff(rows) > 0).all())))
+    ordered = rows.ndim == 1 and (
+        len(rows) == 0 or (rows[0] >= 0 and rows[-1] < tokens and bool((np.diff(rows) > 0).all()))
+    )
     return ordered and len(shape) == 3 and shape[:2] == (len(rows), len(layers)) and samples.residuals.shape == shape

@@ -1,4 +1,4 @@
-"""The life of one download: find sources, get the chunk list, have the chunks fetched, give up when nobody can go on."""
+"""The life of one download: find sources, get the chunk list, have the chunks fetched, give up if nobody can go on."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Download:
             del self._contacts[peer]
             news.set()
 
-        for peer in choose(self._candidates(sources), self._engine.now, self._key):
+        for peer in choose(self._candidates(sources), self._engine.now, f"{self._engine.seed}/{self._key}"):
             if peer not in self._contacts and not self._is_served_by(peer):
                 contact = tasks.create_task(self._use(peer, sources[peer]), name=f"contact {peer}")
                 contact.add_done_callback(partial(made, peer))

@@ -3,7 +3,7 @@
     async with Downloader(stream_channels(pool), standings) as downloads:
         path = await downloads.fetch(Wanted(shard.hash, find_sources), store)
 
-All downloads of a process share one engine: a peer has one channel, one pace and one depth, whatever is fetched from it.
+All downloads of a process share one engine: a peer has one channel, one pace, one depth, whatever is fetched from it.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class Downloader:
     async def fetch_to_memory(self, wanted: Wanted, buffer: memoryview, *, deadline: float) -> None:
         """The object, verified, into `buffer`, which has its size, within `deadline` seconds in all.
 
-        It goes before everything that is fetched into a store, and touches no disk. Raises ShardUnavailable; ManifestError
-        for a buffer of another size. The buffer's contents are then worth nothing.
+        It goes before everything that is fetched into a store, and touches no disk. Raises ShardUnavailable, and
+        ManifestError for a buffer of another size; its contents are then worth nothing.
         """
         started = self._engine.now
         download = self._download(wanted, Share(Meter(None, 0, 1), 0), timeout=math.inf, urgent=True)

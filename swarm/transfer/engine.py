@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from moehive.protocol.bits import Bits, from_indices
 from moehive.protocol.errors import IntegrityError, LocalError, PeerError
@@ -58,31 +58,37 @@ class Engine:
         self, open_channel: OpenChannel, standings: Standings, *, clock: Callable[[], float], seed: str
     ) -> None:
         self.traffic = Traffic(standings, Standings(clock), seed=seed)
+        self.seed = seed
         self._clock = clock
         self._tasks = asyncio.TaskGroup()
         self._channels = Channels(open_channel, self._tasks, on_open=self._on_open, on_error=self.traffic.blame)
         self._jobs: dict[ItemKey, Job] = {}
         self._flights: dict[int, tuple[ItemKey, asyncio.Task[None]]] = {}
+        self._running: set[asyncio.Task[None]] = set()
         self._listeners: dict[ItemKey, asyncio.Event] = {}  # whoever looks for sources of an object
         self._stuck: frozenset[ItemKey] = frozenset()
         self._changed = asyncio.Event()
         self._wake = math.inf
-        self._pumping: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
-        self._pumping = self._tasks.create_task(self._pump(), name="downloads")
+        self._spawn(self._pump(), "downloads")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._pumping is not None
-        self._pumping.cancel()
-        for _, task in self._flights.values():
+        for task in self._running:
             task.cancel()
         self._channels.close_all()
         await self._tasks.__aexit__(None, None, None)  # without the body's error, which it would wrap into a group
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """A task that ends with the engine."""
+        task = self._tasks.create_task(work, name=name)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
 
     # --- for downloads --------------------------------------------------------------------------------------------
 
@@ -165,23 +171,18 @@ class Engine:
         for peer in steps.close:
             self._channels.close(peer)
         for flight in steps.start:
-            task = self._tasks.create_task(
-                self._fly(flight, self._jobs[flight.item]), name=f"chunks from {flight.peer}"
-            )
-            self._flights[flight.number] = flight.item, task
+            flying = self._fly(flight, self._jobs[flight.item], self._channels[flight.peer])
+            self._flights[flight.number] = flight.item, self._spawn(flying, f"chunks from {flight.peer}")
         for peer, key in steps.questions:
-            self._tasks.create_task(self._ask_what_it_has(peer, key), name=f"have-map of {peer}")
-        if steps.close or self._stuck != frozenset(steps.stuck):
-            self._stuck = frozenset(steps.stuck)
-            self._tell_everybody()
+            asking = self._ask_what_it_has(peer, self._jobs[key], self._channels[peer])
+            self._spawn(asking, f"have-map of {peer}")
+        stuck, self._stuck = self._stuck, frozenset(steps.stuck)
+        for key in self._listeners if steps.close else self._stuck - stuck:
+            self._listeners[key].set()
 
-    def _tell_everybody(self) -> None:
-        for listener in self._listeners.values():
-            listener.set()
-
-    async def _fly(self, flight: Flight, job: Job) -> None:
+    async def _fly(self, flight: Flight, job: Job, channel: ChunkChannel) -> None:
+        deliver = self._deliver(flight, job)
         try:
-            channel, deliver = self._channels[flight.peer], self._deliver(flight, job)
             await channel.get_chunks(job.hash, flight.next, flight.count, deliver, timeout=MAX_TIMEOUT)
         except PeerError as error:
             self.traffic.failed(flight.number, error, self.now)
@@ -217,20 +218,17 @@ class Engine:
         if job.key in self._jobs and not self.traffic.missing(job.key) and not job.done.done():
             job.done.set_result(None)
 
-    async def _ask_what_it_has(self, peer: PeerId, key: ItemKey) -> None:
-        job, asked = self._jobs.get(key), self.now
-        if job is None or peer not in self._channels:
-            return
+    async def _ask_what_it_has(self, peer: PeerId, job: Job, channel: ChunkChannel) -> None:
+        asked = self.now
         try:
-            have = await self._channels[peer].have(job.hash, timeout=QUESTION_TIMEOUT)
+            have = await channel.have(job.hash, timeout=QUESTION_TIMEOUT)
         except PeerError as error:
             error.peer = error.peer or peer
-            self.traffic.trouble(key, error, self.now)
+            self.traffic.trouble(job.key, error, self.now)
         else:
             self.traffic.answered(peer, self.now - asked)
-            bits = EVERYTHING if have is None else from_indices(have)
-            self.traffic.claimed(peer, key, bits, self.now)
-        self._may_go_on(key)
+            self.traffic.claimed(peer, job.key, EVERYTHING if have is None else from_indices(have), self.now)
+        self._may_go_on(job.key)
 
     # --- channels -------------------------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ class Counters:
 
     received: int = 0  # bytes, verified and new
     duplicate: int = 0  # bytes, verified, but somebody else was faster
-    wrong: int = 0  # chunks that did not match their hash
+    wrong: int = 0  # answers that did not match their hash
 
 
 @dataclass(frozen=True, slots=True)

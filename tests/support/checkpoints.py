@@ -9,6 +9,8 @@ from shutil import copytree
 
 from support import families
 
+from moehive.protocol.ids import ExpertKey
+
 
 @dataclass
 class Checkpoints:
@@ -33,6 +35,16 @@ class Checkpoints:
         from moehive.swarm.convert import convert
 
         return self._once(family, "converted", lambda path: convert(self.source(family), path))
+
+    def some(self, family: str, path: Path, keep: Callable[[ExpertKey], bool]) -> Path:
+        """A copy of it at `path` with only some of the experts."""
+        from moehive.swarm.store.directory import ConvertedDirectory
+
+        copytree(self.converted(family), path)
+        for key, shard in ConvertedDirectory(path).manifest.experts.items():
+            if not keep(key):
+                (path / shard.file).unlink()
+        return path
 
     def reference(self, family: str) -> Path:
         """What plain transformers can load, with the same values."""

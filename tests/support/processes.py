@@ -45,7 +45,15 @@ class NodeFailed(AssertionError):
 class NodeProcess:
     """One started node. Made by `Nodes.start`."""
 
-    def __init__(self, nodes: Nodes, name: str, home: Path, arguments: Iterable[str], fault: str | None = None) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        name: str,
+        home: Path,
+        command: str,
+        arguments: Iterable[str],
+        fault: str | None = None,
+    ) -> None:
         self.name = name
         self.home = home
         self._nodes = nodes
@@ -56,7 +64,7 @@ class NodeProcess:
         os.mkfifo(self._files / "stdout")
         self._stdout = os.open(self._files / "stdout", os.O_RDONLY | os.O_NONBLOCK)
         self.pid = nodes.fork(
-            arguments=["node", *arguments],
+            arguments=[command, *arguments],
             environment={**os.environ, "MOEHIVE_HOME": str(home), "TMPDIR": str(self.temporary)},
             stdout=str(self._files / "stdout"),
             stderr=str(self._files / "log"),
@@ -112,11 +120,11 @@ class NodeProcess:
         self.interrupt()
         self.expect_clean_end(timeout)
 
-    def expect_clean_end(self, timeout: float = STOP_TIMEOUT) -> None:
-        """It ends with code 0 and leaves no process and no temporary file behind."""
-        code = self.wait(timeout)
+    def expect_clean_end(self, timeout: float = STOP_TIMEOUT, *, code: int = 0) -> None:
+        """It ends with this exit code and leaves no process and no temporary file behind."""
+        wanted, code = code, self.wait(timeout)
         left = [*map(str, members(self.pid)), *map(str, self.temporary.iterdir())]
-        if code != 0 or left:
+        if code != wanted or left:
             raise self._failed(f"left with exit code {code}, leaving behind {left or 'nothing'}")
 
     def kill(self) -> None:
@@ -198,9 +206,11 @@ class Nodes:
         """
         name = f"node{next(self._numbers)}"
         arguments = [str(model), "--json", "--threads", "1", "--ram", "256MiB", "--log-format", "json", *options]
-        node = NodeProcess(self, name, home or self.directory / name, arguments, fault)
-        self._living.append(node)
-        return node
+        return self._begin(name, home, "node", arguments, fault)
+
+    def run(self, command: str, *arguments: Path | str, home: Path | None = None) -> NodeProcess:
+        """Start another command of `moehive` than `node`; `ready` is the line of JSON that it prints."""
+        return self._begin(f"{command}{next(self._numbers)}", home, command, map(str, arguments))
 
     def swarm(self, model: Path | str, *experts: str) -> list[NodeProcess]:
         """A swarm of one node for each of `experts`, all ready; the first one founds it."""
@@ -217,6 +227,13 @@ class Nodes:
             kill_session(node.pid)
         for node in ending:
             node.close()
+
+    def _begin(
+        self, name: str, home: Path | None, command: str, arguments: Iterable[str], fault: str | None = None
+    ) -> NodeProcess:
+        process = NodeProcess(self, name, home or self.directory / name, command, arguments, fault)
+        self._living.append(process)
+        return process
 
     # --- for NodeProcess --------------------------------------------------------------------------------------------
 

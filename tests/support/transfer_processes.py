@@ -15,7 +15,6 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -100,7 +99,7 @@ class Running:
 
 
 def serve(pipe: Connection, name: str, path: Path, stop_after: int | None = None) -> None:
-    """Supply the object at `path`; says its port, and "stopped" when it has sent `stop_after` bytes and sends no more."""
+    """Supply the object at `path`; says its port, and "stopped" when it sends no more after `stop_after` bytes."""
     asyncio.run(_serve(pipe, name, path, stop_after))
 
 
@@ -120,7 +119,7 @@ async def _serve(pipe: Connection, name: str, path: Path, stop_after: int | None
 
 
 def receive(pipe: Connection, root: Path, wanted_hash: str, sources: dict[str, str], log: Path) -> None:
-    """Fetch an object into the store at `root`; `sources`: peer -> port. Writes down each chunk that it has verified."""
+    """Fetch an object into the store at `root`; `sources`: peer -> port. Writes down each chunk that is verified."""
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     written = PartialObject.write_chunk
 

@@ -22,6 +22,7 @@ READY = NodeReady(
     held=24,
     experts=48,
     held_bytes=3 << 20,
+    supplied_bytes=5 << 20,
     skeleton=True,
     addresses=("/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWx",),
     ticket=TICKET,
@@ -83,7 +84,7 @@ class Daemon:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_the_first_signal_leaves_cleanly(number):
     daemon = Daemon(obedient=True)
-    serving = asyncio.create_task(command._serve(daemon))
+    serving = asyncio.create_task(command.serve(daemon))
     await daemon.running.wait()
 
     os.kill(os.getpid(), number)
@@ -96,7 +97,7 @@ async def test_the_second_signal_leaves_at_once(number, code, monkeypatch):
     last_resort = []
     monkeypatch.setattr(command, "_exit_soon", last_resort.append)
     daemon = Daemon(obedient=False)
-    serving = asyncio.create_task(command._serve(daemon))
+    serving = asyncio.create_task(command.serve(daemon))
     await daemon.running.wait()
 
     os.kill(os.getpid(), number)
@@ -113,7 +114,7 @@ async def test_the_daemons_error_comes_through():
             raise LookupError
 
     with pytest.raises(LookupError):
-        await command._serve(Broken())
+        await command.serve(Broken())
 
 
 # --- what it prints -------------------------------------------------------------------------------------------------
@@ -140,6 +141,7 @@ def test_ready_for_programs():
         "expertsHeld": 24,
         "expertsTotal": 48,
         "bytesHeld": 3 << 20,
+        "bytesSupplied": 5 << 20,
         "skeleton": True,
         "addresses": ["/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWx"],
     }

@@ -265,9 +265,7 @@ def test_a_new_domain_is_learned_within_a_few_tokens() -> None:
 def test_a_budget_of_exactly_the_floor_works(layers: int) -> None:
     """2 top_k + 1 experts, whatever the number of layers: slow, but nobody waits and nothing is lost."""
     random = np.random.default_rng(0)
-    steps = [
-        step(layer, *random.choice(8, 2, replace=False).tolist()) for _ in range(100) for layer in range(layers)
-    ]
+    steps = [step(layer, *random.choice(8, 2, replace=False).tolist()) for _ in range(100) for layer in range(layers)]
     ours, lru = run(lfru(), steps, 5), run(Lru(), steps, 5)
     assert ours.hits + ours.misses == 200 * layers
     assert ours.hit_rate >= lru.hit_rate - 0.01

@@ -103,7 +103,9 @@ class ManyThreads(RuleBasedStateMachine):
         for key in running.wanted:
             self.held.unwant(key)
         for entry in running.entries:
-            others = [e for step in self.steps for e in step.entries] + running.entries[running.entries.index(entry) + 1 :]
+            others = [e for step in self.steps for e in step.entries] + running.entries[
+                running.entries.index(entry) + 1 :
+            ]
             assert self.held.release(entry) == (entry not in others)
 
     @rule(key=KEYS)

@@ -15,6 +15,7 @@ from support.loopback import LoopbackTransport, StreamThatStops
 from support.sources import FakeSource, make_data
 from support.swarm_fakes import SECRET
 from support.transfer_processes import Processes, receive, serve
+from support.waiting import until
 
 from moehive.protocol.chunks import CHUNK_SIZE, ChunkList
 from moehive.protocol.errors import ShardUnavailable
@@ -59,9 +60,7 @@ class Receiver:
         return (await self.downloads.fetch(self.wanted, self.store, timeout=timeout)).read_bytes()
 
     async def until_received(self, chunks: int) -> None:
-        async with asyncio.timeout(30):
-            while self.downloads.stats.received < chunks * CHUNK_SIZE:
-                await asyncio.sleep(0.001)
+        await until(lambda: self.downloads.stats.received >= chunks * CHUNK_SIZE)
 
 
 @asynccontextmanager
