@@ -62,10 +62,10 @@ def run_experts(
 
     `usage` [E] int64, where given, grows by the rows of each expert that is here: telemetry at no cost of its own.
 
-    Products are of `hidden`'s dtype, sums fp32 in a fixed order: the same call gives the same bits. What is kept between
-    the steps has `hidden`'s dtype, but for the experts' outputs where they are few rows, which stay fp32. No atomics, no
-    synchronisation with the host, so it can be captured into a CUDA graph. Raises ValueError for tensors that do not
-    fit each other, and for a configuration that cannot run.
+    Products are of `hidden`'s dtype, sums fp32 in a fixed order: the same call gives the same bits. What is kept
+    between the steps has `hidden`'s dtype, but for outputs of experts where they are few, which stay fp32. No atomics,
+    no synchronisation with the host, so it can be captured into a CUDA graph. Raises ValueError for tensors that do
+    not fit each other, and for a configuration that cannot run.
     """
     table = experts if isinstance(experts, ExpertTable) else ExpertTable.of(experts, hidden.device)
     _check(hidden, top_k_index, top_k_weights, table)
