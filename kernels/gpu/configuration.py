@@ -154,7 +154,10 @@ def _small(block: int, blocks: float, matrix: Matrix, device: Device) -> Tile:
     """16 or 32 rows: bound by memory. Wide rows of weights, several tiles in flight, and programs for every
     multiprocessor. Weights are the left side where that makes warpgroup instructions possible and nothing is decoded.
     """
-    columns = 128 // (2 if matrix.gated else 1)
+    halves = 2 if matrix.gated else 1
+    if matrix.element == 4:
+        return Tile(64 // halves, 32, warps=4, stages=4)
+    columns = 128 // halves
     if blocks * -(-matrix.columns // columns) < 2 * device.multiprocessors:
         columns //= 2
     swap = device.warpgroups and matrix.plain and block == 32

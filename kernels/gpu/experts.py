@@ -51,6 +51,7 @@ def run_experts(
     dtype: torch.dtype | None = None,
     configuration: Configuration | None = None,
     overrides: Sequence[Override] = (),
+    usage: Tensor | None = None,
 ) -> Tensor:
     """Sum of each token's experts times their weights: [T, H] of `dtype` (that of `hidden` by default).
 
@@ -59,9 +60,12 @@ def run_experts(
     of the sum that it holds. A table is better than a list, for which one is made each time.
     `configuration` replaces the one that configuration.py chooses, `overrides` parts of it.
 
-    Products are of `hidden`'s dtype, sums fp32 in a fixed order: the same call gives the same bits. No atomics, no
-    synchronisation with the host, so it can be captured into a CUDA graph. Raises ValueError for tensors that do not
-    fit each other, and for a configuration that cannot run.
+    `usage` [E] int64, where given, grows by the rows of each expert that is here: telemetry at no cost of its own.
+
+    Products are of `hidden`'s dtype, sums fp32 in a fixed order: the same call gives the same bits. What is kept
+    between the steps has `hidden`'s dtype, but for outputs of experts where they are few, which stay fp32. No atomics,
+    no synchronisation with the host, so it can be captured into a CUDA graph. Raises ValueError for tensors that do
+    not fit each other, and for a configuration that cannot run.
     """
     table = experts if isinstance(experts, ExpertTable) else ExpertTable.of(experts, hidden.device)
     _check(hidden, top_k_index, top_k_weights, table)
@@ -73,7 +77,7 @@ def run_experts(
     else:
         check(configuration, *matrices_of(table, hidden), device_facts(hidden.device))
     layer = _Layer(table.form, spec, configuration, device_facts(hidden.device), hidden.dtype, top_k_index.shape[1])
-    aligned = align_rows(top_k_index, len(table), configuration.block, table.expert_map)
+    aligned = align_rows(top_k_index, len(table), configuration.block, table.expert_map, usage)
     inner = layer.gate_up(hidden, aligned, table)  # [T * k, I]
     outputs = layer.down(inner, aligned, table, top_k_weights)  # [T * k, H] or [S, T * k, H]
     return combine(outputs, top_k_index, len(table), expert_map=table.expert_map, dtype=dtype)
@@ -196,7 +200,7 @@ def project_constants(
     return gate_constants(spec) | {
         "TOP_K": top_k or 1, "GATED": top_k is not None, "HAS_BIAS": form.bias_dtype is not None,
         "HAS_ZERO": form.has_zero, "FORMAT": _FORMATS[form.format].value, "TRANSPOSED": form.transposed,
-        "ROWS": max(form.block[0], 1), "GROUP": max(form.block[1], 1), "HARDWARE_FP8": sm >= 89,
+        "ROWS": max(form.block[0], 1), "GROUP": max(form.group, 1), "HARDWARE_FP8": sm >= 89,
         "WT": _DTYPES[form.data_dtype], "ST": _DTYPES[form.scale_dtype or torch.uint8],
         "BT": _DTYPES[form.bias_dtype or torch.uint8], "CT": _DTYPES[compute],
         "EVEN_K": form.shape[1] % tile.inner == 0, "BM": block, "BN": tile.columns, "BK": tile.inner,

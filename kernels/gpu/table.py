@@ -54,8 +54,12 @@ class MatrixForm:
     def problem(self, element: int, *, gated: bool) -> Matrix:
         """As the choice of configuration sees it; `element` is the bytes of one input."""
         columns, inner = self.shape
-        group = self.block[1] if self.format in (*_PACKED, WeightFormat.FP8_BLOCK) else 0
-        return Matrix(columns // 2 if gated else columns, inner, self.format, group, gated, element)
+        return Matrix(columns // 2 if gated else columns, inner, self.format, self.group, gated, element)
+
+    @property
+    def group(self) -> int:
+        """Columns of a row that share a scale; 0 where none do or all."""
+        return self.block[1] if self.format in (*_PACKED, WeightFormat.FP8_BLOCK) else 0
 
 
 def _layout(matrix: WeightMatrix) -> tuple[bool, int]:

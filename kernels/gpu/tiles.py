@@ -25,10 +25,11 @@ BIAS = tl.constexpr(3)
 
 
 @triton.jit
-def part_pointer(table, part, expert, num_experts, dtype: tl.constexpr):
+def part_pointer(table, part: tl.constexpr, expert, num_experts, dtype: tl.constexpr):
     """The pointer to one part of one expert. The promise of 16 bytes is what makes loads wide and asynchronous."""
     address = tl.load(table + part * num_experts + expert)
-    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+    pointer = address.to(tl.pointer_type(dtype))
+    return tl.multiple_of(pointer, 16) if part == DATA else pointer
 
 
 @triton.jit

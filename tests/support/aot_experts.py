@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from support.random_experts import CLAMPED
 from moehive.kernels.expert_ffn import FfnSpec
 from moehive.kernels.formats import WeightFormat
 from moehive.kernels.gpu.configuration import Configuration, Device, choose
-from moehive.kernels.gpu.experts import FP32_ROWS, project_constants
+from moehive.kernels.gpu.experts import FP32_ROWS, gate_constants, project_constants
 from moehive.kernels.gpu.table import LayerForm, MatrixForm
 
 SWIGLU = FfnSpec()
@@ -100,19 +100,36 @@ def _build(model: Model, configuration: Configuration, sm: int, gated: bool, row
     out = _out(gated, tile.split, rows)
     cut += " fp32" if not gated and out == "*fp32:16" and tile.split == 1 else ""
     name = f"sm_{sm} {'gate_up' if gated else 'down'} {model.name}, {cut}"
-    arguments = _types(out) | {name: _plain(value) for name, value in constants.items()}
+    arguments = _types(out, gated) | {name: _plain(value) for name, value in constants.items()}
     return Build(name, "moehive.kernels.gpu.projections:project", sm, arguments, tile.warps, tile.stages)
+
+
+def finish(splits: int, sm: int) -> Build:
+    """What adds a split gate_up."""
+    pointers = dict.fromkeys(("rows", "blocks", "count"), "*i32:16")
+    arguments = {**pointers, "partials": "*fp32:16", "out": "*bf16:16", "num_rows": "i32", "N": "i32:16"}
+    constants = gate_constants(SWIGLU) | {"SPLIT_K": splits, "BM": 16, "BN": 128}
+    kernel = "moehive.kernels.gpu.projections:activate_partials"
+    return Build(f"sm_{sm} activate {splits} partials", kernel, sm, arguments | constants)
 
 
 def _out(gated: bool, split: int, rows: int) -> str:
     return "*fp32:16" if split > 1 or (not gated and rows <= FP32_ROWS) else "*bf16:16"
 
 
-def _types(out: str) -> Mapping[str, str]:
+def _types(out: str, gated: bool) -> dict[str, Any]:
     sizes = dict.fromkeys(("N", "K", "stride_x", "stride_w"), "i32:16")
     others = dict.fromkeys(("num_rows", "num_experts", "stride_scale"), "i32")
     pointers = dict.fromkeys(("rows", "blocks", "count"), "*i32:16")
-    return {**sizes, **others, **pointers, "x": "*bf16:16", "table": "*i64:16", "row_weight": "*fp32:16", "out": out}
+    return {
+        **sizes,
+        **others,
+        **pointers,
+        "x": "*bf16:16",
+        "table": "*i64:16",
+        "out": out,
+        "row_weight": None if gated else "*fp32:16",
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 from support.aot import SHARED_LIMIT, Build, Report, compile_all
-from support.aot_experts import DEVICES, MODELS, Model, builds
+from support.aot_experts import DEVICES, MODELS, Model, builds, finish
 
 from moehive.kernels.formats import WeightFormat
 from moehive.kernels.gpu.configuration import shared_memory
@@ -41,7 +41,7 @@ def chosen() -> list[tuple[Build, Model, int]]:
 
 @lru_cache(maxsize=1)
 def reports() -> Mapping[str, Report]:
-    return compile_all([build for build, _, _ in chosen()])
+    return compile_all([*(build for build, _, _ in chosen()), finish(4, 90)])
 
 
 ALL = [pytest.param(*entry, id=entry[0].name) for entry in chosen()]
@@ -92,3 +92,10 @@ def test_decoding_leaves_the_memory_busy(build: Build, model: Model, tokens: int
     cycles = report.warps * report.loop / 4
     rate = weights / cycles * 132 * 1.755e9
     assert rate > (0.45 if matrix.weight_bits == 4 else 1.0) * 4.3e12
+
+
+def test_what_finishes_a_split_sum() -> None:
+    report = reports()[finish(4, 90).name]
+    assert report.stack == 0
+    assert report.registers <= 128
+    assert report.wide_loads >= 8, "gate and up of each split"

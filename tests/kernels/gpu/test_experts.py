@@ -222,6 +222,14 @@ def test_hidden_in_bf16_loses_only_its_own_precision() -> None:
     check_layer(experts, hidden, *routing(4, 2, 2, generator), FfnSpec())
 
 
+def test_usage_counts_the_rows_of_experts_that_are_here() -> None:
+    expert = random_expert(KINDS["plain-float32"], 64, 32, seeded(0)).matrices
+    usage = torch.tensor([5, 5, 5])
+    index = torch.tensor([[0, 1], [2, 0], [3, 0]])  # 1 is elsewhere, 3 was left out
+    run_experts(torch.ones(3, 64), index, torch.ones(3, 2), [expert, None, expert], FfnSpec(), usage=usage)
+    assert usage.tolist() == [8, 5, 6]
+
+
 def test_no_tokens() -> None:
     expert = random_expert(KINDS["plain-float32"], 64, 32, seeded(0)).matrices
     index = torch.empty(0, 2, dtype=torch.int64)
