@@ -17,9 +17,7 @@ def expert_capacity(tokens: int, num_experts: int, top_k: int, factor: float) ->
     return max(math.ceil(factor * tokens * top_k / num_experts), 1)
 
 
-def limit_to_capacity(
-    experts: Tensor, capacity: int, num_experts: int, sequence_length: int | None = None
-) -> Tensor:
+def limit_to_capacity(experts: Tensor, capacity: int, num_experts: int, sequence_length: int | None = None) -> Tensor:
     """Which of the choices `experts` [T, K] find room: [T, K] bool.
 
     Each expert takes `capacity` choices of each sequence; `sequence_length` says how the T tokens are cut into

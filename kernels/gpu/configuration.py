@@ -293,6 +293,8 @@ def check(tile: Tile, block: int, matrix: Matrix, device: Device) -> None:
     if _inner(tile.inner, replace(matrix, inner=tile.inner)) != tile.inner:
         raise ValueError(f"tiles of {tile.inner} inner columns do not fit groups of {matrix.group}")
     if (needed := shared_memory(tile, block, matrix, device)) > device.shared_memory:
-        raise ValueError(f"{tile} needs up to {needed} bytes of shared memory, sm_{device.sm} has {device.shared_memory}")
+        raise ValueError(
+            f"{tile} needs up to {needed} bytes of shared memory, sm_{device.sm} has {device.shared_memory}"
+        )
     if tile.persistent and tile.split > 1:
         raise ValueError("a persistent program does not split the inner dimension")

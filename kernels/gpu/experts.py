@@ -91,7 +91,9 @@ def choose_for(rows: int, hidden: Tensor, table: ExpertTable, overrides: tuple[O
 
 def _check(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, table: ExpertTable) -> None:
     if hidden.ndim != 2 or top_k_index.ndim != 2 or top_k_index.shape[0] != hidden.shape[0]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and choices {tuple(top_k_index.shape)} are not [T, H] and [T, k]")
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and choices {tuple(top_k_index.shape)} are not [T, H] and [T, k]"
+        )
     if top_k_weights.shape != top_k_index.shape:
         raise ValueError(f"weights {tuple(top_k_weights.shape)} for choices {tuple(top_k_index.shape)}")
     if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
