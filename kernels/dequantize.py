@@ -60,8 +60,8 @@ def _values(matrix: WeightMatrix) -> Tensor:
     if matrix.format is WeightFormat.INT8_CHANNEL:
         return data.float().mul_(scale.float()[:, None])
     if matrix.format is WeightFormat.MXFP4:
-        powers = _powers_of_two(data.device)[scale.int()]  # [n, K / 32]
-        return _nibbles(data, _e2m1_pairs(data.device)).mul_(_spread(powers, MXFP4_GROUP, width))
+        halved = _half_powers_of_two(data.device)[scale.int()]  # [n, K / 32]
+        return _nibbles(data, _e2m1_pairs(data.device)).mul_(_spread(halved, MXFP4_GROUP, width))
     values = _nibbles(data, _integer_pairs(data.device))
     zero = INT4_ZERO if matrix.zero is None else _spread(matrix.zero, matrix.block[1], width)
     return values.sub_(zero).mul_(_spread(scale, matrix.block[1], width))
@@ -88,8 +88,9 @@ def _spread(scale: Tensor, width: int, columns: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _e2m1_pairs(device: torch.device) -> Tensor:
-    values = (*E2M1_MAGNITUDES, *(-value for value in E2M1_MAGNITUDES))
-    return _pairs(torch.tensor(values, dtype=torch.float32, device=device))
+    """Twice the values: their scale is halved, so that the largest one, 2 ** 128, is a number, too."""
+    magnitudes = torch.tensor(E2M1_MAGNITUDES, dtype=torch.float32, device=device)
+    return _pairs(2 * torch.cat((magnitudes, -magnitudes)))
 
 
 @lru_cache(maxsize=8)
@@ -104,7 +105,7 @@ def _pairs(values: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _powers_of_two(device: torch.device) -> Tensor:
-    """2 ** (code - 127) for every code of E8M0: [256] fp32, infinite for 255 as transformers has it."""
-    exponents = torch.arange(256, device=device) - E8M0_BIAS
+def _half_powers_of_two(device: torch.device) -> Tensor:
+    """2 ** (code - 127) / 2 for every code of E8M0: [256] fp32. 255 is a power like any other, as for transformers."""
+    exponents = torch.arange(256, device=device) - E8M0_BIAS - 1
     return torch.ldexp(torch.ones(256, device=device), exponents)

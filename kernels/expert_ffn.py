@@ -109,8 +109,12 @@ class ExpertWeights:
 def expert_ffn(rows: Tensor, weights: ExpertWeights, spec: FfnSpec) -> Tensor:
     """The expert's unweighted output [R, H] for `rows` [R, H] of the weights' dtype; R may be 0."""
     gate_up = _project(rows, weights.gate_up, weights.gate_up_bias, spec.transposed)  # [R, 2I]
-    inner = _clamped_gate(gate_up, spec) if spec.gate == CLAMPED_INTERLEAVED else _gate(gate_up, spec)  # [R, I]
-    return _project(inner, weights.down, weights.down_bias, spec.transposed)  # [R, H]
+    return _project(apply_gate(gate_up, spec), weights.down, weights.down_bias, spec.transposed)  # [R, H]
+
+
+def apply_gate(gate_up: Tensor, spec: FfnSpec) -> Tensor:
+    """What stands between the two projections: [R, 2I] -> [R, I]."""
+    return _clamped_gate(gate_up, spec) if spec.gate == CLAMPED_INTERLEAVED else _gate(gate_up, spec)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

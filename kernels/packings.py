@@ -41,9 +41,9 @@ def compressed_tensors_matrix(
 ) -> WeightMatrix:
     """compressed-tensors "pack-quantized", 4 bits: int32 [N, ceil(K / 8)], low bits first, value + 8.
 
-    Kimi-K2-Thinking is published so. `columns` is K, from `weight_shape`. `weight_scale` [N, ceil(K / group)]; `group` None: one scale for a row.
-    `zero_point` is packed along N: int32 [ceil(N / 8), ceil(K / group)]. Raises ValueError where they do not fit each
-    other, and for an odd K.
+    Kimi-K2-Thinking is published so. `columns` is K, from `weight_shape`. `weight_scale` [N, ceil(K / group)]; `group`
+    None: one scale for a row. `zero_point` is packed along N: int32 [ceil(N / 8), ceil(K / group)]. Raises ValueError
+    where they do not fit each other, and for an odd K.
     """
     _check_words(weight_packed, "weight_packed")
     if columns % 2 or -(-columns // _PER_WORD) != weight_packed.shape[1]:
