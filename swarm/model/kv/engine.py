@@ -198,7 +198,6 @@ class KvEngine:
         plan = divide(facts)
         if planned:
             self._check_lower_tiers(facts, plan)
-        self.workspace.resize(0, 0)  # what is freed comes before what is taken
         self.store.follow(plan)
         self.workspace.resize(plan.slots, plan.slot)
         self._facts = facts

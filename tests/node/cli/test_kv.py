@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from moehive.node.cli.generation import _own_cache
 from moehive.node.cli.kv import kv_lines
 from moehive.swarm.model.kv.fidelity import LogitError
+from moehive.swarm.model.kv.options import KvOptions
 from moehive.swarm.model.kv.stats import KvStats
 
 ARGUMENTS = ("--max-tokens", 140, "--temperature", 0, "--json")
@@ -69,6 +71,14 @@ def test_a_budget_that_is_too_small_is_refused_with_one_that_works(moehive, conv
     least = outcome.err.split("raise it to at least ")[1].split()[0]
     assert "--kv-budget" in outcome.err
     assert moehive(*arguments, least).code == 0
+
+
+def test_long_prompts_are_read_in_chunks():
+    arguments: dict[str, int] = {"max_new_tokens": 3}
+    assert _own_cache(None, KvOptions(prefill_chunk=5), 5, arguments) is None
+    assert arguments == {"max_new_tokens": 3}
+    assert _own_cache(None, KvOptions(prefill_chunk=5), 6, arguments) is None
+    assert arguments == {"max_new_tokens": 3, "prefill_chunk_size": 5}
 
 
 def test_what_the_summary_says():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def append(store: BlockStore, layer: int, content: bytes) -> None:
     store.append(layer, NBYTES, lambda block: block.copy_(torch.tensor(list(content), dtype=torch.uint8)))  # type: ignore[arg-type,return-value]
 
 
-def content(store: BlockStore, layer: int, *, directly: bool = True) -> list[bytes]:
+def content_of(store: BlockStore, layer: int, *, directly: bool = True) -> list[bytes]:
     into = Collected(store.count(layer), directly=directly)
     store.load(layer, into)
     return [bytes(block) for block in into.content]
@@ -100,7 +101,7 @@ class Blocks(RuleBasedStateMachine):
 
     @rule(layer=layers, directly=st.booleans())
     def load(self, layer: int, directly: bool) -> None:
-        assert content(self.store, layer, directly=directly) == self.wanted[layer]
+        assert content_of(self.store, layer, directly=directly) == self.wanted[layer]
 
     @rule(layer=layers, index=st.integers(0, 7))
     def look(self, layer: int, index: int) -> None:
@@ -138,7 +139,7 @@ def test_the_oldest_go_down_a_tier_evenly_over_the_layers() -> None:
     assert found == [(2, 1, 1)] * LAYERS
     assert [bytes(shelf.on_device[0].tolist())[0] for shelf in store._shelves] == [3] * LAYERS
     assert (store.counts.spilled_blocks, store.counts.written_bytes) == (9, 6 * NBYTES)
-    content(store, 0)
+    content_of(store, 0)
     assert store.counts.reloaded_bytes == 3 * NBYTES
 
 
@@ -148,7 +149,20 @@ def test_a_disk_budget_that_is_full_says_so_and_loses_nothing() -> None:
     append(store, 0, b"efgh")
     with pytest.raises(DiskFull, match="disk budget of 4 B is full"):
         append(store, 0, b"ijkl")
-    assert content(store, 0) == [b"abcd", b"efgh", b"ijkl"]
+    assert content_of(store, 0) == [b"abcd", b"efgh", b"ijkl"]
+
+
+def test_blocks_that_are_cut_off_give_back_their_disk() -> None:
+    store = make_store(resident=0, host=0, disk=3)
+    for content in (b"abcd", b"efgh", b"ijkl"):
+        append(store, 0, content)
+    store.truncate(0, 1)
+    file = store._shelves[0].file
+    assert file is not None
+    assert os.fstat(file._fd or 0).st_size == NBYTES
+    append(store, 0, b"mnop")
+    append(store, 0, b"qrst")
+    assert content_of(store, 0) == [b"abcd", b"mnop", b"qrst"]
 
 
 def descriptors() -> int:

@@ -130,6 +130,28 @@ def test_with_room_for_two_layers_the_next_one_is_there() -> None:
     engine.close()
 
 
+def test_what_was_fetched_of_a_layer_is_not_used_after_its_rows_changed() -> None:
+    engine = make(device=6000, max_tokens=20)
+    for step in range(6):
+        for layer in range(LAYERS):
+            found = engine.update(layer, *tokens(1, batch=2, seed=step))
+    last = [part.clone() for part in found]  # all layers have the same tokens
+    engine.workspace.settle()
+    engine.take_rows(0, torch.tensor([1, 0]))
+    swapped = engine.update(0, *tokens(1, batch=2, seed=9))
+    assert all(torch.equal(part[:, :, :-1], before[[1, 0]]) for part, before in zip(swapped, last, strict=True))
+    engine.close()
+
+
+def test_memory_is_laid_out_anew_now_and_then_and_not_for_every_token() -> None:
+    engine, layouts = make(), set()
+    for _ in range(120):
+        run(engine, 1)
+        layouts.add(engine._facts)
+    assert len(layouts) < 120 // TOKENS
+    engine.close()
+
+
 def test_a_budget_that_stops_working_is_refused_before_anything_changes() -> None:
     engine = make(device=1200)
     with pytest.raises(BudgetTooSmall, match=r"KV cache of \d+ tokens") as caught:
