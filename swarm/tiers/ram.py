@@ -1,52 +1,41 @@
-"""A memory tier: values under a byte budget, shared by threads, each loaded once however many want it.
+"""The RAM tier: values under a byte budget, shared by threads, each loaded once however many want it.
 
-It holds anything whose size can be told; in practice experts' weights, in host memory or on a device. It knows no files,
-peers or tensors: how a value is loaded is the caller's function, which runs outside the lock, and who leaves is the
-policy's decision.
+It holds anything whose size can be told; in practice experts' weights. It knows no files, peers or tensors: how a value
+is loaded is the caller's function, which runs outside the lock, and who leaves is the policy's decision.
 
-The budget counts what is resident and what loads in flight have reserved, and is never exceeded. A value that is kept
-after its step has ended is memory that nobody counts. Where the machine has less memory than the budget says, a load
-that fails for it lowers the budget and is tried once more.
+The budget counts what is resident and what loads in flight have reserved. It is never exceeded where `size_hint` is
+right. Without a hint a value's size is known only once it exists: then loads in flight come on top, each until it has
+found room. A value that is kept after its lease has ended is memory that nobody counts.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from itertools import islice
+from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
-from typing import Final, Generic, Self, TypeVar
+from typing import Generic, TypeVar
 
-from moehive.protocol.errors import BudgetTooSmall, MemoryExhausted
+from moehive.protocol.errors import BudgetTooSmall
 
-from .policy import Lru, Policy, Uses
-from .residency import Entry, EntryFacts, Residency, Speculation
-from .stats import TierStats
+from .policy import Lru, Policy
+from .residency import Entry, EntryFacts, Residency
+from .stats import HitCounts, TierStats
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-LOADERS: Final = 2  # threads that load ahead of the one that computes
-_LOOK_AHEAD: Final = 4  # entries of a step that may begin to load before it asks for them
-_WAIT: Final = 60.0  # seconds a miss waits for others to release, before it reports what budget would have done
+_WAIT = 60.0  # seconds a miss waits for others to release, before it reports what budget would have done
 
 
 class _Flight(Generic[K, V]):
-    """One load that is under way or about to be. Changed under the tier's lock; `done` is set afterwards."""
+    """One load that is under way. Changed under the tier's lock; `done` is set afterwards."""
 
-    __slots__ = ("done", "entry", "error", "future", "group", "key", "reserved", "speculation", "users")
+    __slots__ = ("done", "entry", "error", "users")
 
-    def __init__(self, key: K, group: int, reserved: int, users: int, speculation: Speculation | None = None) -> None:
-        self.key = key
-        self.group = group
-        self.reserved = reserved  # bytes
-        self.users = users  # steps that wait for it
-        self.speculation = speculation
+    def __init__(self) -> None:
         self.done = threading.Event()
-        self.future: Future[None] | None = None  # of the loader thread; None: who needs it loads it
+        self.users = 1  # leases that wait for it, the loading one included
         self.entry: Entry[K, V] | None = None
         self.error: BaseException | None = None
 
@@ -54,91 +43,51 @@ class _Flight(Generic[K, V]):
 class RamTier(Generic[K, V]):
     """A cache of values of type V under keys of type K, using at most `budget_bytes`.
 
-    `load` makes a value. `room` is what loading it takes, in bytes, and `size` what it takes afterwards, which must not
-    be more. `group` sorts keys for statistics and steps, such as the layer of an expert. `wait` is how many seconds a
-    miss waits for others to release what is in use.
+    `group` sorts keys for the statistics, such as the layer of an expert. `wait` is how many seconds a miss waits for
+    others to release what is in use. A thread that leases several entries at once should release before it asks for
+    more than fits: two such threads can only wait for each other until `wait` ends.
     """
 
     def __init__(
         self,
         budget_bytes: int,
-        load: Callable[[K], V],
         *,
-        room: Callable[[K], int],
-        size: Callable[[V], int],
         policy: Policy[K] | None = None,
-        group: Callable[[K], int] = lambda _: 0,
-        name: str = "RAM",
-        loaders: int = LOADERS,
+        group: Callable[[K], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wait: float = _WAIT,
     ) -> None:
-        self.name = name
-        self._residency: Residency[K, V] = Residency(budget_bytes, Lru() if policy is None else policy)
-        self._load_value = load
-        self._room_of = room
-        self._size_of = size
-        self._group = group
-        self._loaders = loaders
-        self._clock = clock
-        self._wait = wait
+        self._residency: Residency[K, V] = Residency(budget_bytes, Lru() if policy is None else policy, group)
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)  # notified when something became evictable or unreserved
         self._waiting = 0
         self._flights: dict[K, _Flight[K, V]] = {}
-        self._pool: ThreadPoolExecutor | None = None
-        self._failed_loads = self._loaded_bytes = self._shrinks = 0
+        self._clock = clock
+        self._wait = wait
+        self._loads = self._failed_loads = self._loaded_bytes = 0
+        self._load_seconds = self._slowest_load = 0.0
 
-    def close(self) -> None:
-        """End the loader threads; a load that has begun is waited for. The tier loads without them afterwards."""
-        with self._lock:
-            pool, self._pool, self._loaders = self._pool, None, 0
-        if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=False)
+    # --- leases ---------------------------------------------------------------------------------------------------
 
-    # --- steps ----------------------------------------------------------------------------------------------------
+    def lease(
+        self, key: K, load: Callable[[], V], size: Callable[[V], int], *, size_hint: int | None = None
+    ) -> Lease[K, V]:
+        """The value under `key` for the length of a `with`, in which it is not evicted.
 
-    def step(self, uses: Uses[K]) -> Step[K, V]:
-        """What one call of a layer uses, for the length of a `with`; see Step. Missing entries begin to load."""
-        return Step(self, uses)
+        Where it is absent, one caller runs `load`; all others who ask meanwhile wait, and get its value or its error.
+        `size` gives a value's bytes; `size_hint`, known beforehand, makes room before loading instead of after it.
+        Entering raises BudgetTooSmall where the entry is larger than the budget, or too much stays in use for too long.
+        """
+        return Lease(self, key, load, size, size_hint)
 
-    def lease(self, key: K) -> Lease[K, V]:
-        """A step of one entry: a context manager that gives its value."""
-        return Lease(self, key)
+    def try_lease(self, key: K) -> Lease[K, V] | None:
+        """A lease of a resident value, already acquired: enter it, and only once. None where it is absent.
 
-    def forecast(self, layer: int, chances: Sequence[float]) -> None:
-        """Tell the policy how likely each entry of a group is used at its next step."""
-        with self._lock:
-            self._residency.policy.forecast(layer, chances)  # type: ignore[arg-type]
-
-    def prefetch(self, layer: int, ranked: Sequence[tuple[K, float]], *, most: int) -> int:
-        """Begin to load what the next step of `layer` likely uses, the likeliest first; how many loads that are.
-
-        `ranked` has chances beside the keys. At most `most` loads begin, on loader threads; none waits, and none takes
-        the place of what is worth more. What is resident already is spared until that step.
+        Neither waits nor loads, and a None is not counted as a miss.
         """
         with self._lock:
-            self._residency.expect(layer, [key for key, _ in ranked])
-            started = 0
-            for rank, (key, chance) in enumerate(ranked):
-                if key in self._residency.entries or key in self._flights:
-                    continue
-                if started == most or not self._loaders:
-                    break
-                room = self._room_of(key)
-                if not self._residency.reserve_spare(key, room, chance=chance):
-                    break
-                speculation = Speculation(rank)
-                self._submit(_Flight(key, layer, room, 0, speculation))
-                self._residency.speculation.loads += 1
-                started += 1
-            return started
-
-    def outcomes(self) -> Sequence[Speculation]:
-        """Prefetched entries whose fate became known since the last call."""
-        with self._lock:
-            outcomes, self._residency.outcomes = self._residency.outcomes, []
-            return outcomes
+            entry = self._residency.acquire(key)
+        return None if entry is None else Lease(self, key, None, None, None, entry)
 
     # --- looking and ordering -------------------------------------------------------------------------------------
 
@@ -191,224 +140,112 @@ class RamTier(Generic[K, V]):
         """A snapshot."""
         with self._lock:
             held = self._residency
+            groups = {name: HitCounts(counts.hits, counts.misses) for name, counts in held.groups.items()}
             return TierStats(
-                name=self.name,
                 budget_bytes=held.budget,
                 resident_bytes=held.resident,
                 reserved_bytes=held.reserved,
                 entries=len(held.entries),
-                loaded_bytes=self._loaded_bytes,
+                hits=sum(counts.hits for counts in groups.values()),
+                misses=sum(counts.misses for counts in groups.values()),
+                loads=self._loads,
                 failed_loads=self._failed_loads,
                 evictions=held.evictions,
-                shrinks=self._shrinks,
-                speculation=replace(held.speculation),
-                groups={group: counts.copy() for group, counts in held.groups.items()},
+                loaded_bytes=self._loaded_bytes,
+                load_seconds=self._load_seconds,
+                slowest_load=self._slowest_load,
+                groups=groups,
             )
 
-    # --- what Step asks -------------------------------------------------------------------------------------------
+    # --- what Lease asks ------------------------------------------------------------------------------------------
 
-    def _begin(self, uses: Uses[K]) -> dict[K, Entry[K, V]]:
-        """Use what is resident, begin to load what is not."""
-        with self._lock:
-            held = {entry.key: entry for entry in self._residency.begin(uses)}
-            if len(held) < len(uses.rows):
-                self._drop_outdated(uses)
-                missing = [key for key in uses.rows if key not in held]
-                # Where nothing is resident, this thread has nothing better to do than to load the first.
-                self._load_ahead(uses.layer, missing if held else missing[1:])
-            return held
-
-    def _ahead(self, layer: int, keys: Sequence[K]) -> None:
-        """Begin to load what this step takes next, as far as loader threads and bytes are free."""
-        with self._lock:
-            self._load_ahead(layer, keys)
-
-    def _load_ahead(self, layer: int, keys: Sequence[K]) -> None:
-        for key in keys:
-            if key in self._residency.entries or key in self._flights:
-                continue
-            busy = sum(1 for flight in self._flights.values() if flight.future is not None)
-            room = self._room_of(key)
-            if busy >= self._loaders or not self._residency.reserve_spare(key, room):
-                return
-            self._submit(_Flight(key, layer, room, 0))
-
-    def _drop_outdated(self, uses: Uses[K]) -> None:
-        """Loads on suspicion that have not begun make way for what is needed."""
-        for flight in list(self._flights.values()):
-            outdated = flight.speculation is not None and not flight.users and flight.key not in uses.rows
-            if outdated and flight.group == uses.layer and flight.future is not None and flight.future.cancel():
-                del self._flights[flight.key]
-                self._residency.cancel(flight.reserved)
-                self._residency.speculation.loads -= 1
-                self._residency.speculation.cancelled += 1
-
-    def _obtain(self, key: K, let_go: Callable[[], None], *, was_there: bool) -> Entry[K, V]:
-        """A use of an entry that the step does not hold: loaded meanwhile, joined, or loaded here.
-
-        `let_go` releases what else the step holds; called before waiting for others to release. `was_there` says that
-        the entry was counted as a hit, and let go since.
-        """
-        started = self._clock()
+    def _acquire(self, lease: Lease[K, V]) -> Entry[K, V]:
+        """A use of the entry: resident, joined, or loaded here."""
+        counted = False
         while True:
-            entry, flight, mine = self._find(key)
-            if entry is not None:
-                break
-            if was_there:
-                self._count_lost(key)
-                was_there = False
-            assert flight is not None
+            with self._lock:
+                flight = self._flights.get(lease.key)
+                # Looked up again at each turn: the flight that was waited for may have been another thread's failure.
+                if flight is None and (entry := self._residency.acquire(lease.key)) is not None:
+                    return entry
+                if not counted:
+                    self._residency.missed(lease.key)
+                    counted = True
+                mine = flight is None
+                if flight is None:
+                    flight = self._flights[lease.key] = _Flight()
+                else:
+                    flight.users += 1
             if mine:
-                entry = self._fly(flight, let_go)
-                break
+                return self._fly(lease, flight)
             flight.done.wait()
             if flight.entry is not None:
-                entry = flight.entry
-                break
+                return flight.entry
             if isinstance(flight.error, Exception):
                 raise flight.error
             # The loading thread was interrupted (KeyboardInterrupt, SystemExit): that is its own affair. Load here.
-        self._count_stall(key, self._clock() - started, flight.speculation if flight else None)
-        return entry
-
-    def _find(self, key: K) -> tuple[Entry[K, V] | None, _Flight[K, V] | None, bool]:
-        """The entry, now used; or else the flight to wait for, and whether it is this thread that has to fly it."""
-        with self._lock:
-            entry = self._residency.acquire(key)
-            if entry is not None:
-                return entry, None, False
-            flight = self._flights.get(key)
-            if flight is None:
-                flight = self._flights[key] = _Flight(key, self._group(key), 0, 1)
-                return None, flight, True
-            flight.users += 1
-            stolen = flight.future is not None and flight.future.cancel()  # no loader thread has begun with it
-            if stolen:
-                flight.future = None
-            return None, flight, stolen
-
-    def _count_lost(self, key: K) -> None:
-        with self._lock:
-            counts = self._residency.counts(self._group(key))
-            counts.hits -= 1
-            counts.misses += 1
-
-    def _count_stall(self, key: K, seconds: float, speculation: Speculation | None) -> None:
-        with self._lock:
-            counts = self._residency.counts(self._group(key))
-            counts.stalls.add(seconds)
-            if speculation is not None and speculation.used is None:
-                counts.late += 1
-                hidden = max(0.0, speculation.seconds - seconds)
-                self._residency.settle(speculation, used=True, hidden=hidden)
 
     # --- loading --------------------------------------------------------------------------------------------------
 
-    def _submit(self, flight: _Flight[K, V]) -> None:
-        """Inside the lock: let a loader thread fly it; its bytes are reserved."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._loaders, thread_name_prefix=f"{self.name.lower()}-loader")
-        self._flights[flight.key] = flight
-        flight.future = self._pool.submit(self._fly_ahead, flight)
-
-    def _fly_ahead(self, flight: _Flight[K, V]) -> None:
-        """On a loader thread. An error is whoever's who waits; where nobody does, the next use tries again."""
+    def _fly(self, lease: Lease[K, V], flight: _Flight[K, V]) -> Entry[K, V]:
         try:
-            self._fly(flight, _nothing)
-        except Exception:  # noqa: BLE001, S110 - supervision point: kept in the flight
-            pass
-
-    def _fly(self, flight: _Flight[K, V], let_go: Callable[[], None]) -> Entry[K, V]:
-        try:
-            if not flight.reserved:
-                self._reserve(flight, let_go)
-            value, seconds = self._load(flight)
-            return self._publish(flight, value, seconds)
+            return self._load(lease, flight)
         except BaseException as error:
             flight.error = error
             with self._lock:
                 self._failed_loads += 1
-                self._residency.cancel(flight.reserved)
-                del self._flights[flight.key]
+                del self._flights[lease.key]
                 self._notify()
             raise
         finally:
             flight.done.set()
 
-    def _load(self, flight: _Flight[K, V]) -> tuple[V, float]:
-        """The value and the seconds it took. Where memory runs out the budget shrinks, and it is tried once more."""
-        started = self._clock()
+    def _load(self, lease: Lease[K, V], flight: _Flight[K, V]) -> Entry[K, V]:
+        assert lease.load is not None, f"the lease of {lease.key} was entered again"
+        assert lease.size is not None
+        with self._lock:
+            self._loads += 1
+        reserved = lease.size_hint or 0
+        self._reserve(lease.key, reserved)
         try:
-            value = self._load_value(flight.key)
-        except MemoryError:
-            self._shrink(flight)
-            try:
-                value = self._load_value(flight.key)
-            except MemoryError as error:
-                raise MemoryExhausted(
-                    f"{self.name} tier, {flight.key}: the machine has no memory for {flight.reserved} bytes, although "
-                    f"the budget was lowered to {self.budget_bytes}"
-                ) from error
-        return value, self._clock() - started
-
-    def _shrink(self, flight: _Flight[K, V]) -> None:
-        """What is held now, less one entry of this size, is evidently all that the machine has."""
+            started = self._clock()
+            value = lease.load()
+            seconds = self._clock() - started
+            size = lease.size(value)
+            if size > reserved:
+                self._reserve(lease.key, size - reserved, entry_size=size)
+                reserved = size
+        except BaseException:
+            with self._lock:
+                self._residency.cancel(reserved)
+            raise
         with self._lock:
-            held = self._residency.resident + self._residency.reserved
-            self._residency.resize(max(self._residency.kept, held - flight.reserved))
-            self._shrinks += 1
-
-    def _publish(self, flight: _Flight[K, V], value: V, seconds: float) -> Entry[K, V]:
-        size = self._size_of(value)
-        assert size <= flight.reserved, f"{flight.key} takes {size} bytes, {flight.reserved} were announced"
-        with self._lock:
-            held = self._residency
-            held.cancel(flight.reserved - size)
-            flight.reserved = 0
+            self._residency.cancel(reserved - size)  # a hint that was too large
             self._loaded_bytes += size
-            held.counts(flight.group).loads.add(seconds)
-            if flight.speculation is not None:
-                flight.speculation.size, flight.speculation.seconds = size, seconds
-                held.speculation.bytes += size
-            del self._flights[flight.key]
-            entry = flight.entry = held.publish(flight.key, value, size, flight.users, flight.speculation)
+            self._load_seconds += seconds
+            self._slowest_load = max(self._slowest_load, seconds)
+            del self._flights[lease.key]
             self._notify()
+            entry = flight.entry = self._residency.publish(lease.key, value, size, flight.users)
             return entry
 
-    def _reserve(self, flight: _Flight[K, V], let_go: Callable[[], None]) -> None:
-        """Wait until the bytes of a load are promised. Raises BudgetTooSmall."""
-        key, room = flight.key, self._room_of(flight.key)
-        with self._room:
-            if self._residency.reserve(key, room):
-                flight.reserved = room
-                return
-        let_go()  # whoever waits holds nothing that others may wait for
+    def _reserve(self, key: K, size: int, *, entry_size: int | None = None) -> None:
+        """Wait until `size` bytes are promised to this load. Raises BudgetTooSmall."""
+        entry_size = size if entry_size is None else entry_size
         with self._room:
             deadline = time.monotonic() + self._wait
-            while not self._residency.reserve(key, room):
+            while not self._residency.reserve(key, size):
                 budget, left = self._residency.budget, deadline - time.monotonic()
-                if room > budget:
-                    raise BudgetTooSmall(f"{self.name} tier, {key}", budget=budget, needed=room)
+                if entry_size > budget:
+                    raise BudgetTooSmall(f"RAM tier, {key}", budget=budget, needed=entry_size)
                 if left <= 0:
-                    needed = self._residency.kept + room
-                    raise BudgetTooSmall(
-                        f"{self.name} tier, {key} beside all that is in use", budget=budget, needed=needed
-                    )
+                    needed = self._residency.kept + size
+                    raise BudgetTooSmall(f"RAM tier, {key} beside all that is in use", budget=budget, needed=needed)
                 self._waiting += 1
                 try:
                     self._room.wait(left)
                 finally:
                     self._waiting -= 1
-            flight.reserved = room
-
-    def _end(self, held: Sequence[Entry[K, V]], wanted: Sequence[K]) -> None:
-        """End uses, and what a step still wanted."""
-        with self._lock:
-            for key in wanted:
-                self._residency.unwant(key)
-            for entry in held:
-                self._residency.release(entry)
-            self._notify()
 
     def _notify(self) -> None:
         """Inside the lock."""
@@ -416,91 +253,45 @@ class RamTier(Generic[K, V]):
             self._room.notify_all()
 
 
-class Step(Generic[K, V]):
-    """The entries of one step, as a context manager, each protected until it was given out.
-
-    Iterate once, over `in_order` or `any_order`; a value is the step's until the next one is asked for. Raises
-    BudgetTooSmall, MemoryExhausted, and whatever the tier's `load` raises.
-    """
-
-    __slots__ = ("_given", "_held", "_left", "_lost", "_tier", "_uses")
-
-    def __init__(self, tier: RamTier[K, V], uses: Uses[K]) -> None:
-        self._tier = tier
-        self._uses = uses
-        self._held: dict[K, Entry[K, V]] = {}  # resident and protected, not given out yet
-        self._left: dict[K, None] = {}  # not given out yet, in the order of the uses
-        self._given: dict[K, Entry[K, V]] = {}  # given out and not released yet
-        self._lost: set[K] = set()  # were resident, and had to be let go
-
-    def __enter__(self) -> Self:
-        self._held = self._tier._begin(self._uses)
-        self._left = dict.fromkeys(self._uses.rows)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        held, given, left = self._held, self._given, self._left
-        self._held, self._given, self._left = {}, {}, {}
-        self._tier._end([*held.values(), *given.values()], [*left, *given])
-
-    def in_order(self) -> Iterator[tuple[K, V]]:
-        """Every key and value in the order of the uses. For many entries: each is released before the next is given."""
-        for key in self._uses.rows:
-            if self._given:
-                self._tier._end(list(self._given.values()), list(self._given))
-                self._given = {}
-            yield key, self._give(key)
-
-    def any_order(self) -> Iterator[tuple[K, V]]:
-        """Every key and value, those first that were resident: the others load meanwhile. For few entries."""
-        for key in list(self._held):
-            yield key, self._give(key)
-        for key in list(self._left):
-            yield key, self._give(key)
-
-    def _give(self, key: K) -> V:
-        entry = self._held.pop(key, None)
-        if entry is None:
-            following = [k for k in islice(self._left, 1, 1 + _LOOK_AHEAD) if k not in self._held]
-            if following:
-                self._tier._ahead(self._uses.layer, following)
-            entry = self._tier._obtain(key, self._let_go, was_there=key in self._lost)
-        del self._left[key]
-        self._given[key] = entry
-        return entry.value
-
-    def _let_go(self) -> None:
-        """Nothing is used right now, and others may be waiting for what this step holds."""
-        held, given = self._held, self._given
-        self._held, self._given = {}, {}
-        self._lost.update(held)
-        self._tier._end([*held.values(), *given.values()], list(given))
-
-
 class Lease(Generic[K, V]):
-    """A step of one entry: a context manager that gives the value."""
+    """One use of one entry, as a context manager that gives the value. Not to be entered twice at a time."""
 
-    __slots__ = ("_step",)
+    __slots__ = ("_entry", "_tier", "key", "load", "size", "size_hint")
 
-    def __init__(self, tier: RamTier[K, V], key: K) -> None:
-        self._step = Step(tier, Uses(tier._group(key), {key: 1}))
+    def __init__(
+        self,
+        tier: RamTier[K, V],
+        key: K,
+        load: Callable[[], V] | None,
+        size: Callable[[V], int] | None,
+        size_hint: int | None,
+        entry: Entry[K, V] | None = None,
+    ) -> None:
+        self._tier = tier
+        self._entry = entry
+        self.key = key
+        self.load = load
+        self.size = size
+        self.size_hint = size_hint
 
     def __enter__(self) -> V:
-        """Raises what Step raises."""
-        self._step.__enter__()
-        try:
-            return next(self._step.any_order())[1]
-        except BaseException:
-            self._step.__exit__(None, None, None)
-            raise
+        """Raises BudgetTooSmall, and whatever `load` or `size` raises."""
+        entry = self._entry
+        if entry is None:
+            tier = self._tier
+            with tier._lock:  # a hit takes this one step: it happens top_k times per layer and token
+                entry = tier._residency.acquire(self.key)
+            if entry is None:
+                entry = tier._acquire(self)
+            self._entry = entry
+        return entry.value
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._step.__exit__(kind, error, trace)
-
-
-def _nothing() -> None:
-    pass
+        entry, self._entry = self._entry, None
+        assert entry is not None, "left without having been entered"
+        tier = self._tier
+        with tier._lock:
+            if tier._residency.release(entry):
+                tier._notify()

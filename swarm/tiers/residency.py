@@ -7,12 +7,11 @@ bytes resident and reserved stay within the budget; what is in use or pinned sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from .policy import Policy, Uses, choose_victims
-from .stats import Counts, SpeculationCounts
+from .policy import Policy
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -24,80 +23,59 @@ class EntryFacts(Generic[K]):
 
     key: K
     size: int  # bytes
+    uses: int  # leases since it was loaded
     in_use: int  # leases now
     pinned: bool
 
 
-@dataclass(slots=True)
-class Speculation:
-    """Something that is loaded because it may be needed soon: what was expected of it, and what became of it."""
+class Counts:
+    """Hits and misses of one group; changed in place on the hot path."""
 
-    rank: int  # 0 is the likeliest of its layer
-    size: int = 0  # bytes
-    seconds: float = 0.0  # of loading
-    used: bool | None = None  # None: not known yet
-    hidden: float = 0.0  # seconds of loading that nobody waited for, where it was used
+    __slots__ = ("hits", "misses")
+
+    def __init__(self) -> None:
+        self.hits = 0
+        self.misses = 0
 
 
 class Entry(Generic[K, V]):
     """One resident value. Whoever changes it holds the tier's lock."""
 
-    __slots__ = ("in_use", "key", "size", "speculation", "value")
+    __slots__ = ("counts", "in_use", "key", "size", "uses", "value")
 
-    def __init__(self, key: K, value: V, size: int, in_use: int, speculation: Speculation | None) -> None:
+    def __init__(self, key: K, value: V, size: int, in_use: int, counts: Counts) -> None:
         self.key = key
         self.value = value
         self.size = size
         self.in_use = in_use
-        self.speculation = speculation  # until it is used for the first time
+        self.uses = in_use
+        self.counts = counts
 
 
 class Residency(Generic[K, V]):
     """Entries and reservations within `budget` bytes. Not thread-safe."""
 
-    def __init__(self, budget: int, policy: Policy[K]) -> None:
+    def __init__(self, budget: int, policy: Policy[K], group: Callable[[K], int] | None = None) -> None:
         self.budget = budget
         self.entries: dict[K, Entry[K, V]] = {}
-        self.sizes: dict[K, int] = {}  # of the entries
         self.groups: dict[int, Counts] = {}
-        self.speculation = SpeculationCounts()
-        self.outcomes: list[Speculation] = []  # whose fate became known since somebody took them
         self.resident = 0  # bytes
         self.reserved = 0  # bytes promised to loads in flight
         self.evictions = 0
-        self.policy = policy
+        self._policy = policy
+        self._group = group
         self._pinned: set[K] = set()
-        self._wanted: dict[K, int] = {}  # by how many running steps, in the order of use
-        self._expected: dict[int, list[K]] = {}  # layer: entries that are likely used at its next step, hence wanted
 
     # --- uses -----------------------------------------------------------------------------------------------------
 
-    def begin(self, uses: Uses[K]) -> list[Entry[K, V]]:
-        """A step begins: count it, use what is resident (which this returns) and want the rest until `unwant`."""
-        self.policy.step(uses)
-        counts = self.counts(uses.layer)
-        for key in self._expected.pop(uses.layer, ()):
-            self.unwant(key)
-        held = []
-        for key in uses.rows:
-            entry = self.entries.get(key)
-            if entry is not None:
-                counts.saved += entry.speculation is not None
-                self._use(entry)
-                held.append(entry)
-            self._wanted[key] = self._wanted.get(key, 0) + 1
-        misses = len(uses.rows) - len(held)
-        counts.hits += len(held)
-        counts.misses += misses
-        counts.steps += 1
-        counts.clean_steps += misses == 0
-        return held
-
     def acquire(self, key: K) -> Entry[K, V] | None:
-        """Use a resident entry, within a step; None where it is absent."""
+        """Use a resident entry; None where it is absent, which is not counted as a miss yet."""
         entry = self.entries.get(key)
         if entry is not None:
-            self._use(entry)
+            entry.in_use += 1
+            entry.uses += 1
+            entry.counts.hits += 1
+            self._policy.hit(key)
         return entry
 
     def release(self, entry: Entry[K, V]) -> bool:
@@ -108,61 +86,30 @@ class Residency(Generic[K, V]):
             self._trim()
         return entry.in_use == 0
 
-    def unwant(self, key: K) -> None:
-        """A step is through with an entry."""
-        left = self._wanted[key] - 1
-        if left:
-            self._wanted[key] = left
-        else:
-            del self._wanted[key]
-
-    def expect(self, layer: int, keys: Iterable[K]) -> None:
-        """Spare these, where anything else can leave, until the next step of `layer` begins."""
-        for key in self._expected.pop(layer, ()):
-            self.unwant(key)
-        self._expected[layer] = list(keys)
-        for key in self._expected[layer]:
-            self._wanted[key] = self._wanted.get(key, 0) + 1
+    def missed(self, key: K) -> None:
+        """Count a use that has to wait for a load."""
+        self._counts(key).misses += 1
 
     # --- loads ----------------------------------------------------------------------------------------------------
 
     def reserve(self, key: K, size: int) -> bool:
         """Promise `size` bytes to a load of `key`, evicting for it; False, and no change, where too much is in use."""
-        need = self.resident + self.reserved + size - self.budget
-        if need > 0:
-            victims = choose_victims(self.policy, key, need, sizes=self.sizes, wanted=self._wanted, keep=self._keep)
-            if victims is None:
-                return False
-            self._drop_all(victims)
-        self.reserved += size
-        return True
-
-    def reserve_spare(self, key: K, size: int, *, chance: float | None = None) -> bool:
-        """`reserve`, but nothing that a step wants leaves, and with a `chance` nothing that is worth more."""
-        need = self.resident + self.reserved + size - self.budget
-        if need > 0:
-            spared = self._wanted
-            victims = self.policy.victims(key, need, lambda k: k in spared or self._keep(k), chance=chance)
-            if victims is None:
-                return False
-            self._drop_all(victims)
+        if not self._make_room(key, self.resident + self.reserved + size - self.budget):
+            return False
         self.reserved += size
         return True
 
     def cancel(self, size: int) -> None:
-        """Take a promise back: the load failed, or needs less from now on."""
+        """Take a promise back: the load failed, or turned out to have another size."""
         self.reserved -= size
 
-    def publish(self, key: K, value: V, size: int, users: int, speculation: Speculation | None) -> Entry[K, V]:
+    def publish(self, key: K, value: V, size: int, users: int) -> Entry[K, V]:
         """Turn a promise of exactly `size` bytes into an entry that `users` leases use already."""
         assert key not in self.entries, f"{key} was loaded twice"
         self.reserved -= size
         self.resident += size
-        entry = self.entries[key] = Entry(key, value, size, users, None if users else speculation)
-        self.sizes[key] = size
-        self.policy.loaded(key, size)
-        if not users:  # the budget may have been lowered meanwhile
-            self._trim()
+        entry = self.entries[key] = Entry(key, value, size, users, self._counts(key))
+        self._policy.loaded(key, size)
         return entry
 
     # --- orders ---------------------------------------------------------------------------------------------------
@@ -190,61 +137,39 @@ class Residency(Generic[K, V]):
 
     def facts(self) -> Sequence[EntryFacts[K]]:
         """Every entry."""
-        return [EntryFacts(e.key, e.size, e.in_use, e.key in self._pinned) for e in self.entries.values()]
+        return [EntryFacts(e.key, e.size, e.uses, e.in_use, e.key in self._pinned) for e in self.entries.values()]
 
     @property
     def kept(self) -> int:
         """Bytes that cannot be evicted now: in use, pinned or promised."""
         return self.reserved + sum(entry.size for key, entry in self.entries.items() if self._keep(key))
 
-    def counts(self, group: int) -> Counts:
-        """The counters of a group."""
-        return self.groups.setdefault(group, Counts())
-
-    def settle(self, speculation: Speculation, *, used: bool, hidden: float = 0.0) -> None:
-        """The fate of something that was loaded on suspicion is known."""
-        speculation.used, speculation.hidden = used, hidden
-        counts = self.speculation
-        if used:
-            counts.used += 1
-            counts.used_bytes += speculation.size
-            counts.hidden_seconds += hidden
-        else:
-            counts.wasted += 1
-            counts.wasted_bytes += speculation.size
-        self.outcomes.append(speculation)
-
     # --- parts ----------------------------------------------------------------------------------------------------
 
-    def _use(self, entry: Entry[K, V]) -> None:
-        entry.in_use += 1
-        if entry.speculation is not None:
-            self.settle(entry.speculation, used=True, hidden=entry.speculation.seconds)
-            entry.speculation = None
+    def _make_room(self, incoming: K | None, need: int) -> bool:
+        if need <= 0:
+            return True
+        victims = self._policy.victims(incoming, need, self._keep)
+        for victim in victims or ():
+            assert not self._keep(victim), f"the policy chose {victim}, which is in use or pinned"
+            self._drop(victim)
+        return victims is not None
 
     def _trim(self) -> None:
-        """Get as close to the budget as what is in use allows."""
+        """Get as close to the budget as what is in use allows, oldest first."""
         excess = self.resident + self.reserved - self.budget
         evictable = self.resident + self.reserved - self.kept if excess > 0 else 0
-        if excess > 0 and evictable > 0:
-            victims = self.policy.victims(None, min(excess, evictable), self._keep)
-            assert victims is not None
-            self._drop_all(victims)
+        self._make_room(None, min(excess, evictable))
 
     def _keep(self, key: K) -> bool:
         return self.entries[key].in_use > 0 or key in self._pinned
 
-    def _drop_all(self, victims: Iterable[K]) -> None:
-        for victim in victims:
-            assert not self._keep(victim), f"the policy chose {victim}, which is in use or pinned"
-            self._drop(victim)
-
     def _drop(self, key: K) -> None:
         entry = self.entries.pop(key)
-        del self.sizes[key]
         self.resident -= entry.size
         self.evictions += 1
-        self.policy.evicted(key)
-        if entry.speculation is not None:
-            self.settle(entry.speculation, used=False)
+        self._policy.evicted(key)
         del entry.value  # now, not when the last thread that released it has left its frame
+
+    def _counts(self, key: K) -> Counts:
+        return self.groups.setdefault(0 if self._group is None else self._group(key), Counts())

@@ -1,1 +1,0 @@
-"""Routing traces of real runs: which experts every token used. Recorded, replayed, learned from. Import from the modules."""
