@@ -246,7 +246,7 @@ def _constants(num_experts: int, expert_map: Tensor | None) -> dict[str, int | b
 
 
 def _padded(num_experts: int) -> int:
-    return max(triton.next_power_of_2(num_experts), 16)
+    return max(int(triton.next_power_of_2(num_experts)), 16)
 
 
 def _padding_step(num_experts: int, block: int) -> int:
