@@ -69,8 +69,8 @@ class GenerateOptions:
     order (bit for bit its result)."""
 
     ram: Size | None = None
-    """Memory for experts that are fetched in the background, where that pays, and then computed here. By default none are
-    kept. Only with --join."""
+    """Memory for experts that are fetched in the background, where that pays, and then computed here. By default none
+    are kept. Only with --join."""
 
     threads: Positive | None = None
     """Threads that compute here. By default one for each core."""

@@ -145,7 +145,7 @@ class InterpretedTests:
         hook.pytest_runtest_logstart(nodeid=nodeid, location=location)
         for report in self._outcome(item):
             hook.pytest_runtest_logreport(report=report)
-        # What the test before this one left set up, counting on its successor. pytest has no public call for that alone.
+        # What the test before this one left set up, counting on its successor. pytest has no public call for it alone.
         item.session._setupstate.teardown_exact(nextitem)
         hook.pytest_runtest_logfinish(nodeid=nodeid, location=location)
         return True
