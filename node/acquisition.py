@@ -38,7 +38,6 @@ class Acquisition:
         member: Member,
         source: ObjectSource,
         holdings: Holdings,
-        fetcher: ModelFetcher | None,  # None: nothing is fetched, the source is a converted directory
         *,
         ram_budget: int,
         expert_ram: int,
@@ -47,7 +46,8 @@ class Acquisition:
         self._member = member
         self._source = source
         self._holdings = holdings
-        self._fetcher = fetcher
+        # A converted directory is not added to.
+        self._fetcher = ModelFetcher(member, source, settings.seeds) if isinstance(source, ContentStore) else None
         self._uses = ExitStack()
         self._manifest = holdings.manifest
         self._ram_budget = ram_budget  # bytes
@@ -68,7 +68,7 @@ class Acquisition:
         with self._holdings.loading():
             wanted = await self._choose()
             objects = [ShardHash(self._manifest.model_id), *(shard.hash for shard in wanted)]
-            self._uses.enter_context(self._fetcher.store.keeping.use(objects))
+            await to_its_end(self._uses.enter_context, self._fetcher.store.keeping.use(objects))
             here = [shard for shard in wanted if self._source.path(shard.hash) is not None]
             await asyncio.to_thread(self._holdings.verify, here)
             left = [shard for shard in wanted if self._source.path(shard.hash) is None]  # corrupt ones too
@@ -137,7 +137,7 @@ class Acquisition:
                 yield key, shard.size
 
     async def _fetch(self, fetcher: ModelFetcher, shards: Sequence[ShardEntry], timeout: float) -> list[ShardEntry]:
-        """Fetch and hold; returns what nobody could fetcher. `timeout`: seconds to wait for suppliers, once for all."""
+        """Fetch and hold; returns what nobody could supply. `timeout`: seconds to wait for suppliers, once for all."""
         entries = {shard.hash: shard for shard in shards}
         done = 0
 

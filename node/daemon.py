@@ -54,9 +54,9 @@ class NodeDaemon:
         async with AsyncExitStack() as stack:
             transport = await stack.enter_async_context(_transport(settings, identity))
             member = await stack.enter_async_context(Member(transport, secret))
-            source, manifest, fetcher = await self._open_model(member)
+            source, manifest = await self._open_model(member)
             announcer = Announcer(transport, identity, secret, manifest.model_id)
-            serving = Serving(settings, member, manifest, source, announcer, fetcher)
+            serving = Serving(settings, member, manifest, source, announcer)
             await serving.run(stop, partial(self._ready, member, serving.holdings))
 
     def _ready(self, member: Member, holdings: Holdings) -> None:
@@ -78,16 +78,16 @@ class NodeDaemon:
             )
         )
 
-    async def _open_model(self, member: Member) -> tuple[ObjectSource, Manifest, ModelFetcher | None]:
-        """The local directory; or the store that fetched objects go into, and what fetches them."""
+    async def _open_model(self, member: Member) -> tuple[ObjectSource, Manifest]:
+        """The local directory, or the store that fetched objects go into."""
         settings = self._settings
         if not is_hash(settings.model):
             directory = await asyncio.to_thread(ConvertedDirectory, Path(settings.model))
-            return directory, directory.manifest, None
+            return directory, directory.manifest
         store = ContentStore(settings.store, settings.disk)
         await asyncio.to_thread(store.sweep)
         fetcher = ModelFetcher(member, store, settings.seeds)
-        return store, await fetcher.manifest(ModelId(settings.model), timeout=_JOIN_TIMEOUT), fetcher
+        return store, await fetcher.manifest(ModelId(settings.model), timeout=_JOIN_TIMEOUT)
 
 
 def founders_secret(identity: Identity) -> bytes:

@@ -21,7 +21,6 @@ from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
 from moehive.swarm.memory import default_ram_budget
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
-from moehive.swarm.model_fetcher import ModelFetcher
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.direct import DirectServer
 from moehive.swarm.rpc.server import Inbox, stream_handler
@@ -45,13 +44,7 @@ class Serving:
     """What a node does once it has joined and knows its model."""
 
     def __init__(
-        self,
-        settings: NodeSettings,
-        member: Member,
-        manifest: Manifest,
-        source: ObjectSource,
-        announcer: Announcer,
-        fetcher: ModelFetcher | None = None,  # None: nothing is fetched, the source is a converted directory
+        self, settings: NodeSettings, member: Member, manifest: Manifest, source: ObjectSource, announcer: Announcer
     ) -> None:
         self._settings = settings
         self._member = member
@@ -65,7 +58,6 @@ class Serving:
             member,
             source,
             self.holdings,
-            fetcher,
             ram_budget=ram_budget,
             expert_ram=self._loader.nbytes(DTYPES[manifest.model.dtype]),
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moehive.protocol.errors import DestinationError, DiskFull
+from moehive.protocol.errors import DestinationError, DiskFull, StorageError
 from moehive.protocol.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from moehive.protocol.units import format_size
 
@@ -22,6 +22,7 @@ from .store.base import ObjectSource
 from .store.content import ContentStore
 from .store.filesystem import LOCAL, storage_error, storage_errors
 from .store.reading import hash_file
+from .threads import is_unwanted
 
 WORK = ".partial-fetch"
 _MARK = "model"  # in it: the id of the model that is being put together
@@ -58,8 +59,13 @@ class Assembly:
                 found(shard.size)
             return here
 
+        missing = []
         with ThreadPoolExecutor(_READERS, thread_name_prefix="find") as pool:
-            missing = [shard for shard, here in zip(shards, pool.map(look, shards), strict=True) if not here]
+            for shard, here in zip(shards, pool.map(look, shards), strict=True):
+                if is_unwanted():
+                    raise StorageError("given up")
+                if not here:
+                    missing.append(shard)
         self._check_space(missing)
         return missing
 

@@ -23,7 +23,7 @@ from .room import Room
 from .seeds.base import SeedName
 from .store.base import DiskBudgetFull, WrongBytes
 from .store.content import ContentStore
-from .threads import to_its_end
+from .threads import entered, to_its_end
 from .transfer.downloader import OnDone
 from .transfer.progress import Observer
 from .transfer.sources import Wanted
@@ -47,7 +47,7 @@ class ModelFetcher:
         ManifestError, SeedError, DiskFull, StorageError, TransportError.
         """
         key = ShardHash(model)
-        with self.store.keeping.use([key]):
+        async with entered(self.store.keeping.use([key])):
             if not (await asyncio.to_thread(self.store.has, key) or await self._manifest_of_seed(key)):
                 directory = await self._member.wait_for_peers(model, timeout=timeout)
                 wanted = self._member.wanted(directory)
@@ -89,7 +89,7 @@ class ModelFetcher:
                 done.add(wanted.hash)
                 on_done(wanted, path)
 
-        with self.store.keeping.use([ShardHash(manifest.model_id), *entries]):
+        async with entered(self.store.keeping.use([ShardHash(manifest.model_id), *entries])):
             await asyncio.to_thread(self._check_budget, entries.values())
             wanted = [self._member.wanted(directory, shard) for shard in entries.values()]
             fetch = self._member.downloads.fetch_many

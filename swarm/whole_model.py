@@ -14,12 +14,12 @@ from moehive.protocol.errors import ShardUnavailable
 from moehive.protocol.ids import ModelId, ShardHash
 from moehive.protocol.manifest import Manifest, ShardEntry
 
-from .assembly import Assembly, Found
+from .assembly import Assembly
 from .member import Member
 from .model_fetcher import ModelFetcher
 from .seeds.base import SeedName
 from .store.content import ContentStore
-from .threads import to_its_end
+from .threads import entered, to_its_end
 from .transfer.progress import TransferProgress
 
 Choose = Callable[[Manifest], Sequence[ShardEntry]]
@@ -98,7 +98,7 @@ class ModelFetch:
         manifest = await fetcher.manifest(model, timeout=self._timeout)
         shards, started = tuple(self._choose(manifest)), self._clock()
         self._watcher.begin(manifest, sum(shard.size for shard in shards))
-        with self._cache.keeping.use([ShardHash(model), *(shard.hash for shard in shards)]):
+        async with entered(self._cache.keeping.use([ShardHash(model), *(shard.hash for shard in shards)])):
             if self._to is None:
                 await self._into_store(fetcher, manifest, shards)
             else:
@@ -113,7 +113,7 @@ class ModelFetch:
 
     async def _into_directory(self, assembly: Assembly, manifest: Manifest, shards: Sequence[ShardEntry]) -> None:
         await to_its_end(assembly.begin)
-        missing = await _stoppable(lambda found: assembly.find(shards, self._cache, found), self._add)
+        missing = await to_its_end(assembly.find, shards, self._cache, self._add)
         await self._fetch(ModelFetcher(self._member, assembly.store, self._seeds), manifest, missing)
         await to_its_end(assembly.finish, shards)
 
@@ -125,24 +125,6 @@ class ModelFetch:
         with self._lock:
             self._found += size
         self._watcher.found(size)
-
-
-async def _stoppable(call: Callable[[Found], list[ShardEntry]], found: Found) -> list[ShardEntry]:
-    """Run a long call in a thread; a cancellation stops it at the next file."""
-    stop = threading.Event()
-
-    def watched(size: int) -> None:
-        if stop.is_set():
-            raise asyncio.CancelledError
-        found(size)
-
-    running = asyncio.ensure_future(asyncio.to_thread(call, watched))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        stop.set()
-        await asyncio.wait([running])
-        raise
 
 
 def _raise_any(failures: Mapping[ShardHash, ShardUnavailable]) -> None:

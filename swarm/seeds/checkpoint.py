@@ -18,6 +18,7 @@ from moehive.protocol.ids import ShardHash
 from moehive.protocol.manifest import Manifest
 from moehive.swarm.convert.layout import ConversionPlan, PlannedFile
 from moehive.swarm.convert.reading import SourceReader, blocks, read_range
+from moehive.swarm.threads import is_unwanted
 
 STEP = 16 << 20  # bytes rebuilt at a time, where a shard is not kept
 REBUILDS = 2  # shards being rebuilt at a time
@@ -111,6 +112,8 @@ class CheckpointSeed:
         hashes: list[bytes] = []
         try:
             for block in blocks(planned, self._files, memoryview(buffer)):
+                if is_unwanted():
+                    raise SeedError(f"seed {self.name}: given up")
                 hashes += [chunk_hash(block.data[at : at + CHUNK_SIZE]) for at in range(0, len(block.data), CHUNK_SIZE)]
         except CheckpointError as error:
             raise SeedError(f"seed {self.name}: {error}") from error

@@ -27,6 +27,7 @@ from moehive.swarm.convert.assets import SMALL_FILES
 from moehive.swarm.convert.layout import Span
 from moehive.swarm.convert.reading import SourceFiles
 from moehive.swarm.convert.writing import Part
+from moehive.swarm.threads import is_unwanted
 
 RESUMES = 4  # times that a broken transfer is taken up again; a request that fails is repeated by huggingface_hub
 _PARTIAL_CONTENT = 206
@@ -102,6 +103,8 @@ class HubFiles:
                 filled = 0
                 with suppress(_HTTP_ERROR):  # broken off: huggingface_hub repeats only what fails at the start
                     for piece in answer.iter_bytes():
+                        if is_unwanted():
+                            raise CheckpointError(f"{file} of {self._repo}: given up")
                         out[filled : filled + len(piece)] = piece[: len(out) - filled]
                         filled = min(filled + len(piece), len(out))
                 return filled, int(total[1])

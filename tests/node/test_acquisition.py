@@ -18,7 +18,6 @@ from moehive.node.holdings import Holdings
 from moehive.node.settings import NodeSettings
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.member import Member
-from moehive.swarm.model_fetcher import ModelFetcher
 from moehive.swarm.seeds.base import parse_seed
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.store.content import ContentStore
@@ -37,10 +36,7 @@ class Node:
     ) -> None:
         self.settings = NodeSettings(model.model_id, Path(), **settings)  # type: ignore[arg-type]
         self.holdings = Holdings(model.manifest, source, on_change=lambda: None)
-        fetcher = ModelFetcher(us, source, self.settings.seeds) if isinstance(source, ContentStore) else None
-        self.acquisition = Acquisition(
-            self.settings, us, source, self.holdings, fetcher, ram_budget=RAM, expert_ram=expert_ram
-        )
+        self.acquisition = Acquisition(self.settings, us, source, self.holdings, ram_budget=RAM, expert_ram=expert_ram)
 
 
 @asynccontextmanager

@@ -32,6 +32,7 @@ class Faults:
     breaks: int = 1 << 30  # how many answers it happens to
     ignore_ranges: bool = False
     unavailable: int = 0  # answers 503 so many times
+    drip: threading.Event | None = None  # answers that carry a range come a byte at a time until it is set
 
 
 @dataclass
@@ -141,7 +142,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: faults.break_off_after])
             self.close_connection = True
             return
-        self.wfile.write(body)
+        sent = 0
+        while status == 206 and faults.drip is not None and sent < len(body) and not faults.drip.wait(0.002):
+            self.wfile.write(body[sent : sent + 1])
+            sent += 1
+        self.wfile.write(body[sent:])
 
 
 def _etag(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from shutil import copytree
@@ -113,6 +115,23 @@ async def test_the_hub_is_not_asked_before_it_is_needed_and_may_come_back(
     hub.faults.ignore_ranges = False
     channel = await open_one(seeds, manifest, shard)
     assert (await channel.chunk_list(shard.hash, timeout=10)).root == shard.hash
+
+
+async def test_who_gives_up_does_not_wait_for_a_slow_hub(seeds: Seeds, hub: HubServer, manifest: Manifest) -> None:
+    seeds.add(parse_seed("hub:org/mixtral"), manifest)
+    shard = manifest.experts[KEY]
+    channel = await open_one(seeds, manifest, shard)
+    hub.faults.drip, asked = threading.Event(), len(hub.ranges)
+    try:
+        reading = asyncio.create_task(channel.chunk_list(shard.hash, timeout=600))
+        async with asyncio.timeout(20):
+            while len(hub.ranges) == asked:  # noqa: ASYNC110 - of another thread
+                await asyncio.sleep(0.01)
+        reading.cancel()
+        await asyncio.wait([reading], timeout=20)
+        assert reading.cancelled(), "whole shards would take minutes"
+    finally:
+        hub.faults.drip.set()
 
 
 async def test_a_seed_of_another_model_is_given_up(
