@@ -55,6 +55,7 @@ def test_precedence(options, settings_file, monkeypatch):
     assert options().ram == 2 << 30
 
     assert options("--ram", "3GiB").ram == 3 << 30
+    assert options("--upload-rate", "50MB/s").upload_rate == 50_000_000
 
 
 def test_each_source_adds_what_the_stronger_ones_leave_open(options, settings_file, monkeypatch):
