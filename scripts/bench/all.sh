@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every benchmark, one after the other, and writes what docs/benchmarks.md shows: scripts/bench/all.sh [DIRECTORY]
-# Tables go to DIRECTORY/NAME.md (default: build/bench), numbers of those that give them to NAME.json. About 5 minutes on
+# Tables go to DIRECTORY/NAME.md (default: build/bench), numbers of those that give them to NAME.json. About 10 minutes on
 # 2 cores; nothing else should run meanwhile. PYTHON says which interpreter has moehive installed.
 set -uo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -20,6 +20,7 @@ bench hivemind_moe --json "$out/hivemind_moe.json"
 bench demo --json "$out/demo.json"
 bench local --json "$out/local.json"
 bench convert
+bench transfer --json "$out/transfer.json"
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[*]}" >&2
