@@ -5,7 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moehive.protocol.errors import ConfigError
-from moehive.protocol.units import format_size, parse_size
+from moehive.protocol.units import format_size, parse_rate, parse_size
+
+
+@pytest.mark.parametrize(("text", "rate"), [("50MB/s", 50 * 10**6), (" 1.5 MiB/s ", 3 << 19), ("4096", 4096)])
+def test_rates_are_read(text: str, rate: int) -> None:
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "/s", "50MB/min", "50Mbit/s", "50MB/s/s", "50MB / s"])
+def test_other_rates_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="write for example"):
+        parse_rate(text)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,13 @@ def test_precedence(options, settings_file, monkeypatch):
     assert options("--ram", "3GiB").ram == 3 << 30
 
 
+def test_uploads(options):
+    settings = options()
+    assert (settings.bulk_port, settings.upload_rate, settings.upload_slots) == (0, None, 8)
+    settings = options("--bulk-port", "4002", "--upload-rate", "50MB/s", "--upload-slots", "3")
+    assert (settings.bulk_port, settings.upload_rate, settings.upload_slots) == (4002, 50_000_000, 3)
+
+
 def test_each_source_adds_what_the_stronger_ones_leave_open(options, settings_file, monkeypatch):
     settings_file('[node]\nexperts = "none"\nram = 4096\n')
     monkeypatch.setenv("MOEHIVE_NODE_DISK", "5MiB")

@@ -74,8 +74,9 @@ async def test_small_frames_leave_whole(slept: list[float]) -> None:
 
 
 async def test_frames_of_several_tasks_do_not_mix(slept: list[float]) -> None:
-    recorder = Recorder()
-    stream = PacedStream(recorder, Uploads())  # type: ignore[arg-type]
+    recorder, uploads = Recorder(), Uploads()
+    uploads.asked(recorder.peer)
+    stream = PacedStream(recorder, uploads)  # type: ignore[arg-type]
     frames = [bytes([number + 1]) * (3 * PIECE) for number in range(4)]
     await asyncio.gather(*(stream.write(frame) for frame in frames))
     sent = b"".join(recorder.written)

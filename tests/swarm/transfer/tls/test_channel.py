@@ -94,16 +94,16 @@ async def test_chunk_list_and_have(channel: TlsChannel, shelf: FakeShelf) -> Non
 
 
 async def test_a_question_does_not_wait_for_the_chunks_in_front_of_it(channel: TlsChannel, shelf: FakeShelf) -> None:
-    gate = Gate()
-    shelf.gate = gate
-    running = asyncio.create_task(get(channel, shelf, 0, 8))
-    await asyncio.to_thread(gate.reached.wait, PATIENCE)
+    first, rest = Gate(), Gate()
+    shelf.gate = lambda index: (rest if index > 3 else first)(index)
+    running = [asyncio.create_task(get(channel, shelf, 0, 8)) for _ in range(2)]
+    await asyncio.to_thread(first.reached.wait, PATIENCE)
     asking = asyncio.create_task(channel.chunk_list(shelf.hash, timeout=PATIENCE))
     await asyncio.sleep(0)
-    gate.open()
+    first.open()
     await asking
-    assert len((await running).chunks) == 8
-    assert len(shelf.read) == 8
+    rest.open()
+    assert [len(collected.chunks) for collected in await asyncio.gather(*running)] == [8, 8]
 
 
 @pytest.mark.parametrize(("first", "count"), [(CHUNKS, 2), (CHUNKS + 1, 1)])
@@ -284,8 +284,8 @@ async def test_a_withdrawn_request_is_not_read_to_its_end(channel: TlsChannel, s
     with pytest.raises(asyncio.CancelledError):
         await running
     gate.open()
-    assert await channel.have(shelf.hash, timeout=PATIENCE) is None
-    assert len(shelf.read) <= 4  # the one being sent, and the one that was read ahead
+    assert (await get(channel, shelf, CHUNKS, 1)).bytes == shelf.data[-5:]  # it has waited behind the withdrawn one
+    assert len(shelf.read) <= 5  # the one being sent, the one that was read ahead, and the last
 
 
 async def test_a_request_that_waits_behind_others_can_be_withdrawn(channel: TlsChannel, shelf: FakeShelf) -> None:

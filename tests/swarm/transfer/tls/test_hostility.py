@@ -21,6 +21,7 @@ from support.bulk import (
     all_that_comes,
     channel_to,
     data_of,
+    eventually,
     frame,
     hello,
     impostor,
@@ -306,9 +307,31 @@ async def test_a_storm_of_requests_and_cancellations_leaves_nothing_behind() -> 
             [connection] = server._connections
             while connection._todo:  # until the last of them was seen
                 tls.recv(1 << 16)
-            assert len(connection._unwanted) <= 1
+            assert not connection._unwanted
 
     async with serving(SHELF) as server:
         await asyncio.to_thread(storm, server)
         assert await soon(lambda: not server._connections)
         assert not server._uploads._running
+
+
+async def test_what_is_remembered_of_a_cancellation_goes_with_its_request() -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def gate(index: int) -> None:
+        if index == 1:
+            reached.set()
+            assert go_on.wait(PATIENCE)
+
+    def cancel(server: BulkServer) -> None:
+        with admitted(server) as tls:
+            [connection] = server._connections
+            tls.sendall(ask_for(8, 1))
+            assert reached.wait(PATIENCE)
+            tls.sendall(frame(Cancel(), 1))
+            go_on.set()
+            assert eventually(lambda: not connection._answering)
+            assert not connection._unwanted
+
+    async with serving(FakeShelf(SHELF.data, gate)) as server:
+        await asyncio.to_thread(cancel, server)
