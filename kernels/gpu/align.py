@@ -19,7 +19,7 @@ from torch import Tensor
 _ONE_PROGRAM = 512  # rows; beyond, one program would spill registers
 _CHUNK = 512  # rows of one program of the split path
 _FEW = 4  # a block per row where this many times the rows are no more than the experts (vLLM's rule)
-_TILE = 8192  # elements of a tile of counts [chunks, experts]
+_TILE = 4096  # elements of a tile of counts [chunks, experts]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +96,7 @@ def add_usage(usage, size, E: tl.constexpr, EP: tl.constexpr, HAS_USAGE: tl.cons
 @triton.jit
 def store_padding(rows, start, size, padded, pad, BM: tl.constexpr, STEP: tl.constexpr):
     """What remains of each expert's last block, [start + size, start + padded)."""
-    for first in tl.static_range(0, BM, STEP):
+    for first in range(0, BM, STEP):
         place = size[:, None] + first + tl.arange(0, STEP)[None, :]  # [EP, STEP]
         value = tl.zeros_like(place) + pad
         tl.store(rows + start[:, None] + place, value, mask=place < padded[:, None])
@@ -242,7 +242,16 @@ def _empty(experts: Tensor, local_experts: int, block: int) -> AlignedRows:
 
 def _constants(num_experts: int, expert_map: Tensor | None) -> dict[str, int | bool]:
     """What the kernels have in common."""
-    return {"E": num_experts, "HAS_MAP": expert_map is not None, "EP": triton.next_power_of_2(num_experts)}
+    return {"E": num_experts, "HAS_MAP": expert_map is not None, "EP": _padded(num_experts)}
+
+
+def _padded(num_experts: int) -> int:
+    return max(triton.next_power_of_2(num_experts), 16)
+
+
+def _padding_step(num_experts: int, block: int) -> int:
+    """Rows of padding of every expert that are written at once."""
+    return min(block, max(_TILE // _padded(num_experts), 1), 16)
 
 
 def _align_at_once(
@@ -253,7 +262,7 @@ def _align_at_once(
     align_kernel[(1,)](
         experts, expert_map, aligned.rows, aligned.block_expert, aligned.count, usage, experts.shape[0],
         **_constants(num_experts, expert_map), HAS_USAGE=usage is not None, ROWS=rows, BM=block, BLOCKS=16,
-        STEP=min(block, 16), num_warps=8,
+        STEP=_padding_step(num_experts, block), num_warps=8,
     )  # fmt: skip
     return aligned
 
@@ -275,7 +284,7 @@ def _align_in_chunks(
     prefix_kernel[(1,)](
         counts, starts, aligned.rows, aligned.count, usage, chunks, num_rows,
         E=num_experts, HAS_USAGE=usage is not None, EP=padded_experts, CHUNKS=max(_TILE // padded_experts, 1),
-        BM=block, STEP=min(block, 16), num_warps=8,
+        BM=block, STEP=_padding_step(num_experts, block), num_warps=8,
     )  # fmt: skip
     blocks = triton.next_power_of_2(triton.cdiv(aligned.max_blocks, chunks))
     scatter_kernel[(chunks,)](

@@ -68,12 +68,14 @@ def _align(num_experts: int, sm: int) -> list[Build]:
     usage = {"usage": "*i64:16", "HAS_USAGE": True}
     count, counts, starts = {"count": _INT}, {"counts": _INT}, {"starts": _INT}
     prefix = {"rows": _INT, "chunks": "i32", "num_rows": "i32", "E": num_experts, "EP": num_experts, "BM": 128}
+    prefix |= {"CHUNKS": 4096 // num_experts}
+    step = {"STEP": min(4096 // num_experts, 16)}
     tail = {"BM": 16, "BLOCKS": 16}
     lone = {"block_expert": _INT, "BLOCK": 128}
     parts = {
-        "align": (given | result | count | usage | common | sizes | tail | {"STEP": 16}, 8),
+        "align": (given | result | count | usage | common | sizes | tail | step, 8),
         "count": (given | counts | common | sizes, 4),
-        "prefix": (counts | starts | count | usage | prefix | {"CHUNKS": 8192 // num_experts, "STEP": 16}, 8),
+        "prefix": (counts | starts | count | usage | prefix | step, 8),
         "scatter": (given | counts | starts | result | common | sizes | tail, 4),
         "local_experts": (given | usage | common | lone, 1),
     }

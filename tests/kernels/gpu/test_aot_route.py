@@ -6,6 +6,8 @@ pytest.importorskip("triton")
 from support.aot import SHARED_LIMIT, Report, compile_all
 from support.aot_route import ALIGN, ROUTE, ROUTERS
 
+pytestmark = pytest.mark.timeout(400)  # compiling takes half a minute of processor time, on whatever else is going on
+
 
 @pytest.fixture(scope="module")
 def route_reports() -> dict[str, Report]:
@@ -44,5 +46,6 @@ def test_aligning_and_combining_do_not_spill(align_reports: dict[str, Report], b
 @pytest.mark.parametrize("build", [build for build in ALIGN if "combine" in build.name], ids=lambda build: build.name)
 def test_rows_are_combined_in_wide_loads(align_reports: dict[str, Report], build: object) -> None:
     report = align_reports[build.name]  # type: ignore[attr-defined]
-    assert report.wide_loads >= 2
-    assert report.registers <= 64
+    assert report.wide_loads >= build.arguments["TOP_K"] * build.arguments["SPLITS"]  # type: ignore[attr-defined]
+    if build.arguments["SPLITS"] == 1:  # type: ignore[attr-defined]  # split sums have more loads in flight
+        assert report.registers <= 64
