@@ -1,54 +1,84 @@
-"""From the tensors of one expert as they are stored to the weights that `expert_ffn` takes.
+"""From the tensors of one expert as they are stored to what computes with them.
 
-Owns the names under which the hub stores an expert. Copies only where the dtype changes or where gate and up do not lie
-next to each other; never keeps a whole shard alive for the sake of a small tensor in it.
+Two forms: `canonical_weights` in floating point, `stored_matrices` in the format of the checkpoint. Owns the names
+under which the hub stores an expert. Copies only where the dtype changes or where gate and up do not lie next to each
+other; never keeps a whole shard alive for the sake of a small tensor in it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .dequantize import dequantize_fp8_block, dequantize_mxfp4
+from .dequantize import dequantize
 from .expert_ffn import ExpertWeights, FfnSpec
+from .formats import ExpertMatrices, WeightFormat, WeightMatrix
+from .packings import compressed_tensors_matrix, fp8_block_matrix, mxfp4_matrix
 
 # (gate, up, down) as the hub's families call them
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FUSED = ("gate_up_proj", "down_proj")
 
+Block = tuple[int, int]
+
 
 def canonical_weights(
-    tensors: Mapping[str, Tensor], spec: FfnSpec, dtype: torch.dtype, *, fp8_block: tuple[int, int] | None = None
+    tensors: Mapping[str, Tensor], spec: FfnSpec, dtype: torch.dtype, *, block: Block | None = None
 ) -> ExpertWeights:
-    """The weights of one expert, of `dtype`.
+    """The weights of one expert, of `dtype`; quantised ones are widened.
 
     `tensors` has one expert's tensors under their short names: `gate_proj.weight`, `up_proj.weight`, `down_proj.weight`
-    (or w1, w3, w2), each with an optional `.bias` and, for FP8 in blocks of `fp8_block`, `.weight_scale_inv`; or fused
-    `gate_up_proj`, `down_proj`, each with an optional `_bias`, or as `_blocks` and `_scales` (MXFP4).
+    (or w1, w3, w2), each with an optional `.bias`; with `.weight_scale_inv` for FP8 in blocks; or instead of `.weight`
+    `.weight_packed`, `.weight_scale`, `.weight_shape` and an optional `.weight_zero_point` (INT4 of
+    compressed-tensors). Or fused `gate_up_proj`, `down_proj`, each with an optional `_bias`, or as `_blocks` and
+    `_scales` (MXFP4). `block` has the rows and columns that share a scale, for FP8 and INT4.
 
     Weights already of `dtype` are views of the given tensors; gate and up become one view when they lie next to each
     other. Raises ValueError for missing, unknown or misshapen tensors.
     """
-    source = _Source(tensors, dtype, fp8_block)
-    if any(name.startswith("gate_up_proj") for name in tensors):
-        weights = _from_fused(source)
+    source = _Source(tensors, block)
+    if source.fused:
+        gate_up, down = (_widened(_fused_matrix(source, name, spec), spec, dtype) for name in _FUSED)
+        biases = [source.take_optional(f"{name}_bias") for name in _FUSED]
     else:
-        weights = _from_projections(source, spec)
+        gate, up, projection = source.projections(spec)
+        gate_up = _join_widened(gate, up, dtype)
+        down, biases = dequantize(projection, dtype), source.projection_biases()
     source.done()
-    _check_shapes(weights, spec)
+    weights = ExpertWeights(gate_up, down, *(None if bias is None else bias.to(dtype) for bias in biases))
+    weights.matrices(spec)  # raises for shapes that do not fit each other
     return _without_leftovers(weights, tensors)
+
+
+def stored_matrices(tensors: Mapping[str, Tensor], spec: FfnSpec, *, block: Block | None = None) -> ExpertMatrices:
+    """The expert as it is stored, quantised or not: what `canonical_weights` takes, values unchanged.
+
+    Views of the given tensors where gate and up lie next to each other or are fused. Raises ValueError for missing,
+    unknown or misshapen tensors.
+    """
+    source = _Source(tensors, block)
+    if source.fused:
+        gate_up, down = (_fused_matrix(source, name, spec) for name in _FUSED)
+        biases = [source.take_optional(f"{name}_bias") for name in _FUSED]
+    else:
+        gate, up, down = source.projections(spec)
+        gate_up, biases = _join_stored(gate, up), source.projection_biases()
+    source.done()
+    return ExpertMatrices(gate_up, down, *biases)
 
 
 class _Source:
     """Takes tensors out of a mapping by name, and complains about what nobody took."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, fp8_block: tuple[int, int] | None) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], block: Block | None) -> None:
         self._rest = dict(tensors)
         self._names = sorted(tensors)
-        self.dtype = dtype
-        self.fp8_block = fp8_block
+        self._block = block
+        self.fused = any(name.startswith(_FUSED[0]) for name in tensors)
 
     def has(self, name: str) -> bool:
         return name in self._rest
@@ -59,97 +89,125 @@ class _Source:
         return self._rest.pop(name)
 
     def take_optional(self, name: str) -> Tensor | None:
-        return self._rest.pop(name).to(self.dtype) if name in self._rest else None
+        return self._rest.pop(name, None)
+
+    def block(self, what: str) -> Block:
+        if self._block is None:
+            raise ValueError(f"an expert has {what}, but the model's block size was not given")
+        return self._block
 
     def done(self) -> None:
         if self._rest:
             raise ValueError(f"unknown tensors in an expert: {sorted(self._rest)}")
 
+    def projections(self, spec: FfnSpec) -> tuple[WeightMatrix, WeightMatrix, WeightMatrix]:
+        """Gate, up and down of an expert that has them apart."""
+        if spec.transposed:
+            raise ValueError("gate and up projections apart are stored [out, in]; the model's experts are transposed")
+        self._projection_names = next(
+            (names for names in _PROJECTIONS if any(name.startswith(f"{names[0]}.") for name in self._rest)),
+            _PROJECTIONS[0],
+        )
+        gate, up, down = (_projection(self, name) for name in self._projection_names)
+        if gate.shape != up.shape or gate.format is not up.format:
+            raise ValueError(f"gate {gate.shape} and up {up.shape} are not two matrices of one shape")
+        return gate, up, down
 
-def _from_fused(source: _Source) -> ExpertWeights:
-    gate_up, down = (_fused_weight(source, name) for name in _FUSED)
-    return ExpertWeights(gate_up, down, *(source.take_optional(f"{name}_bias") for name in _FUSED))
+    def projection_biases(self) -> list[Tensor | None]:
+        """[gate_up, down], after `projections`."""
+        gate, up, down = (self.take_optional(f"{name}.bias") for name in self._projection_names)
+        if len({bias is None for bias in (gate, up, down)}) != 1:
+            raise ValueError("some projections of an expert have a bias and some do not")
+        return [torch.cat((gate, up)) if gate is not None and up is not None else None, down]
 
 
-def _fused_weight(source: _Source, name: str) -> Tensor:
+def _projection(source: _Source, name: str) -> WeightMatrix:
+    """One projection [out, in] by the hub's name for it."""
+    if source.has(f"{name}.weight_packed"):
+        rows, columns = source.take(f"{name}.weight_shape").tolist()
+        height, width = source.block("packed 4-bit weights")
+        packed, scale = source.take(f"{name}.weight_packed"), source.take(f"{name}.weight_scale")
+        zero = source.take_optional(f"{name}.weight_zero_point")
+        if packed.shape[0] != rows or height != 1:
+            raise ValueError(f"{name}.weight_packed {tuple(packed.shape)} of a weight [{rows}, {columns}]")
+        return compressed_tensors_matrix(packed, scale, columns, width, zero)
+    weight, scale_inv = source.take(f"{name}.weight"), source.take_optional(f"{name}.weight_scale_inv")
+    if scale_inv is None:
+        return _plain(weight)
+    return fp8_block_matrix(weight, scale_inv, source.block("FP8 block scales"))
+
+
+def _plain(weight: Tensor) -> WeightMatrix:
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"weights {weight.dtype} {tuple(weight.shape)} are not matrices of floating point")
+    return WeightMatrix(WeightFormat.PLAIN, weight)
+
+
+def _fused_matrix(source: _Source, name: str, spec: FfnSpec) -> WeightMatrix:
+    """A fused projection with its rows as outputs, whichever way round it is stored."""
     if source.has(f"{name}_blocks"):
-        return dequantize_mxfp4(source.take(f"{name}_blocks"), source.take(f"{name}_scales"), source.dtype)
-    return source.take(name).to(source.dtype)
+        return mxfp4_matrix(source.take(f"{name}_blocks"), source.take(f"{name}_scales"))
+    matrix = _plain(source.take(name))
+    return replace(matrix, data=matrix.data.t()) if spec.transposed else matrix
 
 
-def _from_projections(source: _Source, spec: FfnSpec) -> ExpertWeights:
-    if spec.transposed:
-        raise ValueError("separate gate and up projections are stored [out, in]; the model's experts are transposed")
-    gate, up, down = next((names for names in _PROJECTIONS if source.has(f"{names[0]}.weight")), _PROJECTIONS[0])
-    gate_up = _join_weights(source, gate, up)
-    biases = [source.take_optional(f"{name}.bias") for name in (gate, up, down)]
-    if len({bias is None for bias in biases}) != 1:
-        raise ValueError("some projections of an expert have a bias and some do not")
-    gate_bias, up_bias, down_bias = biases
-    gate_up_bias = torch.cat((gate_bias, up_bias)) if gate_bias is not None and up_bias is not None else None
-    return ExpertWeights(gate_up, _plain_weight(source, down), gate_up_bias, down_bias)
+def _widened(matrix: WeightMatrix, spec: FfnSpec, dtype: torch.dtype) -> Tensor:
+    """In the orientation that is computed with: transformers transposes what it widens, too."""
+    weight = dequantize(matrix, dtype)
+    return weight.t().contiguous() if spec.transposed else weight
 
 
-def _plain_weight(source: _Source, name: str) -> Tensor:
-    weight, scale = source.take(f"{name}.weight"), _scale(source, name)
-    return weight.to(source.dtype) if scale is None else _from_fp8(source, weight, scale, None)
-
-
-def _join_weights(source: _Source, gate_name: str, up_name: str) -> Tensor:
+def _join_widened(gate: WeightMatrix, up: WeightMatrix, dtype: torch.dtype) -> Tensor:
     """[gate; up] as [2I, H]: a view where they are neighbours of the right dtype, else one new tensor."""
-    parts = [(source.take(f"{name}.weight"), _scale(source, name)) for name in (gate_name, up_name)]
-    gate, up = parts[0][0], parts[1][0]
-    if gate.ndim != 2 or gate.shape != up.shape:
-        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} are not two matrices of one shape")
-    if gate.dtype == up.dtype == source.dtype and _adjacent(gate, up):
-        rows, columns = gate.shape
-        return gate.as_strided((2 * rows, columns), (columns, 1))  # [2I, H]
-    joined = torch.empty(2 * gate.shape[0], gate.shape[1], dtype=source.dtype, device=gate.device)  # [2I, H]
-    for (weight, scale), half in zip(parts, joined.chunk(2), strict=True):
-        if scale is None:
-            half.copy_(weight)
-        else:
-            _from_fp8(source, weight, scale, half)
+    if gate.data.dtype == up.data.dtype == dtype and (view := _neighbours(gate.data, up.data)) is not None:
+        return view
+    rows, columns = gate.shape
+    joined = torch.empty(2 * rows, columns, dtype=dtype, device=gate.data.device)  # [2I, H]
+    for matrix, half in zip((gate, up), joined.chunk(2), strict=True):
+        dequantize(matrix, dtype, out=half)
     return joined
 
 
-def _adjacent(first: Tensor, second: Tensor) -> bool:
-    """Whether `second` begins where `first` ends, in the same memory."""
-    return (
-        first.is_contiguous()
+def _join_stored(gate: WeightMatrix, up: WeightMatrix) -> WeightMatrix:
+    """[gate; up] in their format. Blocks that do not end with gate's last row become lower: scales are repeated."""
+    block = gate.block
+    if gate.format is WeightFormat.FP8_BLOCK:
+        block = math.gcd(gate.shape[0], block[0]), block[1]
+    parts = zip(*(_stored_parts(matrix, block) for matrix in (gate, up)), strict=True)
+    data, scale, zero = (_join(*pair) for pair in parts)
+    assert data is not None
+    return WeightMatrix(gate.format, data, scale, zero, block)
+
+
+def _stored_parts(matrix: WeightMatrix, block: Block) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    scale = matrix.scale
+    if scale is not None and block[0] != matrix.block[0]:
+        scale = scale.repeat_interleave(matrix.block[0] // block[0], 0)[: matrix.shape[0] // block[0]]
+    return matrix.data, scale, matrix.zero
+
+
+def _join(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        if first is not second:
+            raise ValueError("one of gate and up has zero points and the other has none")
+        return None
+    view = _neighbours(first, second)
+    return torch.cat((first, second)) if view is None else view
+
+
+def _neighbours(first: Tensor, second: Tensor) -> Tensor | None:
+    """Two matrices as one view, where the second begins where the first ends, in the same memory."""
+    if not (
+        first.ndim == 2
+        and first.dtype == second.dtype
+        and first.is_contiguous()
         and second.is_contiguous()
         and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
         and second.storage_offset() == first.storage_offset() + first.numel()
-    )
-
-
-def _scale(source: _Source, name: str) -> Tensor | None:
-    return source.take(f"{name}.weight_scale_inv") if source.has(f"{name}.weight_scale_inv") else None
-
-
-def _from_fp8(source: _Source, weight: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
-    if source.fp8_block is None:
-        raise ValueError("an expert has FP8 block scales, but the model's block size was not given")
-    return dequantize_fp8_block(weight, scale, source.fp8_block, source.dtype, out=out)
-
-
-def _check_shapes(weights: ExpertWeights, spec: FfnSpec) -> None:
-    if weights.gate_up.ndim != 2 or weights.down.ndim != 2:
-        raise ValueError(
-            f"gate_up {tuple(weights.gate_up.shape)} and down {tuple(weights.down.shape)} are not matrices"
-        )
-    gate_up, down = (t.t() if spec.transposed else t for t in (weights.gate_up, weights.down))  # [2I, H], [H, I]
-    doubled, hidden = gate_up.shape
-    if tuple(down.shape) != (hidden, doubled // 2) or doubled % 2:
-        raise ValueError(
-            f"gate_up {tuple(weights.gate_up.shape)} and down {tuple(weights.down.shape)} do not fit each other "
-            f"({'[in, out]' if spec.transposed else '[out, in]'})"
-        )
-    for bias, size in ((weights.gate_up_bias, doubled), (weights.down_bias, hidden)):
-        if bias is not None and tuple(bias.shape) != (size,):
-            raise ValueError(f"bias {tuple(bias.shape)} where [{size}] is needed")
-    if not all(tensor.is_floating_point() for tensor in weights.tensors):
-        raise ValueError("an expert's weights are not floating point")
+    ):
+        return None
+    rows, columns = first.shape
+    return first.as_strided((rows + second.shape[0], columns), (columns, 1))
 
 
 def _without_leftovers(weights: ExpertWeights, tensors: Mapping[str, Tensor]) -> ExpertWeights:

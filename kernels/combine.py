@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .routing import Assignment
+from .routing import Assignment, SortedRows
 
 
 def combine_rows(out: Tensor, outputs: Iterable[tuple[Assignment, Tensor]], top_k_weights: Tensor) -> Tensor:
@@ -25,6 +25,17 @@ def combine_rows(out: Tensor, outputs: Iterable[tuple[Assignment, Tensor]], top_
         weighted = rows * top_k_weights[assignment.token, assignment.position, None]  # [R, H]
         out.index_add_(0, assignment.token, weighted.to(out.dtype))
     return out
+
+
+def add_sorted_rows(out: Tensor, rows: SortedRows, outputs: Tensor, top_k_weights: Tensor) -> None:
+    """`combine_rows` for several experts at once, with their unweighted outputs [S, H] in the order of `rows`.
+
+    Every expert is added alone: where one call adds several rows to a token, torch rounds only their sum.
+    """
+    sizes = list(rows.counts)
+    weighted = (outputs * top_k_weights[rows.token, rows.position, None]).to(out.dtype)  # [S, H]
+    for part, token in zip(torch.split(weighted, sizes), torch.split(rows.token, sizes), strict=True):
+        out.index_add_(0, token, part)
 
 
 def add_token_row(out: Tensor, row: Tensor, position: int, top_k_weights: Tensor) -> None:

@@ -1,63 +1,111 @@
-"""Quantised weights to floating point, value for value what transformers computes.
+"""Quantised weights to floating point: the exact value in fp32, rounded once.
 
-Owns the two formats of published checkpoints: FP8 with a scale per block (DeepSeek-V3, Kimi-K2) and MXFP4 (GPT-OSS).
-Refuses to guess a block size from shapes: the last block of a side may be cut, so only the configuration knows it.
+The values are those that transformers computes for the formats that it knows. Works through a matrix in bands that
+stay in a core's cache, with a few wide integer operations per band: torch converts an 8-bit float one at a time, which
+is eight times slower.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Final
+
 import torch
 from torch import Tensor
 
-# E2M1: sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3)
-_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_E8M0_BIAS = 127
+from .formats import E2M1_MAGNITUDES, E8M0_BIAS, INT4_ZERO, MXFP4_GROUP, WeightFormat, WeightMatrix
+
+_BAND: Final = 1 << 18  # elements: 1 MiB of fp32, a core's second-level cache
+
+# E4M3 has the bits s eeee mmm. Shifted by 4, sign kept, they are a bf16 number whose exponent lacks the difference of
+# the biases, 127 - 7.
+_E4M3_BITS: Final = 0x87F0 - (1 << 16)  # as int16
+_E4M3_MISSING: Final = 2.0**120
+_E4M3_NAN: Final = 0x7F  # without its sign
 
 
-def dequantize_fp8_block(
-    weight: Tensor, scale_inv: Tensor, block: tuple[int, int], dtype: torch.dtype, *, out: Tensor | None = None
-) -> Tensor:
-    """`weight` [R, C] of an 8-bit float times its block's scale, computed in fp32 and rounded once to `dtype`: [R, C].
+def dequantize(matrix: WeightMatrix, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """The matrix [N, K] in floating point of `dtype`: each value computed in fp32 and rounded once.
 
-    `scale_inv` is [ceil(R / block[0]), ceil(C / block[1])] (its name on the hub; it multiplies). `out`, of `dtype`,
-    takes the result where given. Raises ValueError for a scale grid of another shape.
+    Plain weights are converted, and returned themselves where they are of `dtype` and no `out` is given. `out`
+    [N, K] takes the result.
     """
-    rows, columns = weight.shape
-    height, width = block
-    grid = (-(-rows // height), -(-columns // width))
-    if tuple(scale_inv.shape) != grid:
-        raise ValueError(
-            f"weight {(rows, columns)} in blocks of {block} needs scales {grid}, not {tuple(scale_inv.shape)}"
-        )
-    scales = scale_inv.float().repeat_interleave(width, 1)[:, :columns]  # [R / height, C]
-    out = torch.empty(rows, columns, dtype=dtype, device=weight.device) if out is None else out
-    for index in range(grid[0]):  # one row of blocks at a time keeps the fp32 copies in cache
-        band = slice(index * height, min((index + 1) * height, rows))
-        out[band].copy_(weight[band].float() * scales[index])
+    if matrix.format is WeightFormat.PLAIN:
+        return matrix.data.to(dtype) if out is None else out.copy_(matrix.data)
+    if out is None:
+        out = torch.empty(matrix.shape, dtype=dtype, device=matrix.data.device)
+    for start, stop in row_bands(matrix, _BAND):
+        out[start:stop].copy_(_values(matrix.rows(start, stop)))
     return out
 
 
-def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """A GPT-OSS projection [in, out] of `dtype` from its packed form; transformers' `convert_moe_packed_tensors`.
-
-    `blocks` is uint8 [out, in / 32, 16], two values per byte, low half first; `scales` is uint8 [out, in / 32], the
-    exponent of two plus 127. Raises ValueError where the shapes do not fit each other.
-    """
-    if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or blocks.shape[:-1] != scales.shape:
-        raise ValueError(
-            f"MXFP4 needs uint8 blocks [out, in / 32, 16] and scales [out, in / 32], not {blocks.dtype} "
-            f"{tuple(blocks.shape)} and {scales.dtype} {tuple(scales.shape)}"
-        )
-    rows = blocks.shape[0]
-    pairs = _byte_values(blocks.device).index_select(0, blocks.reshape(-1).int())  # [out * in / 2, 2]
-    values = pairs.view(*scales.shape, -1)  # [out, in / 32, 32]
-    exponents = scales.int() - _E8M0_BIAS  # [out, in / 32]
-    product = torch.ldexp(values, exponents[..., None]).to(dtype)  # exact in fp32; only here is anything rounded
-    return product.view(rows, -1).t().contiguous()
+def row_bands(matrix: WeightMatrix, elements: int) -> Iterator[tuple[int, int]]:
+    """Cuts rows into bands [start, stop) of whole blocks and about `elements` elements."""
+    rows, columns = matrix.shape
+    height = max(matrix.block[0], 1)
+    step = max(elements // max(columns, 1) // height, 1) * height
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
-def _byte_values(device: torch.device) -> Tensor:
-    """The two values that each byte holds: [256, 2] fp32."""
-    values = torch.tensor(_FP4_VALUES, dtype=torch.float32, device=device)
-    byte = torch.arange(256, device=device)
-    return torch.stack((values[byte & 0xF], values[byte >> 4]), dim=1)
+def _values(matrix: WeightMatrix) -> Tensor:
+    """A band in fp32 [n, K]."""
+    data, scale = matrix.data, matrix.scale
+    assert scale is not None
+    width = matrix.shape[1]
+    if matrix.format is WeightFormat.FP8_BLOCK:
+        scales = _spread(scale, matrix.block[1], width).repeat_interleave(matrix.block[0], 0)  # [n + cut, K]
+        return e4m3_values(data).mul_(scales[: data.shape[0]])
+    if matrix.format is WeightFormat.INT8_CHANNEL:
+        return data.float().mul_(scale.float()[:, None])
+    if matrix.format is WeightFormat.MXFP4:
+        halved = _half_powers_of_two(data.device)[scale.int()]  # [n, K / 32]
+        return _nibbles(data, _e2m1_pairs(data.device)).mul_(_spread(halved, MXFP4_GROUP, width))
+    values = _nibbles(data, _integer_pairs(data.device))
+    zero = INT4_ZERO if matrix.zero is None else _spread(matrix.zero, matrix.block[1], width)
+    return values.sub_(zero).mul_(_spread(scale, matrix.block[1], width))
+
+
+def e4m3_values(data: Tensor) -> Tensor:
+    """float8_e4m3fn to fp32, the same shape. Exact, NaN included."""
+    codes = data.view(torch.int8).to(torch.int16)  # the sign fills the upper byte
+    values = codes.bitwise_left_shift_(4).bitwise_and_(_E4M3_BITS).view(torch.bfloat16).float().mul_(_E4M3_MISSING)
+    nan = data.view(torch.uint8).bitwise_and(_E4M3_NAN) == _E4M3_NAN
+    return values.masked_fill_(nan, torch.nan) if nan.any() else values
+
+
+def _nibbles(data: Tensor, pairs: Tensor) -> Tensor:
+    """[n, K] fp32 from bytes [n, K / 2] and the two values that each byte stands for, `pairs` [256] as float64."""
+    found = pairs.index_select(0, data.reshape(-1).int())  # one lookup of 8 bytes for two values
+    return found.view(torch.float32).view(data.shape[0], 2 * data.shape[1])
+
+
+def _spread(scale: Tensor, width: int, columns: int) -> Tensor:
+    """Scales [n, G] of groups of `width` columns as fp32 [n, columns]."""
+    return scale.float().repeat_interleave(width, 1)[:, :columns]
+
+
+@lru_cache(maxsize=8)
+def _e2m1_pairs(device: torch.device) -> Tensor:
+    """Twice the values: their scale is halved, so that the largest one, 2 ** 128, is a number, too."""
+    magnitudes = torch.tensor(E2M1_MAGNITUDES, dtype=torch.float32, device=device)
+    return _pairs(2 * torch.cat((magnitudes, -magnitudes)))
+
+
+@lru_cache(maxsize=8)
+def _integer_pairs(device: torch.device) -> Tensor:
+    return _pairs(torch.arange(16, dtype=torch.float32, device=device))
+
+
+def _pairs(values: Tensor) -> Tensor:
+    """The values of the low and the high half of every byte, each two fp32 in the bits of one float64: [256]."""
+    byte = torch.arange(256, device=values.device)
+    return torch.stack((values[byte & 0xF], values[byte >> 4]), dim=1).view(torch.float64).flatten()
+
+
+@lru_cache(maxsize=8)
+def _half_powers_of_two(device: torch.device) -> Tensor:
+    """2 ** (code - 127) / 2 for every code of E8M0: [256] fp32. 255 is a power like any other, as for transformers."""
+    exponents = torch.arange(256, device=device) - E8M0_BIAS - 1
+    return torch.ldexp(torch.ones(256, device=device), exponents)

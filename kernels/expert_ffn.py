@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .formats import ExpertMatrices, WeightFormat, WeightMatrix
+
 CONCATENATED: Final = "concatenated"
 CLAMPED_INTERLEAVED: Final = "clamped-interleaved"
 
@@ -88,6 +90,14 @@ class ExpertWeights:
         """Bytes of memory of all weights."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    def matrices(self, spec: FfnSpec) -> ExpertMatrices:
+        """The same weights with outputs as rows, as views. Raises ValueError where they do not fit each other."""
+        gate_up, down = (
+            WeightMatrix(WeightFormat.PLAIN, weight.t() if spec.transposed else weight)
+            for weight in (self.gate_up, self.down)
+        )
+        return ExpertMatrices(gate_up, down, self.gate_up_bias, self.down_bias)
+
     def to(self, device: torch.device) -> ExpertWeights:
         """These weights on `device`; themselves where they are there already."""
         if self.gate_up.device == device:
@@ -99,8 +109,12 @@ class ExpertWeights:
 def expert_ffn(rows: Tensor, weights: ExpertWeights, spec: FfnSpec) -> Tensor:
     """The expert's unweighted output [R, H] for `rows` [R, H] of the weights' dtype; R may be 0."""
     gate_up = _project(rows, weights.gate_up, weights.gate_up_bias, spec.transposed)  # [R, 2I]
-    inner = _clamped_gate(gate_up, spec) if spec.gate == CLAMPED_INTERLEAVED else _gate(gate_up, spec)  # [R, I]
-    return _project(inner, weights.down, weights.down_bias, spec.transposed)  # [R, H]
+    return _project(apply_gate(gate_up, spec), weights.down, weights.down_bias, spec.transposed)  # [R, H]
+
+
+def apply_gate(gate_up: Tensor, spec: FfnSpec) -> Tensor:
+    """What stands between the two projections: [R, 2I] -> [R, I]."""
+    return _clamped_gate(gate_up, spec) if spec.gate == CLAMPED_INTERLEAVED else _gate(gate_up, spec)
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

@@ -6,10 +6,14 @@ order matters because floating-point addition does not commute with it; combine.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
+
+_FEW: Final = 64  # choices
 
 
 class Assignment(NamedTuple):
@@ -20,26 +24,61 @@ class Assignment(NamedTuple):
     position: Tensor  # [R] int64
 
 
-def group_by_expert(top_k_index: Tensor, num_experts: int) -> list[Assignment]:
+@dataclass(frozen=True, slots=True, eq=False)
+class SortedRows:
+    """The rows of all chosen experts behind each other, experts ascending; S in all."""
+
+    experts: Sequence[int]  # that have a row
+    counts: Sequence[int]  # rows of each
+    token: Tensor  # [S] int64
+    position: Tensor  # [S] int64
+
+    def part(self, experts: slice, rows: slice) -> SortedRows:
+        """Some of the experts, whose rows are `rows`."""
+        return SortedRows(self.experts[experts], self.counts[experts], self.token[rows], self.position[rows])
+
+
+def sort_rows(top_k_index: Tensor, num_experts: int) -> SortedRows:
     """Sort the choices `top_k_index` [T, K] by expert, ascending; experts without a row are absent.
 
     The index `num_experts` marks a choice that is to be left out (transformers' masked experts). Raises ValueError for
     any other index outside [0, num_experts).
     """
     tokens = top_k_index.shape[0]
-    experts, order = torch.sort(top_k_index.t().reshape(-1), stable=True)  # [K * T], by position, then token
-    if not experts.numel():
-        return []
-    _check_range(int(experts[0]), int(experts[-1]), num_experts)
+    if top_k_index.numel() <= _FEW:
+        return _sort_few(top_k_index.tolist(), num_experts)
+    chosen, order = torch.sort(top_k_index.t().reshape(-1), stable=True)  # [K * T], by position, then token
+    _check_range(int(chosen[0]), int(chosen[-1]), num_experts)
     # floor division and remainder: what eager gets from torch.where on each expert's [K, T] mask
     position = torch.div(order, tokens, rounding_mode="floor")  # [K * T]
     token = order - position * tokens  # [K * T]
-    groups, start = [], 0
-    for expert, count in enumerate(torch.bincount(experts, minlength=num_experts).tolist()[:num_experts]):
-        if count:
-            groups.append(Assignment(expert, token[start : start + count], position[start : start + count]))
-            start += count
-    return groups
+    sizes = torch.bincount(chosen, minlength=num_experts).tolist()[:num_experts]
+    used = [(expert, count) for expert, count in enumerate(sizes) if count]
+    counts = [count for _, count in used]
+    total = sum(counts)  # those that are to be left out come last
+    return SortedRows([expert for expert, _ in used], counts, token[:total], position[:total])
+
+
+def _sort_few(top_k_index: Sequence[Sequence[int]], num_experts: int) -> SortedRows:
+    """`sort_rows` of so few choices that calling torch for each step would take longer."""
+    chosen = sorted((e, position, token) for token, row in enumerate(top_k_index) for position, e in enumerate(row))
+    if chosen:
+        _check_range(chosen[0][0], chosen[-1][0], num_experts)
+    counts: dict[int, int] = {}
+    for expert, _, _ in chosen:
+        counts[expert] = counts.get(expert, 0) + 1
+    counts.pop(num_experts, None)
+    total = sum(counts.values())
+    token, position = torch.tensor([(t, p) for _, p, t in chosen[:total]], dtype=torch.int64).view(-1, 2).unbind(1)
+    return SortedRows(list(counts), list(counts.values()), token, position)
+
+
+def group_by_expert(top_k_index: Tensor, num_experts: int) -> list[Assignment]:
+    """`sort_rows`, cut into one assignment for each expert."""
+    rows = sort_rows(top_k_index, num_experts)
+    counts = list(rows.counts)
+    tokens, positions = torch.split(rows.token, counts), torch.split(rows.position, counts)
+    return [Assignment(*part) for part in zip(rows.experts, tokens, positions, strict=True)]
 
 
 def order_of_token(top_k_index: Tensor, num_experts: int) -> list[tuple[int, int]]:

@@ -61,7 +61,7 @@ class ExpertLoader:
         self._manifest = manifest
         self._source = source
         quantization = manifest.model.quantization
-        self._fp8_block = quantization.block if quantization else None
+        self._block = quantization.block if quantization else None
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of one expert's weights of `dtype`."""
@@ -79,7 +79,7 @@ class ExpertLoader:
         shard = self._manifest.experts[key]
         tensors = {short_name(name): t for name, t in read_tensors(self._source, self._manifest, shard).items()}
         try:
-            return canonical_weights(tensors, self.spec, dtype, fp8_block=self._fp8_block)
+            return canonical_weights(tensors, self.spec, dtype, block=self._block)
         except ValueError as error:
             raise ManifestError(f"{shard.file}: {error}") from error
 

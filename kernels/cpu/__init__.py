@@ -1,0 +1,1 @@
+"""Experts on the processor, with torch's own kernels."""

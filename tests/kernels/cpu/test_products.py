@@ -1,0 +1,90 @@
+"""Products over packed and quantised weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.random_experts import KINDS, random_matrix, relative_error
+
+from moehive.kernels.cpu import products
+from moehive.kernels.cpu.packed import PackedMatrix, can_pack, pack, pack_expert, packed_product, unpack
+from moehive.kernels.cpu.products import multiply
+from moehive.kernels.dequantize import dequantize
+from moehive.kernels.formats import ExpertMatrices, WeightFormat, WeightMatrix
+
+BF16, F32 = torch.bfloat16, torch.float32
+needs_packing = pytest.mark.skipif(not can_pack(), reason="oneDNN has no bf16 products on this machine")
+
+
+def normal(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@needs_packing
+@pytest.mark.parametrize("shape", [(160, 320), (100, 33), (1, 1), (1536, 1024)])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 64])
+def test_a_packed_product_is_the_product(shape: tuple[int, int], rows: int) -> None:
+    weight, x, bias = normal(*shape), normal(rows, shape[1]), normal(shape[0])
+    packed = pack(weight)
+    found = packed_product(x, packed, bias)
+    wanted = x.double() @ weight.double().t() + bias.double()
+    assert (found.shape, found.dtype) == ((rows, shape[0]), BF16)
+    assert relative_error(found, wanted) <= 2**-8
+    assert packed.nbytes >= weight.nbytes
+
+
+@needs_packing
+@pytest.mark.parametrize("shape", [(160, 320), (100, 33)])
+def test_packing_can_be_undone(shape: tuple[int, int]) -> None:
+    weight = normal(*shape)
+    assert torch.equal(unpack(pack(weight)), weight)
+    assert torch.equal(unpack(pack(weight.t())), weight.t())
+
+
+@needs_packing
+def test_experts_are_packed_where_it_pays() -> None:
+    large, small = WeightMatrix(WeightFormat.PLAIN, normal(256, 128)), WeightMatrix(WeightFormat.PLAIN, normal(16, 8))
+    packed = pack_expert(
+        ExpertMatrices(large, WeightMatrix(WeightFormat.PLAIN, normal(128, 128)), normal(256, dtype=F32))
+    )
+    assert isinstance(packed.gate_up, PackedMatrix)
+    assert packed.gate_up_bias is not None
+    assert packed.gate_up_bias.dtype == BF16
+    assert packed.nbytes == 2 * (256 * 128 + 128 * 128 + 256)
+    assert isinstance(
+        pack_expert(ExpertMatrices(small, WeightMatrix(WeightFormat.PLAIN, normal(8, 8)))).down, WeightMatrix
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("rows", [1, 2, 4, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_is_multiplied(kind: str, rows: int, dtype: torch.dtype) -> None:
+    matrix, values = random_matrix(KINDS[kind], 160, 256, torch.Generator().manual_seed(1), lambda tensor: tensor)
+    x, bias = normal(rows, 256, dtype=dtype), normal(160, dtype=dtype)
+    out = torch.empty(rows, 160, dtype=dtype)
+    multiply(x, matrix, bias, out)
+    error = relative_error(out, x.double() @ values.t() + bias.double())
+    assert error <= (1e-5 if dtype == F32 else 2**-7)
+
+
+def test_large_fp32_matrices_are_multiplied_in_fp32() -> None:
+    weight, x, out = normal(1024, 1024, dtype=F32), normal(5, 1024, dtype=F32), torch.empty(5, 1024)
+    multiply(x, WeightMatrix(WeightFormat.PLAIN, weight), None, out)
+    assert relative_error(out, x.double() @ weight.double().t()) <= 1e-6
+
+
+def test_a_quantised_matrix_is_never_widened_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, values = random_matrix(KINDS["mxfp4"], 96, 64, torch.Generator().manual_seed(1), lambda tensor: tensor)
+    widened = []
+
+    def recording(band: WeightMatrix, dtype: torch.dtype) -> torch.Tensor:
+        widened.append(band.shape)
+        return dequantize(band, dtype)
+
+    monkeypatch.setattr(products, "_BAND", 10 * 64)
+    monkeypatch.setattr(products, "dequantize", recording)
+    x, out = normal(3, 64, dtype=F32), torch.empty(3, 96)
+    multiply(x, matrix, None, out)
+    assert relative_error(out, x.double() @ values.t()) <= 1e-6
+    assert widened == [(10, 64)] * 9 + [(6, 64)]
