@@ -39,6 +39,8 @@ class MatrixForm:
         """Raises ValueError for what the kernels cannot read."""
         transposed, stride = _layout(matrix)
         scale, zero, group = matrix.scale, matrix.zero, matrix.block[1]
+        if torch.float64 in (matrix.data.dtype, None if scale is None else scale.dtype):
+            raise ValueError("the kernels compute in float32 at most: float64 weights or scales")
         if matrix.format in (*_PACKED, WeightFormat.FP8_BLOCK) and (not group or group % _GROUP_MULTIPLE):
             raise ValueError(f"{matrix.format.value} weights with groups of {group} columns, not a multiple of 32")
         if scale is not None and scale.ndim == 2 and scale.shape[1] > 1 and scale.stride(1) != 1:
@@ -87,14 +89,8 @@ class LayerForm:
 
     @classmethod
     def of(cls, expert: ExpertMatrices) -> LayerForm:
-        """Raises ValueError for what the kernels cannot read, and where the two do not fit each other."""
-        form = cls(
-            MatrixForm.of(expert.gate_up, expert.gate_up_bias), MatrixForm.of(expert.down, expert.down_bias)
-        )  # fmt: skip
-        (doubled, hidden), (outputs, inner) = form.gate_up.shape, form.down.shape
-        if doubled != 2 * inner or outputs != hidden:
-            raise ValueError(f"gate_up {form.gate_up.shape} and down {form.down.shape} are not [2I, H] and [H, I]")
-        return form
+        """Raises ValueError for what the kernels cannot read."""
+        return cls(MatrixForm.of(expert.gate_up, expert.gate_up_bias), MatrixForm.of(expert.down, expert.down_bias))
 
 
 class ExpertTable(Sequence[ExpertMatrices | None]):

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.random_experts import KINDS, random_expert
+from support.random_experts import KINDS, Kind, random_expert
 
 pytest.importorskip("triton")
 from moehive.kernels.formats import ExpertMatrices, WeightFormat
@@ -55,6 +55,7 @@ def test_a_transposed_matrix_is_seen_by_its_strides() -> None:
     assert not LayerForm.of(expert()).down.transposed
 
 
+ODD = Kind(WeightFormat.FP8_BLOCK, group=48)
 Change = Callable[[ExpertMatrices], ExpertMatrices]
 
 
@@ -65,12 +66,13 @@ def down_data(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("plain-bfloat16", down_data(lambda t: t[:, ::2]), "rows or columns must be contiguous"),
+        ("plain-bfloat16", down_data(lambda t: torch.stack((t, t), 2)[:, :, 0]), "rows or columns must be contiguous"),
         ("plain-bfloat16", down_data(lambda t: torch.empty(t.numel() + 1).bfloat16()[1:].view(t.shape)), "clone"),
         ("plain-bfloat16", down_data(lambda t: t[:, :16]), r"are not \[2I, H\] and \[H, I\]"),
         ("mxfp4", down_data(lambda t: t.t().contiguous().t()), "must not be transposed"),
-        ("int4-group-g32", down_data(lambda t: t[:, :14]), "28 columns, not a multiple of 8"),
-        ("fp8-block", lambda e: replace(e, down=replace(e.down, block=(128, 48))), "groups of 48 columns"),
+        ("int4-group-g32", lambda e: expert("int4-group-g32", 60), "60 columns, not a multiple of 8"),
+        ("fp8-block", lambda e: random_expert(ODD, 64, 32, torch.Generator()).matrices, "groups of 48 columns"),
+        ("plain-bfloat16", down_data(lambda t: t.double()), "float64"),
         ("int4-group-g32-zero", lambda e: replace(e, gate_up=replace(e.gate_up, zero=e.gate_up.zero.t())), "zero"),
     ],
 )
