@@ -24,9 +24,17 @@ def limit_to_capacity(experts: Tensor, capacity: int, num_experts: int, sequence
     sequences, None that they are one. An id of `num_experts` is a choice that was dropped before, and stays so.
     """
     tokens, top_k = experts.shape
-    length = tokens if sequence_length is None else sequence_length
-    order = experts.view(-1, length, top_k).transpose(1, 2).flatten(1)  # [B, K * S], first choices first
+    length = sequence_length or max(tokens, 1)
+    order = experts.view(tokens // length, length, top_k).transpose(1, 2).flatten(1)  # [B, K * S], first choices first
     taken = torch.nn.functional.one_hot(order, num_experts + 1)  # [B, K * S, E + 1]
     position = taken.cumsum(dim=1).gather(2, order[..., None])[..., 0]  # [B, K * S], from 1
     kept = (position <= capacity) & (order < num_experts)
-    return kept.unflatten(1, (top_k, length)).transpose(1, 2).reshape(tokens, top_k)
+    return kept.view(tokens // length, top_k, length).transpose(1, 2).reshape(tokens, top_k)
+
+
+def drop_late(
+    weights: Tensor, experts: Tensor, capacity: int, num_experts: int, sequence_length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """weights and experts, both [T, K], where choices that find no room have weight 0 and the id `num_experts`."""
+    kept = limit_to_capacity(experts, capacity, num_experts, sequence_length)  # [T, K]
+    return torch.where(kept, weights, 0.0), torch.where(kept, experts, num_experts)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .capacity import limit_to_capacity
+from .capacity import drop_late
 
 
 class Score(enum.Enum):
@@ -112,7 +112,7 @@ class Routing(NamedTuple):
 def router_logits(hidden: Tensor, weight: Tensor, spec: RouterSpec, bias: Tensor | None = None) -> Tensor:
     """The router's linear layer: hidden [T, H], weight [E, H], bias [E] -> [T, E], in the dtype that the spec asks."""
     if spec.float32_logits:
-        hidden, weight = hidden.float(), weight.float()
+        hidden, weight = hidden.to(_exact(hidden)), weight.to(_exact(weight))
     return F.linear(hidden, weight, bias)
 
 
@@ -139,8 +139,7 @@ def route(
     weights = routing.weights.to((hidden_dtype or logits.dtype) if spec.weights_in_hidden_dtype else _exact(logits))
     if spec.capacity is None:
         return Routing(weights, routing.experts)
-    kept = limit_to_capacity(routing.experts, spec.capacity, spec.num_experts, sequence_length)  # [T, K]
-    return Routing(weights * kept, torch.where(kept, routing.experts, spec.num_experts))
+    return Routing(*drop_late(weights, routing.experts, spec.capacity, spec.num_experts, sequence_length))
 
 
 def check_router_input(
@@ -157,9 +156,9 @@ def check_router_input(
         raise ValueError(f"{logits.shape[0]} tokens are not sequences of {sequence_length}")
 
 
-def _exact(logits: Tensor) -> torch.dtype:
+def _exact(tensor: Tensor) -> torch.dtype:
     """fp32; fp64 for tests."""
-    return torch.promote_types(logits.dtype, torch.float32)
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _top_k(logits: Tensor, spec: RouterSpec, correction_bias: Tensor | None) -> Routing:
@@ -192,19 +191,20 @@ def best(key: Tensor, count: int) -> Tensor:
 
 def _in_best_groups(key: Tensor, spec: RouterSpec) -> Tensor:
     """Which experts may be chosen: [T, E] bool. transformers, `DeepseekV3TopkRouter` and `DeepseekV2TopkRouter`."""
-    grouped = key.unflatten(1, (spec.groups, spec.group_size))  # [T, G, E / G]
+    grouped = key.view(-1, spec.groups, spec.group_size)  # [T, G, E / G]
     worth = grouped.topk(2 if spec.group_score is GroupScore.TOP_2_SUM else 1, dim=-1).values.sum(dim=-1)  # [T, G]
     chosen = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, best(worth, spec.top_groups), True)  # [T, G]
     return chosen.repeat_interleave(spec.group_size, dim=1)
 
 
 def _sparsemixer(logits: Tensor, spec: RouterSpec) -> Routing:
-    """transformers, `sparsemixer` in evaluation: in the logits' dtype, step by step, so that roundings agree."""
+    """transformers, `sparsemixer` in evaluation: what is near is found in the logits' dtype, with its roundings."""
     left, weights, experts = logits, [], []
     for _ in range(spec.top_k):
         top, chosen = left.detach().max(dim=-1, keepdim=True)  # [T, 1], the first of equals
         far = (top - logits) / logits.abs().clamp(min=top) > 2 * spec.nearness  # [T, E]
-        weights.append(left.masked_fill(far, float("-inf")).softmax(dim=-1).gather(1, chosen))
+        near = left.masked_fill(far, float("-inf")).to(_exact(logits))  # [T, E]
+        weights.append(near.softmax(dim=-1).gather(1, chosen))
         experts.append(chosen)
         left = left.scatter(1, chosen, float("-inf"))
     return Routing(torch.cat(weights, dim=1), torch.cat(experts, dim=1))

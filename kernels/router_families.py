@@ -27,33 +27,33 @@ def _num_experts(config: Any) -> int:
     raise ValueError(f"the configuration of {config.model_type!r} does not say how many experts there are")
 
 
-def _sizes(config: Any) -> dict[str, int]:
-    return {"num_experts": _num_experts(config), "top_k": int(config.num_experts_per_tok)}
+def _sizes(config: Any) -> tuple[int, int]:
+    return _num_experts(config), int(config.num_experts_per_tok)
 
 
 def _mixtral(config: Any) -> RouterSpec:
-    return RouterSpec(**_sizes(config), normalize=True)
+    return RouterSpec(*_sizes(config), normalize=True)
 
 
 def _qwen(config: Any) -> RouterSpec:
-    return RouterSpec(**_sizes(config), normalize=bool(config.norm_topk_prob), weights_in_hidden_dtype=True)
+    return RouterSpec(*_sizes(config), normalize=bool(config.norm_topk_prob), weights_in_hidden_dtype=True)
 
 
 def _qwen_always_normalized(config: Any) -> RouterSpec:
-    return RouterSpec(**_sizes(config), normalize=True, weights_in_hidden_dtype=True)
+    return RouterSpec(*_sizes(config), normalize=True, weights_in_hidden_dtype=True)
 
 
 def _jamba(config: Any) -> RouterSpec:
-    return RouterSpec(**_sizes(config), weights_in_hidden_dtype=True)
+    return RouterSpec(*_sizes(config), weights_in_hidden_dtype=True)
 
 
 def _gpt_oss(config: Any) -> RouterSpec:
-    return RouterSpec(**_sizes(config), score=Score.TOP_K_SOFTMAX, weights_in_hidden_dtype=True)
+    return RouterSpec(*_sizes(config), score=Score.TOP_K_SOFTMAX, weights_in_hidden_dtype=True)
 
 
 def _phimoe(config: Any) -> RouterSpec:
     return RouterSpec(
-        **_sizes(config),
+        *_sizes(config),
         score=Score.SPARSEMIXER,
         nearness=float(config.router_jitter_noise),
         weights_in_hidden_dtype=True,
@@ -62,7 +62,7 @@ def _phimoe(config: Any) -> RouterSpec:
 
 def _deepseek_v3(config: Any) -> RouterSpec:
     return RouterSpec(
-        **_sizes(config),
+        *_sizes(config),
         score=Score.SIGMOID,
         correction_bias=True,
         groups=int(config.n_group),
@@ -77,7 +77,7 @@ def _deepseek_v3(config: Any) -> RouterSpec:
 def _deepseek_v2(config: Any) -> RouterSpec:
     grouped = config.topk_method == "group_limited_greedy"
     return RouterSpec(
-        **_sizes(config),
+        *_sizes(config),
         groups=int(config.n_group) if grouped else 1,
         top_groups=int(config.topk_group) if grouped else 1,
         group_score=GroupScore.MAX,
@@ -87,12 +87,12 @@ def _deepseek_v2(config: Any) -> RouterSpec:
 
 
 def _minimax_m2(config: Any) -> RouterSpec:
-    return RouterSpec(**_sizes(config), score=Score.SIGMOID, correction_bias=True, normalize=True)
+    return RouterSpec(*_sizes(config), score=Score.SIGMOID, correction_bias=True, normalize=True)
 
 
 def _afmoe(config: Any) -> RouterSpec:
     return RouterSpec(
-        **_sizes(config),
+        *_sizes(config),
         score=Score.SIGMOID,
         correction_bias=True,
         normalize=True,
@@ -103,7 +103,7 @@ def _afmoe(config: Any) -> RouterSpec:
 
 def _hy_v3(config: Any) -> RouterSpec:
     return RouterSpec(
-        **_sizes(config),
+        *_sizes(config),
         score=Score.SIGMOID,
         correction_bias=True,
         normalize=True,
@@ -115,7 +115,7 @@ def _hy_v3(config: Any) -> RouterSpec:
 
 def _ernie(config: Any) -> RouterSpec:
     return RouterSpec(
-        **_sizes(config),
+        *_sizes(config),
         correction_bias=True,
         normalize=True,
         floor=float(config.moe_norm_min),
@@ -126,7 +126,7 @@ def _ernie(config: Any) -> RouterSpec:
 
 def _llama4(config: Any) -> RouterSpec:
     """The weight multiplies the expert's input, not its output."""
-    return RouterSpec(**_sizes(config), score=Score.SIGMOID, weights_in_hidden_dtype=True)
+    return RouterSpec(*_sizes(config), score=Score.SIGMOID, weights_in_hidden_dtype=True)
 
 
 def _switch(config: Any) -> RouterSpec:

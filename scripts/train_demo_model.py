@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from demo_training.card import write_card
-from demo_training.model import count_parameters, model_config, save
+from demo_training.model import Trainee, count_parameters, layer_config, model_config, save
 from demo_training.text import load_corpus
 from demo_training.training import Options, train
 from transformers import Qwen3MoeForCausalLM, set_seed
@@ -65,11 +65,12 @@ def main() -> None:
     model = Qwen3MoeForCausalLM(model_config())
     total, active = count_parameters(model)
     print(f"{total:,} parameters, {active:,} active per token; {len(corpus.train_ids):,} training tokens")
-    record = train(model, corpus, options)
+    trainee = Trainee(model, layer_config(model.config))
+    record = train(trainee, corpus, options)
 
     folder = options.out.with_name(f".{options.out.name}.new")
     shutil.rmtree(folder, ignore_errors=True)
-    save(model, tokenizer, folder)
+    save(trainee.export(), tokenizer, folder)
     held_out = write_card(folder, corpus, record, options)
     unused = int((held_out.expert_shares == 0).sum())
     if unused:

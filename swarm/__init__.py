@@ -16,11 +16,18 @@ if TYPE_CHECKING:
     from .client import join as join
     from .loading import load_expert as load_expert
     from .loading import open_local as open_local
+    from .model.seats import routing_statistics as routing_statistics
 
 # name -> module below this package; imported when first used
-_EXPORTS: Final = {"Swarm": "client", "join": "client", "load_expert": "loading", "open_local": "loading"}
+_EXPORTS: Final = {
+    "Swarm": "client",
+    "join": "client",
+    "load_expert": "loading",
+    "open_local": "loading",
+    "routing_statistics": "model.seats",
+}
 
-__all__ = ["Swarm", "join", "load_expert", "open_local"]
+__all__ = ["Swarm", "join", "load_expert", "open_local", "routing_statistics"]
 
 
 def __getattr__(name: str) -> Any:

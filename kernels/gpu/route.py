@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moehive.kernels.router import GroupScore, Routing, RouterSpec, Score
+from moehive.kernels.router import GroupScore, RouterSpec, Routing, Score
 
 from .rounding import rounded
 

@@ -19,6 +19,7 @@ bench expert_request --json "$out/expert_request.json"
 bench hivemind_moe --json "$out/hivemind_moe.json"
 bench demo --json "$out/demo.json"
 bench local --json "$out/local.json"
+bench telemetry --json "$out/telemetry.json"
 bench convert
 
 if ((${#failed[@]})); then

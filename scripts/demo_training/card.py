@@ -7,8 +7,10 @@ from pathlib import Path
 from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
+from moehive.kernels.telemetry import load_balance_coefficient
+
 from .measure import SAMPLE_PROMPT, Evaluation, evaluate, sample
-from .model import BALANCE_COEFFICIENT, count_parameters, load
+from .model import BALANCE_COEFFICIENT, Trainee, count_parameters, layer_config, load
 from .text import CONTEXT_LENGTH, HELD_OUT_SHARE, TOKENS_PER_STEP, WINDOW_LENGTHS, Corpus
 from .training import Options, TrainingRecord
 
@@ -77,7 +79,7 @@ rest ({held_out_tokens:,} tokens) is the held-out text.
 {batch:,} tokens in windows of {windows}, on a schedule of {schedule} that ends early
 when the held-out loss no longer falls; the weights kept are those after step {best_step:,}. AdamW in float32,
 peak learning rate {learning_rate:g}, weight decay {weight_decay:g}, linear warmup and cosine decay, gradients
-clipped to norm 1, load-balancing loss with coefficient {balance:g} computed for every layer by itself,
+clipped to norm 1, load-balancing loss (1 at even load) with coefficient {balance:g} computed for every layer by itself,
 seed {seed}.
 
 ## Intended use and limitations
@@ -107,7 +109,7 @@ def layer_rows(shares: Tensor) -> str:
     """Return the table rows of the routing statistics of `shares`, `[L, E]`."""
     rows = []
     for layer, share in enumerate(shares):
-        coefficient = 1 + share.std(unbiased=False) / share.mean()
+        coefficient = load_balance_coefficient(share)
         rows.append(f"| {layer} | {share.min():.3f} | {share.max():.3f} | {(share == 0).sum()} | {coefficient:.3f} |")
     return "\n".join(rows)
 
@@ -163,7 +165,8 @@ def training_facts(corpus: Corpus, record: TrainingRecord, options: Options) -> 
 def write_card(folder: Path, corpus: Corpus, record: TrainingRecord, options: Options) -> Evaluation:
     """Measure the model saved in `folder` and write its README.md there."""
     model, tokenizer = load(folder)
-    held_out = evaluate(model, corpus)
+    text = sample(model, tokenizer, options.seed)
+    held_out = evaluate(Trainee(model, layer_config(model.config)), corpus)
     card = CARD.format(
         **architecture_facts(model),
         **training_facts(corpus, record, options),
@@ -174,7 +177,7 @@ def write_card(folder: Path, corpus: Corpus, record: TrainingRecord, options: Op
         temperature=model.generation_config.temperature,
         sampling_top_k=model.generation_config.top_k,
         prompt=SAMPLE_PROMPT,
-        sample=sample(model, tokenizer, options.seed),
+        sample=text,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     return held_out

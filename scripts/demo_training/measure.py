@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM, set_seed
 
+from moehive.kernels.telemetry import load_balance_coefficient
+
+from .model import Trainee
 from .text import CONTEXT_LENGTH, Corpus
 
 SAMPLE_PROMPT = "ROMEO:"
@@ -23,26 +26,31 @@ class Evaluation:
     loss: float  # nats per token
     bits_per_character: float
     expert_shares: Tensor  # [L, E], every row sums to 1
+    dropped: float  # share of the tokens that a layer leaves without any expert, over the layers
+
+    @property
+    def balance(self) -> list[float]:
+        """The load-balance coefficient of each layer."""
+        return [load_balance_coefficient(share) for share in self.expert_shares]
 
 
 @torch.no_grad()
-def evaluate(model: Qwen3MoeForCausalLM, corpus: Corpus) -> Evaluation:
+def evaluate(trainee: Trainee, corpus: Corpus) -> Evaluation:
     """Measure loss and routing on the whole held-out text, in windows that do not overlap."""
-    model.eval()
+    trainee.model.eval()
     ids = corpus.held_out_ids
-    top_k, experts = model.config.num_experts_per_tok, model.config.num_experts
-    picks = torch.zeros(model.config.num_hidden_layers, experts)  # [L, E]
-    nats = 0.0
+    counts, dropped, nats = torch.zeros(()), torch.zeros(()), 0.0
     for start in range(0, len(ids) - 1, CONTEXT_LENGTH):
         window = ids[start : start + CONTEXT_LENGTH + 1]  # [T + 1]
-        output = model(input_ids=window[None, :-1], use_cache=False, output_router_logits=True)
-        nats += F.cross_entropy(output.logits[0], window[1:], reduction="sum").item()  # logits [1, T, V]
-        chosen = torch.stack(output.router_logits).topk(top_k, dim=-1).indices  # [L, T, K]
-        picks += F.one_hot(chosen, experts).sum(dim=(1, 2))
+        logits, reports = trainee.logits(window[None, :-1])  # [1, T, V]
+        nats += F.cross_entropy(logits[0], window[1:], reduction="sum").item()
+        counts = counts + torch.stack([report.counts for report in reports])  # [L, E]
+        dropped = dropped + torch.stack([report.dropped for report in reports]).sum()
     return Evaluation(
         loss=nats / (len(ids) - 1),
         bits_per_character=nats / math.log(2) / corpus.held_out_characters,
-        expert_shares=picks / picks.sum(dim=-1, keepdim=True),
+        expert_shares=counts / counts.sum(dim=-1, keepdim=True),
+        dropped=float(dropped) / (len(trainee.layers) * (len(ids) - 1)),
     )
 
 

@@ -1,4 +1,4 @@
-"""The network: its architecture, what it is trained to minimise, and how it is saved and read back."""
+"""The network: its architecture, its learning form, what it minimises, and how it is saved and read back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,9 +17,19 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from moehive.kernels.nn import (
+    Balance,
+    ExpertChoiceLayer,
+    LayerReport,
+    LossFreeMoELayer,
+    MoEConfig,
+    MoELayer,
+    build_layer,
+)
+
 from .text import CONTEXT_LENGTH, END_OF_TEXT_ID, VOCABULARY_SIZE
 
-BALANCE_COEFFICIENT = 0.01
+BALANCE_COEFFICIENT = 0.02  # of a loss that is 1 at even load; transformers' loss is top_k times as large
 INITIALIZER_RANGE = 0.06  # near 1 / sqrt(hidden size); with the usual 0.02 a model this small learns far more slowly
 
 
@@ -38,14 +48,25 @@ def model_config() -> Qwen3MoeConfig:
         initializer_range=INITIALIZER_RANGE,
         num_experts_per_tok=2,
         norm_topk_prob=True,
-        router_aux_loss_coef=BALANCE_COEFFICIENT,
-        output_router_logits=False,  # asked for by argument while training
+        router_aux_loss_coef=BALANCE_COEFFICIENT / 2,  # in transformers' units
         max_position_embeddings=CONTEXT_LENGTH,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         bos_token_id=END_OF_TEXT_ID,
         eos_token_id=END_OF_TEXT_ID,
         pad_token_id=END_OF_TEXT_ID,
+    )
+
+
+def layer_config(config: Qwen3MoeConfig) -> MoEConfig:
+    """Return the learning form of a sparse block of this network, balanced by an auxiliary loss."""
+    return MoEConfig(
+        config.hidden_size,
+        config.moe_intermediate_size,
+        config.num_experts,
+        config.num_experts_per_tok,
+        Balance.AUXILIARY,
+        balance_coefficient=BALANCE_COEFFICIENT,
     )
 
 
@@ -75,26 +96,63 @@ def count_parameters(model: Qwen3MoeForCausalLM) -> tuple[int, int]:
     return total, total - idle
 
 
-def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
-    """Return the load-balancing loss of Switch Transformer, averaged over the layers.
+class Trainee:
+    """A Qwen3-MoE whose sparse blocks are `moehive.kernels.nn` layers while it learns.
 
-    `router_logits` holds one `[N, E]` per layer. An even load gives `top_k`. The loss that
-    transformers computes adds the layers up first, so that an expert starved in one layer and
-    overloaded in another looks balanced; here every layer has to be balanced by itself.
+    The layers' parameters have the names and start with the values of the blocks that they replace. A top-k layer
+    without correction bias computes what the block computes, so `export` is the same network for transformers.
+
+    tokens: of all training steps, once for each layer. dropped: those that a layer left without any expert.
     """
-    probabilities = torch.stack(router_logits).softmax(dim=-1)  # [L, N, E]
-    experts = probabilities.shape[-1]
-    chosen = probabilities.topk(top_k, dim=-1).indices  # [L, N, K]
-    load = F.one_hot(chosen, experts).sum(dim=2).float().mean(dim=1)  # [L, E], picks per token
-    return experts * (load * probabilities.mean(dim=1)).sum(dim=-1).mean()
 
+    def __init__(self, model: Qwen3MoeForCausalLM, layer: MoEConfig) -> None:
+        self.model = model
+        self.layers: list[MoELayer | ExpertChoiceLayer] = []
+        self.tokens, self.dropped = 0, 0
+        self._reports: list[LayerReport] = []
+        for decoder in model.model.layers:
+            learning = build_layer(layer)
+            missing, unknown = learning.load_state_dict(decoder.mlp.state_dict(), strict=False)
+            assert not unknown, unknown
+            assert set(missing) <= {"gate.e_score_correction_bias"}, missing
+            learning.register_forward_hook(self._keep_report)
+            decoder.mlp = learning
+            self.layers.append(learning)
 
-def training_loss(model: Qwen3MoeForCausalLM, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return cross-entropy plus load balancing for `inputs` and `targets`, both `[B, T]`."""
-    output = model(input_ids=inputs, use_cache=False, output_router_logits=True)
-    cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())  # logits [B, T, V]
-    balance = balance_loss(output.router_logits, model.config.num_experts_per_tok)
-    return cross_entropy + BALANCE_COEFFICIENT * balance
+    def _keep_report(self, _layer: nn.Module, _inputs: object, result: tuple[Tensor, LayerReport]) -> Tensor:
+        """What a decoder layer expects of its block is the output alone."""
+        self._reports.append(result[1])
+        return result[0]
+
+    def logits(self, inputs: Tensor) -> tuple[Tensor, list[LayerReport]]:
+        """Token ids [B, T] -> logits [B, T, V] and what each layer reports."""
+        self._reports.clear()
+        logits = self.model(input_ids=inputs, use_cache=False).logits
+        return logits, list(self._reports)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy plus the mean of the layers' own losses, for `inputs` and `targets`, both [B, T].
+
+        Every layer has to be balanced by itself. The loss that transformers computes adds the layers up first, so that
+        an expert starved in one layer and overloaded in another looks balanced.
+        """
+        logits, reports = self.logits(inputs)
+        self.tokens += inputs.numel() * len(self.layers)
+        self.dropped += sum(int(report.dropped) for report in reports)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return cross_entropy + torch.stack([report.loss for report in reports]).mean()
+
+    def after_step(self) -> None:
+        """What layers learn from their load rather than from a gradient."""
+        for layer in self.layers:
+            if isinstance(layer, LossFreeMoELayer):
+                layer.update_bias()
+
+    def export(self) -> Qwen3MoeForCausalLM:
+        """A plain transformers model with these weights."""
+        plain = Qwen3MoeForCausalLM(self.model.config)
+        plain.load_state_dict(self.model.state_dict())
+        return plain
 
 
 def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

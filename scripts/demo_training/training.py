@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import Qwen3MoeForCausalLM
+from torch import Tensor, nn
 
 from .measure import Evaluation, evaluate
-from .model import training_loss
+from .model import Trainee
 from .text import TOKENS_PER_STEP, Corpus, batches
 
 
@@ -40,6 +39,7 @@ class TrainingRecord:
     best_step: int
     tokens: int
     seconds: float
+    history: list[tuple[int, Evaluation]]  # (step, held-out evaluation after it)
 
 
 def learning_rate_factor(progress: float, warmup: float = 0.05, floor: float = 0.02) -> float:
@@ -50,7 +50,7 @@ def learning_rate_factor(progress: float, warmup: float = 0.05, floor: float = 0
     return floor + (1 - floor) * cosine
 
 
-def make_optimizer(model: Qwen3MoeForCausalLM, options: Options) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, options: Options) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices and none on norms."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -61,18 +61,18 @@ def make_optimizer(model: Qwen3MoeForCausalLM, options: Options) -> torch.optim.
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
-def train_step(
-    model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], rate: float
-) -> float:
+def train_step(trainee: Trainee, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], rate: float) -> float:
     """Do one update at learning rate `rate` and return its loss."""
+    model = trainee.model
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = training_loss(model, *batch)
+    loss = trainee.loss(*batch)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    trainee.after_step()
     return loss.item()
 
 
@@ -85,7 +85,7 @@ class Best:
     step: int = 0
     misses: int = 0  # evaluations since
 
-    def offer(self, model: Qwen3MoeForCausalLM, loss: float, step: int) -> None:
+    def offer(self, model: nn.Module, loss: float, step: int) -> None:
         """Keep the weights if `loss` is the lowest yet."""
         if loss >= self.loss:
             self.misses += 1
@@ -94,22 +94,24 @@ class Best:
         self.loss, self.step, self.misses = loss, step, 0
 
 
-def train(model: Qwen3MoeForCausalLM, corpus: Corpus, options: Options) -> TrainingRecord:
-    """Train `model` and leave in it the weights with the lowest held-out loss."""
-    optimizer = make_optimizer(model, options)
+def train(trainee: Trainee, corpus: Corpus, options: Options) -> TrainingRecord:
+    """Train `trainee` and leave in it the weights with the lowest held-out loss."""
+    optimizer = make_optimizer(trainee.model, options)
     stream = batches(corpus.train_ids, torch.Generator().manual_seed(options.seed))
     best, step, progress, started = Best(weights={}), 0, 0.0, time.monotonic()
+    history: list[tuple[int, Evaluation]] = []
     while progress < 1 and best.misses < options.patience:
-        loss = train_step(model, optimizer, next(stream), options.learning_rate * learning_rate_factor(progress))
+        loss = train_step(trainee, optimizer, next(stream), options.learning_rate * learning_rate_factor(progress))
         step += 1
         elapsed = time.monotonic() - started
         progress = elapsed / (60 * options.minutes) if options.minutes else step / options.steps
         if step % options.eval_every == 0 or progress >= 1:
-            held_out = evaluate(model, corpus)
-            best.offer(model, held_out.loss, step)
+            held_out = evaluate(trainee, corpus)
+            best.offer(trainee.model, held_out.loss, step)
+            history.append((step, held_out))
             report(step, elapsed, loss, held_out)
-    model.load_state_dict(best.weights)
-    return TrainingRecord(step, best.step, step * TOKENS_PER_STEP, time.monotonic() - started)
+    trainee.model.load_state_dict(best.weights)
+    return TrainingRecord(step, best.step, step * TOKENS_PER_STEP, time.monotonic() - started, history)
 
 
 def report(step: int, elapsed: float, loss: float, held_out: Evaluation) -> None:

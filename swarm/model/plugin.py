@@ -40,6 +40,7 @@ def run_experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_we
     """The experts implementation: hidden [T, H], top_k_index and top_k_weights [T, K] to [T, H]."""
     seat: Seat = getattr(module, SEAT)
     assert seat.backend is not None, "a model is not usable before it is loaded"
+    seat.load.count(top_k_index)
     return seat.backend.run(seat.layer, hidden, top_k_index, top_k_weights)
 
 

@@ -13,6 +13,7 @@ from typing import Final
 
 from torch import nn
 
+from moehive.kernels.telemetry import LayerLoad, LoadStatistics
 from moehive.protocol.errors import UnsupportedModel
 
 from .backend import ExpertsBackend
@@ -28,6 +29,7 @@ class Seat:
     """What an experts module knows. Without a backend until the model is loaded."""
 
     layer: int
+    load: LayerLoad
     backend: ExpertsBackend | None = None
 
 
@@ -55,6 +57,11 @@ def check_active(model: nn.Module) -> None:
         )
 
 
+def routing_statistics(model: nn.Module) -> dict[int, LoadStatistics]:
+    """How evenly each layer's routed experts were chosen since `model` was loaded, by layer, ascending."""
+    return {seat.layer: seat.load.statistics() for seat in sorted(_seats(model), key=lambda seat: seat.layer)}
+
+
 def experts_modules(model: nn.Module) -> Mapping[int, nn.Module]:
     """Modules that transformers' `@use_experts_implementation` decorates and that still hold weights, by layer."""
     return {_layer_of(name): module for name, module in model.named_modules() if _is_experts(module)}
@@ -65,7 +72,7 @@ def strip(module: nn.Module, layer: int) -> None:
     module._parameters.clear()
     # Else transformers' initialisation of what is missing from the checkpoint touches module.gate_up_proj.
     module._is_hf_initialized = True  # type: ignore[assignment]
-    setattr(module, SEAT, Seat(layer))
+    setattr(module, SEAT, Seat(layer, LayerLoad(int(module.num_experts))))  # type: ignore[arg-type]
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -5,12 +5,17 @@
         kernel[grid](x, out, ...)
     # leaving the block checks that no margin changed
 
+Inside `with guard.allocations():` whatever calls torch.empty gets a guarded tensor: outputs that a launcher makes.
+
 Floating margins are NaN, so a value that was read there spoils the result; integer margins are far outside any index.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -33,13 +38,23 @@ class Canaries:
         """A tensor that holds what the margins hold: what a kernel leaves unwritten shows."""
         margin = _MARGIN // dtype.itemsize
         size = torch.Size(shape).numel()
-        buffer = torch.empty(size + 2 * margin, dtype=dtype)
+        buffer = torch.zeros(size + 2 * margin, dtype=dtype)
         if dtype.is_floating_point:
             buffer.fill_(float("nan"))
         else:
             buffer.view(torch.uint8).fill_(_BYTE)
         self._buffers.append((buffer.view(torch.uint8), _margins(buffer.view(torch.uint8)).clone()))
         return buffer[margin : margin + size].view(shape)
+
+    @contextmanager
+    def allocations(self) -> Iterator[None]:
+        """Guard what torch.empty makes."""
+
+        def empty(*size: int, dtype: torch.dtype = torch.float32, device: object = None) -> Tensor:
+            return self.empty(size, dtype)
+
+        with patch.object(torch, "empty", empty):
+            yield
 
     def __enter__(self) -> Canaries:
         return self

@@ -20,6 +20,7 @@ from typing import IO, Any
 import pytest
 
 MARK = "interpreted"
+_PATIENCE = 400  # seconds that the parent waits for one test
 _REPORTS_FD = "MOEHIVE_TEST_REPORTS_FD"  # in the child: where its reports go
 
 
@@ -127,8 +128,14 @@ class InterpretedTests:
         self._child: InterpreterProcess | None = None
         config.add_cleanup(self._close)
 
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """The child has the same timeout and says what hung; the parent waits longer, for its start as well."""
+        for item in items:
+            if item.get_closest_marker(MARK) is not None:
+                item.add_marker(pytest.mark.timeout(_PATIENCE))
+
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         """Take the marked tests away from pytest's own runner."""
         if item.get_closest_marker(MARK) is None:
             return None
@@ -138,6 +145,8 @@ class InterpretedTests:
         hook.pytest_runtest_logstart(nodeid=nodeid, location=location)
         for report in self._outcome(item):
             hook.pytest_runtest_logreport(report=report)
+        # What the test before this one left set up, counting on its successor. pytest has no public call for that alone.
+        item.session._setupstate.teardown_exact(nextitem)
         hook.pytest_runtest_logfinish(nodeid=nodeid, location=location)
         return True
 
@@ -145,7 +154,14 @@ class InterpretedTests:
         assert self._waiting is not None
         while item.nodeid not in self._lost:
             self._child = self._child or InterpreterProcess(self._config, self._waiting)
-            reports = self._child.reports(item.nodeid)
+            try:
+                reports = self._child.reports(item.nodeid)
+            except pytest.fail.Exception as timeout:  # pytest-timeout's, should the child's own not have come
+                self._child.close()
+                self._lost[item.nodeid] = f"nothing from the interpreter's process: {timeout}"
+                self._waiting.remove(item.nodeid)
+                self._child = None
+                break
             if reports is not None:
                 self._waiting.remove(item.nodeid)
                 for data in reports:

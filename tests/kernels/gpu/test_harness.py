@@ -57,10 +57,18 @@ def test_a_killed_interpreter_fails_its_test_only(tmp_path: Path) -> None:
     tests = Path(__file__).parents[2]
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {tests}\nmarkers = interpreted\n")
     (tmp_path / "conftest.py").write_bytes((Path(__file__).parent / "conftest.py").read_bytes())
-    (tmp_path / "test_suite.py").write_text(_SUITE)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "test_suite.py").write_text(_SUITE)
+    for name in ("test_after.py", "inner/test_before.py"):  # these run in the parent
+        (tmp_path / name).write_text("def test_plain(): pass")
     command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:randomly", "-p", "no:cacheprovider"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command += ["inner/test_before.py", "inner/test_suite.py", "test_after.py"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"COLUMNS": "200"}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    for line in ("1 skipped", "PASSED test_suite.py::test_passes", "FAILED test_suite.py::test_fails - assert 1 == 2",
-                 "FAILED test_suite.py::test_kills - the interpreter's process ended with -11"):  # fmt: skip
+    for line in (
+        "2 failed, 3 passed, 1 skipped",
+        "PASSED inner/test_suite.py::test_passes",
+        "FAILED inner/test_suite.py::test_fails - assert 1 == 2",
+        "FAILED inner/test_suite.py::test_kills - the interpreter's process ended with -11",
+    ):
         assert line in ended.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 import pytest
@@ -89,16 +90,25 @@ def test_rows_form_is_eager_bit_for_bit(dtype: torch.dtype, tokens: int, peers: 
     torch.testing.assert_close(combine_parts(call, cut), eager(hidden, index, weights), rtol=0.02, atol=1e-3)
 
 
-@given(tokens=st.integers(1, 9), peers=st.integers(1, 4), max_rows=st.integers(1, 12), seed=st.integers(0, 99))
-def test_sum_form_is_eager_up_to_rounding(tokens: int, peers: int, max_rows: int, seed: int) -> None:
+@given(
+    tokens=st.integers(1, 9),
+    peers=st.integers(1, 4),
+    max_rows=st.integers(1, 12),
+    seed=st.integers(0, 99),
+    arrival=st.randoms(use_true_random=False),
+)
+def test_sum_form_is_eager_up_to_rounding(
+    tokens: int, peers: int, max_rows: int, seed: int, arrival: random.Random
+) -> None:
     hidden, index, weights = routed(tokens, seed)
     call = LayerInput(0, hidden, weights, "sum")
     assignments = group_by_expert(index, EXPERTS)
     groups = [group for share in shares(assignments, peers) for group in split_rows(share, max_rows)]
-    forward = combine_parts(call, [ask(call, group) for group in groups])
+    parts = [ask(call, group) for group in groups]
+    forward = combine_parts(call, parts)
     torch.testing.assert_close(forward, eager(hidden, index, weights), rtol=1e-4, atol=1e-3)  # values reach 100
-    backward = combine_parts(call, [ask(call, group) for group in reversed(groups)])
-    assert torch.equal(forward, backward)  # not the order of arrival
+    arrival.shuffle(parts)
+    assert torch.equal(combine_parts(call, parts), forward)  # partial sums add in one order, whoever came first
 
 
 @given(

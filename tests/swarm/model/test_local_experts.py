@@ -15,7 +15,7 @@ from torch import Tensor
 from moehive.protocol.errors import CorruptShard, ExpertUnavailable, ManifestError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import MANIFEST_NAME, REPORT_NAME, ExpertFfn, Gate, Manifest
-from moehive.swarm import open_local
+from moehive.swarm import open_local, routing_statistics
 from moehive.swarm.model.backend import ExpertLoader, ExpertsBackend, LocalExperts, spec_of, weights_tier
 from moehive.swarm.model.seats import attach_backend
 from moehive.swarm.store.base import NotHeld
@@ -143,3 +143,23 @@ def test_unknown_mathematics_is_the_manifests_fault(converted: Path) -> None:
         spec_of(ExpertFfn(Gate.CONCATENATED, "snake"))
     manifest = Manifest.from_bytes((converted / MANIFEST_NAME).read_bytes())
     assert spec_of(manifest.model.ffn).activation == "silu"
+
+
+def test_the_use_of_experts_is_counted(converted: Path, prompt: Tensor) -> None:
+    model, _ = open_local(converted, dtype=torch.float32)
+    before = routing_statistics(model)
+    layers = {layer: torch.tensor(found.counts) for layer, found in before.items()}
+    assert not any(counts.any() for counts in layers.values())
+    for layer, counts in layers.items():
+
+        def count(_module: Any, _inputs: Any, outputs: tuple[Tensor, ...], counts: Tensor = counts) -> None:
+            counts += torch.bincount(outputs[2].flatten(), minlength=len(counts))
+
+        model.model.layers[layer].mlp.gate.register_forward_hook(count)
+    generate(model, prompt)
+    found = routing_statistics(model)
+    assert list(found) == sorted(layers)
+    for layer, counts in layers.items():
+        assert found[layer].counts == tuple(counts.tolist())
+        assert sum(found[layer].counts) > prompt.numel()
+        assert found[layer].load_balance > 1
