@@ -1,21 +1,19 @@
-"""How the expert kernels are cut up: a function of the problem and the GPU, with optional overrides from a file.
+"""How the expert kernels are cut up: a function of the problem and the GPU. Overrides are in overrides.py.
 
 Nothing is tuned when it runs. The table is what wins in the published tuning files for H100 and H200 (vLLM's
 `fused_moe/configs`, SGLang's, triton_kernels' heuristics), by rows per active expert instead of by tokens, and within
-what the compiled code of these kernels needs: tests/kernels/gpu/test_aot_experts.py compiles every line of it.
+what the compiled code of these kernels needs, which scripts/bench/aot_table.py shows for all of it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Final
 
 from moehive.kernels.formats import WeightFormat
 
-_4_BIT: Final = (WeightFormat.INT4_GROUP, WeightFormat.MXFP4)
 _BITS: Final = {WeightFormat.FP8_BLOCK: 8, WeightFormat.INT8_CHANNEL: 8, WeightFormat.INT4_GROUP: 4,
                 WeightFormat.MXFP4: 4}  # fmt: skip
 
@@ -48,7 +46,8 @@ class Device:
 class Matrix:
     """One projection: `columns` outputs of `inner` inputs; a gated one has two rows of weights for each output.
 
-    group: columns of the matrix that share a scale, 0 for none. element: bytes of one input that is multiplied.
+    group: columns that share a scale; 0 where
+    a scale belongs to a whole row, or there is none. element: bytes of one input that is multiplied.
     """
 
     columns: int
@@ -57,6 +56,11 @@ class Matrix:
     group: int = 0
     gated: bool = False
     element: int = 2
+
+    @property
+    def plain(self) -> bool:
+        """Whether weights are multiplied as they are stored: no decoding, and matrix instructions for the dtype."""
+        return self.format is WeightFormat.PLAIN and self.element == 2
 
     @property
     def weight_bits(self) -> int:
@@ -97,21 +101,27 @@ def active_experts(rows: int, experts: int) -> float:
     return experts * (1.0 - (1.0 - 1.0 / experts) ** rows) if rows else 0.0
 
 
+@lru_cache(maxsize=4096)
 def choose(rows: int, experts: int, gate_up: Matrix, down: Matrix, device: Device) -> Configuration:
-    """The configuration for `rows` choices spread over `experts` local experts."""
+    """The configuration for `rows` choices that are spread over `experts` local experts."""
     active = max(active_experts(rows, experts), 1.0)
-    block = block_rows(rows / active)
+    block = block_rows(rows / active) if gate_up.element == 2 else 16  # no matrix instructions for fp32: small tiles
     blocks = active * max(1.0, rows / active / block)
     return Configuration(block, *(_tile(block, blocks, matrix, device) for matrix in (gate_up, down)))
 
 
 def block_rows(rows_per_expert: float) -> int:
     """Rows of a block: twice what an expert has, so that few experts need a second block, from 16 to 128."""
-    return min(max(_power_of_two(2 * rows_per_expert), 16), 128)
+    return min(max(_power_of_two(round(2 * rows_per_expert)), 16), 128)
 
 
 def _tile(block: int, blocks: float, matrix: Matrix, device: Device) -> Tile:
-    tile = _large(matrix) if block == 128 else _small(block, blocks, matrix, device)
+    if block == 128:
+        tile = _large(matrix, device)
+    elif block == 64:
+        tile = _medium(matrix, device)
+    else:
+        tile = _small(block, blocks, matrix, device)
     inner = _inner(tile.inner, matrix)
     columns = min(tile.columns, max(_power_of_two(matrix.columns), 16))
     tile = replace(tile, inner=inner, columns=columns)
@@ -122,41 +132,53 @@ def _tile(block: int, blocks: float, matrix: Matrix, device: Device) -> Tile:
     return tile if tile.persistent else replace(tile, split=_split(blocks, tile, matrix, device))
 
 
-def _large(matrix: Matrix) -> Tile:
-    """128 rows: bound by arithmetic. Weights that need decoding are better served by two smaller tiles beside each other:
-    one decodes while the other multiplies."""
+def _large(matrix: Matrix, device: Device) -> Tile:
+    """128 rows: bound by arithmetic. Weights that are decoded get smaller tiles, and as many warps as let two programs
+    run beside each other on sm_90: one decodes while the other multiplies.
+    """
     halves = 2 if matrix.gated else 1
-    if matrix.format is WeightFormat.PLAIN and matrix.element == 2:
-        return Tile(256 // halves, 64, warps=8, stages=4 if not matrix.gated else 3, group=8, persistent=True)
-    return Tile(128 // halves, 128, warps=8, stages=3, group=8)
+    if matrix.plain:
+        return Tile(256 // halves, 64, warps=8, stages=3 if matrix.gated else 4, group=8, persistent=True)
+    return Tile(128 // halves, 64, warps=8 if matrix.gated or not device.warpgroups else 4, stages=3, group=8)
+
+
+def _medium(matrix: Matrix, device: Device) -> Tile:
+    """64 rows: as many as warpgroup instructions take."""
+    columns = 128 // (2 if matrix.gated else 1)
+    if matrix.plain:
+        return Tile(columns, 64, warps=4, stages=4, group=4)
+    return Tile(columns, 64, warps=4 if device.warpgroups else 8, stages=3, group=4)
 
 
 def _small(block: int, blocks: float, matrix: Matrix, device: Device) -> Tile:
-    """Bound by memory: wide rows of weights, several tiles in flight, and programs for all multiprocessors."""
+    """16 or 32 rows: bound by memory. Wide rows of weights, several tiles in flight, and programs for every
+    multiprocessor. Weights are the left side where that makes warpgroup instructions possible and nothing is decoded.
+    """
     halves = 2 if matrix.gated else 1
-    wide = 128 // halves
-    if block < 64 and blocks * -(-matrix.columns // wide) < 2 * device.multiprocessors:
-        wide //= 2
-    bits = matrix.weight_bits
-    inner = 128 if block < 64 or bits < 16 else 64
-    swap = device.warpgroups and matrix.format is WeightFormat.PLAIN and matrix.element == 2 and block == 32
-    return Tile(wide, inner, warps=4, stages=4 if block == 16 or bits >= 16 else 3, swap=swap)
+    if matrix.element == 4:
+        return Tile(64 // halves, 32, warps=4, stages=4)
+    columns = 128 // halves
+    if blocks * -(-matrix.columns // columns) < 2 * device.multiprocessors:
+        columns //= 2
+    swap = device.warpgroups and matrix.plain and block == 32
+    return Tile(columns, 128, warps=4, stages=4 if block == 16 or matrix.plain else 3, swap=swap)
 
 
 def _inner(wanted: int, matrix: Matrix) -> int:
-    """A power of two that divides the inner dimension if one from 32 on does, and fits the groups of scales."""
+    """A power of two from 32 on: one that fits the groups of scales, and divides the inner dimension if any does."""
     inner = wanted
-    while inner > 32 and matrix.inner % inner:
+    while inner > 32 and not fits_groups(inner, matrix):
         inner //= 2
-    if matrix.inner % inner:
-        inner = min(wanted, max(_power_of_two(matrix.inner), 32))
-    if matrix.format in _4_BIT and matrix.group < inner and not _is_power_of_two(matrix.group):
-        inner = matrix.group & -matrix.group
-    while matrix.group and matrix.format is not WeightFormat.INT8_CHANNEL and matrix.group % inner:
-        if matrix.format in _4_BIT and inner % matrix.group == 0:
-            break
-        inner //= 2
-    return inner
+    divisor = inner
+    while divisor > 32 and matrix.inner % divisor:
+        divisor //= 2
+    return divisor if matrix.inner % divisor == 0 else min(inner, max(_power_of_two(matrix.inner), 32))
+
+
+def fits_groups(inner: int, matrix: Matrix) -> bool:
+    """Whether so many columns are a part of a group of scales, or, where the kernels can do that, several groups."""
+    several = matrix.format in (WeightFormat.INT4_GROUP, WeightFormat.MXFP4)
+    return not matrix.group or matrix.group % inner == 0 or (several and inner % matrix.group == 0)
 
 
 def _split(blocks: float, tile: Tile, matrix: Matrix, device: Device) -> int:
@@ -169,7 +191,7 @@ def _split(blocks: float, tile: Tile, matrix: Matrix, device: Device) -> int:
 
 
 def shared_memory(tile: Tile, block: int, matrix: Matrix, device: Device) -> int:
-    """Bytes that a program needs at most: its stages, a decoded tile where weights are decoded, the result on its way."""
+    """Bytes that a program needs at most: its stages, a tile of decoded weights, the result on its way out."""
     width = tile.columns * (2 if matrix.gated else 1)
     stage = block * tile.inner * matrix.element + width * tile.inner * matrix.weight_bits // 8
     decoded = 0 if matrix.format is WeightFormat.PLAIN else width * tile.inner * matrix.element
@@ -178,123 +200,18 @@ def shared_memory(tile: Tile, block: int, matrix: Matrix, device: Device) -> int
     return max(stages * stage + decoded, block * width * 4) + 2048
 
 
-def _power_of_two(value: float) -> int:
+def _power_of_two(value: int) -> int:
     """The least power of two that is at least `value`."""
-    return 1 << max(int(-(-value // 1)) - 1, 0).bit_length()
+    return 1 << max(value - 1, 0).bit_length()
 
 
-def _is_power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0
-
-
-# --- overrides --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Override:
-    """Fields of `Configuration` that replace the chosen ones where all conditions hold; a None holds everywhere.
-
-    rows_from, rows_to: rows per active expert, both included. hidden, inner, format: of the gate_up projection.
-    """
-
-    use: Mapping[str, Any]
-    sm: int | None = None
-    format: str | None = None
-    hidden: int | None = None
-    inner: int | None = None
-    rows_from: float | None = None
-    rows_to: float | None = None
-
-    def holds(self, rows_per_expert: float, gate_up: Matrix, device: Device) -> bool:
-        """Whether this is for that problem."""
-        wanted = (self.sm, self.format, self.hidden, self.inner)
-        found = (device.sm, gate_up.format.value, gate_up.inner, gate_up.columns)
-        if any(w not in (None, f) for w, f in zip(wanted, found, strict=True)):
-            return False
-        return (self.rows_from or 0.0) <= rows_per_expert <= (self.rows_to or float("inf"))
-
-
-def load_overrides(path: Path) -> tuple[Override, ...]:
-    """Read a file of overrides: a JSON list of objects with `use` and any of the conditions.
-
-        [{"sm": 90, "format": "plain", "rows_to": 16, "use": {"block": 16, "gate_up": {"columns": 64, "stages": 5}}}]
-
-    `use` may have block, and under gate_up and down any field of `Tile`. Raises ValueError, naming the entry, for
-    anything unknown or of the wrong type, and OSError where the file cannot be read.
-    """
-    entries = json.loads(path.read_text())
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: not a JSON list of overrides")
-    return tuple(_override(f"{path}, entry {number}", entry) for number, entry in enumerate(entries))
-
-
-def _override(where: str, entry: Any) -> Override:
-    conditions = {"sm": int, "format": str, "hidden": int, "inner": int, "rows_from": float, "rows_to": float}
-    _check_fields(where, entry, {"use": dict, **conditions})
-    if "use" not in entry:
-        raise ValueError(f"{where}: 'use' is missing")
-    if entry.get("format") not in (None, *(format.value for format in WeightFormat)):
-        raise ValueError(f"{where}: unknown format {entry['format']!r}")
-    _check_fields(f"{where}, use", entry["use"], {"block": int, "gate_up": dict, "down": dict})
-    kinds = {field.name: bool if field.type == "bool" else int for field in fields(Tile)}
-    for projection in ("gate_up", "down"):
-        tile = entry["use"].get(projection, {})
-        _check_fields(f"{where}, {projection}", tile, kinds)
-        _check_values(f"{where}, {projection}", tile)
-    _check_values(where, {name: entry["use"][name] for name in ("block",) if name in entry["use"]})
-    return Override(**entry)
-
-
-def _check_fields(where: str, entry: Any, known: Mapping[str, type]) -> None:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: not an object")
-    for name, value in entry.items():
-        if name not in known:
-            raise ValueError(f"{where}: unknown key {name!r}, not one of {sorted(known)}")
-        kind = (int, float) if known[name] is float else known[name]
-        if not isinstance(value, kind) or (isinstance(value, bool) and known[name] is not bool):
-            raise ValueError(f"{where}: {name} is {value!r}, not of type {known[name].__name__}")
-
-
-_RANGES: Final = {"block": (16, 128), "columns": (16, 256), "inner": (32, 256), "warps": (1, 8), "stages": (1, 8),
-                  "group": (1, 64), "split": (1, 16)}  # fmt: skip
-
-
-def _check_values(where: str, entry: Mapping[str, Any]) -> None:
-    for name, value in entry.items():
-        low, high = _RANGES.get(name, (0, 1))
-        if not low <= value <= high or (name != "stages" and name in _RANGES and not _is_power_of_two(value)):
-            raise ValueError(f"{where}: {name} is {value!r}, not a power of two from {low} to {high}")
-
-
-def apply(
-    overrides: tuple[Override, ...],
-    chosen: Configuration,
-    rows_per_expert: float,
-    gate_up: Matrix,
-    down: Matrix,
-    device: Device,
-) -> Configuration:
-    """`chosen` with what the first override that holds replaces. Raises ValueError for what cannot run on `device`."""
-    override = next((o for o in overrides if o.holds(rows_per_expert, gate_up, device)), None)
-    if override is None:
-        return chosen
-    tiles = {
-        name: replace(getattr(chosen, name), **override.use.get(name, {})) for name in ("gate_up", "down")
-    }  # fmt: skip
-    configuration = Configuration(override.use.get("block", chosen.block), **tiles)
-    for name, matrix in (("gate_up", gate_up), ("down", down)):
-        check(tiles[name], configuration.block, matrix, device)
-    return configuration
-
-
-def check(tile: Tile, block: int, matrix: Matrix, device: Device) -> None:
-    """Raise ValueError for a tile that cannot run."""
-    if _inner(tile.inner, replace(matrix, inner=tile.inner)) != tile.inner:
-        raise ValueError(f"tiles of {tile.inner} inner columns do not fit groups of {matrix.group}")
-    if (needed := shared_memory(tile, block, matrix, device)) > device.shared_memory:
-        raise ValueError(
-            f"{tile} needs up to {needed} bytes of shared memory, sm_{device.sm} has {device.shared_memory}"
-        )
-    if tile.persistent and tile.split > 1:
-        raise ValueError("a persistent program does not split the inner dimension")
+def check(configuration: Configuration, gate_up: Matrix, down: Matrix, device: Device) -> None:
+    """Raise ValueError for what cannot run on `device`."""
+    for tile, matrix in ((configuration.gate_up, gate_up), (configuration.down, down)):
+        if not fits_groups(tile.inner, matrix):
+            raise ValueError(f"tiles of {tile.inner} inner columns do not fit groups of {matrix.group}")
+        if tile.persistent and tile.split > 1:
+            raise ValueError("a persistent program does not split the inner dimension")
+        needed = shared_memory(tile, configuration.block, matrix, device)
+        if needed > device.shared_memory:
+            raise ValueError(f"{tile} needs up to {needed} bytes of shared memory, of {device.shared_memory} there are")

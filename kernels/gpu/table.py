@@ -16,6 +16,7 @@ from .configuration import Matrix
 _ALIGNMENT: Final = 16  # bytes; what the kernels promise the compiler
 _PACKED: Final = (WeightFormat.INT4_GROUP, WeightFormat.MXFP4)
 _PACKED_MULTIPLE: Final = 8  # columns; every packing puts 8 into a word
+_GROUP_MULTIPLE: Final = 32  # columns; no tile is narrower
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,9 @@ class MatrixForm:
     def of(cls, matrix: WeightMatrix, bias: Tensor | None) -> MatrixForm:
         """Raises ValueError for what the kernels cannot read."""
         transposed, stride = _layout(matrix)
-        scale, zero = matrix.scale, matrix.zero
+        scale, zero, group = matrix.scale, matrix.zero, matrix.block[1]
+        if matrix.format in (*_PACKED, WeightFormat.FP8_BLOCK) and (not group or group % _GROUP_MULTIPLE):
+            raise ValueError(f"{matrix.format.value} weights with groups of {group} columns, not a multiple of 32")
         if scale is not None and scale.ndim == 2 and scale.shape[1] > 1 and scale.stride(1) != 1:
             raise ValueError(f"scales with strides {scale.stride()}; the columns of a row must be neighbours")
         if zero is not None and (scale is None or zero.stride() != scale.stride()):
@@ -51,8 +54,12 @@ class MatrixForm:
     def problem(self, element: int, *, gated: bool) -> Matrix:
         """As the choice of configuration sees it; `element` is the bytes of one input."""
         columns, inner = self.shape
-        group = 0 if self.format is WeightFormat.PLAIN else self.block[1]
-        return Matrix(columns // 2 if gated else columns, inner, self.format, group, gated, element)
+        return Matrix(columns // 2 if gated else columns, inner, self.format, self.group, gated, element)
+
+    @property
+    def group(self) -> int:
+        """Columns of a row that share a scale; 0 where none do or all."""
+        return self.block[1] if self.format in (*_PACKED, WeightFormat.FP8_BLOCK) else 0
 
 
 def _layout(matrix: WeightMatrix) -> tuple[bool, int]:
@@ -100,6 +107,7 @@ class ExpertTable(Sequence[ExpertMatrices | None]):
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self._experts: list[ExpertMatrices | None] = [None] * num_experts
         self._form: LayerForm | None = None
+        self._present = 0
         # rows: data, scale, zero, bias; tiles.py names them
         self.gate_up = torch.zeros(4, num_experts, dtype=torch.int64, device=device)  # [4, E] addresses
         self.down = torch.zeros(4, num_experts, dtype=torch.int64, device=device)  # [4, E] addresses
@@ -122,7 +130,12 @@ class ExpertTable(Sequence[ExpertMatrices | None]):
     @property
     def expert_map(self) -> Tensor | None:
         """int32 [E] for `align_rows` and `combine`: each expert's own index, -1 for those not here. None: all are."""
-        return self._map if any(expert is None for expert in self._experts) else None
+        return None if self._present == len(self._experts) else self._map
+
+    @property
+    def present(self) -> int:
+        """How many experts are here."""
+        return self._present
 
     def put(self, index: int, expert: ExpertMatrices) -> None:
         """Add or replace one. Raises ValueError where it has another form than those before it, or another device."""
@@ -133,6 +146,7 @@ class ExpertTable(Sequence[ExpertMatrices | None]):
         if any(part is not None and part.device != self._map.device for half in parts for part in half):
             raise ValueError(f"expert {index} is not on {self._map.device}")
         self._form = form
+        self._present += self._experts[index] is None
         self._experts[index] = expert
         for table, half in zip((self.gate_up, self.down), parts, strict=True):
             table[:, index] = torch.tensor([0 if part is None else part.data_ptr() for part in half])
@@ -140,6 +154,7 @@ class ExpertTable(Sequence[ExpertMatrices | None]):
 
     def remove(self, index: int) -> None:
         """Let go of one; it may be absent already."""
+        self._present -= self._experts[index] is not None
         self._experts[index] = None
         self._map[index] = -1
 

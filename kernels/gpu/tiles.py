@@ -25,10 +25,11 @@ BIAS = tl.constexpr(3)
 
 
 @triton.jit
-def part_pointer(table, part, expert, num_experts, dtype: tl.constexpr):
+def part_pointer(table, part: tl.constexpr, expert, num_experts, dtype: tl.constexpr):
     """The pointer to one part of one expert. The promise of 16 bytes is what makes loads wide and asynchronous."""
     address = tl.load(table + part * num_experts + expert)
-    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+    pointer = address.to(tl.pointer_type(dtype))
+    return tl.multiple_of(pointer, 16) if part == DATA else pointer
 
 
 @triton.jit
@@ -71,8 +72,8 @@ def scale_tile(scale, zero, n, n_inside, first, K, stride, FORMAT: tl.constexpr,
                ROWS: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """What `weight_tile` scales columns first..first + BK of rows `n` with: (factor, offset) [W, groups in BK].
 
-    The factor is fp32. The offset is INT4_GROUP's zero point in the form that `nibble_values` adds, else unused.
-    Formats without scales in the tile get a 1.
+    The factor has the scales' dtype, fp32 for exponents. The offset is INT4_GROUP's zero point in the form that
+    `nibble_values` adds, else unused. Formats without scales in the tile get a 1.
     """
     if FORMAT == PLAIN or FORMAT == INT8_CHANNEL:
         factor = 1.0
@@ -90,47 +91,52 @@ def scale_tile(scale, zero, n, n_inside, first, K, stride, FORMAT: tl.constexpr,
         if FORMAT == MXFP4:
             factor = e8m0_values(tl.load(scale + at, mask=inside, other=127))
         else:
-            factor = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+            factor = tl.load(scale + at, mask=inside, other=0.0)
             if HAS_ZERO:
-                offset = 0x43404340 - tl.load(zero + at, mask=inside, other=0).to(tl.int32) * 0x00010001
+                offset = tl.load(zero + at, mask=inside, other=0).to(tl.int32) * -0x00010001
     return factor, offset
 
 
 @triton.jit
 def nibble_values(byte, factor, offset, FORMAT: tl.constexpr, HAS_ZERO: tl.constexpr, W: tl.constexpr,
                   BK: tl.constexpr, CT: tl.constexpr):  # fmt: skip
-    """Scaled values [W, BK] of bytes [W, BK / 2] with two columns each.
+    """Scaled values [W, BK] of bytes [W, BK / 2] with two columns each, in any floating dtype.
 
-    A 32-bit word takes the two nibbles of a byte at once, each to where a bf16 in that half of the word has the bits:
-    for integers the low end of the mantissa of a number in [128, 256), whose unit in the last place is 1; for E2M1 the
-    low end of the exponent and the high end of the mantissa, which leaves the exponent's bias, 127 against 1.
+    A 32-bit word takes the two nibbles of a byte at once, each to where a 16-bit float in that half of the word has the
+    bits: for integers the low end of the mantissa of a number whose unit in the last place is 1 (bf16 in [128, 256),
+    fp16 in [1024, 2048)); for E2M1 the low end of bf16's exponent and the high end of its mantissa, which leaves the
+    exponent's bias, 127 against 1. What is subtracted and multiplied then is exact but for the last rounding, to CT.
     """
-    AT: tl.constexpr = tl.bfloat16 if CT == tl.bfloat16 else tl.float32  # arithmetic
+    HALF_FLOAT: tl.constexpr = CT == tl.float16 and FORMAT == INT4_GROUP
+    AT: tl.constexpr = CT if CT == tl.bfloat16 or HALF_FLOAT else tl.float32  # arithmetic
     GROUPS: tl.constexpr = factor.shape[1]
     HALF: tl.constexpr = BK // 2 // GROUPS
     word = tl.reshape(byte.to(tl.int32), (W, GROUPS, HALF))
     if FORMAT == MXFP4:
         word = ((word * 0x01001000) & -0x7FFF8000) | ((word * 0x00040040) & 0x01C001C0)
-        rebias = tl.full((1, 1, 1), 8.507059173023462e37, AT)  # 2 ** 126
-    elif HAS_ZERO:
-        word = ((word * 0x1001) & 0x000F000F) + offset[:, :, None]  # 192 + nibble - zero point
-        base = tl.full((1, 1, 1), 192.0, AT)
+    elif HAS_ZERO:  # half way between two powers of two, so that a negative difference stays there too
+        MIDDLE: tl.constexpr = 0x66006600 if HALF_FLOAT else 0x43404340
+        word = ((word * 0x1001) & 0x000F000F) + (offset + MIDDLE)[:, :, None]
+        base = tl.full((1, 1, 1), 1536.0 if HALF_FLOAT else 192.0, AT)
     else:
-        word = ((word * 0x1001) & 0x000F000F) | 0x43004300  # 128 + nibble
-        base = tl.full((1, 1, 1), 136.0, AT)
-    if AT == tl.bfloat16:
-        low = word.to(tl.int16).to(AT, bitcast=True)
-        high = (word >> 16).to(tl.int16).to(AT, bitcast=True)
-    else:  # a bf16 is the upper half of a float32
+        word = ((word * 0x1001) & 0x000F000F) | (0x64006400 if HALF_FLOAT else 0x43004300)
+        base = tl.full((1, 1, 1), 1032.0 if HALF_FLOAT else 136.0, AT)
+    if AT == tl.float32:  # a bf16 is the upper half of a float32
         low = (word << 16).to(AT, bitcast=True)
         high = (word & -0x10000).to(AT, bitcast=True)
-    factor = factor[:, :, None].to(AT)
-    if FORMAT == MXFP4:  # powers of two: exact
+    else:
+        low = word.to(tl.int16).to(AT, bitcast=True)
+        high = (word >> 16).to(tl.int16).to(AT, bitcast=True)
+    if FORMAT == MXFP4:
+        rebias = tl.full((1, 1, 1), 8.507059173023462e37, AT)  # 2 ** 126
+        factor = factor[:, :, None].to(AT)
         low = low * rebias * factor
         high = high * rebias * factor
     else:
-        low = (low - base) * factor
-        high = (high - base) * factor
+        MT: tl.constexpr = AT if factor.dtype == AT else tl.float32  # scales are not rounded before they multiply
+        factor = factor[:, :, None].to(MT)
+        low = (low - base).to(MT) * factor
+        high = (high - base).to(MT) * factor
     return tl.interleave(tl.reshape(low, (W, BK // 2)), tl.reshape(high, (W, BK // 2)))
 
 

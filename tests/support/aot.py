@@ -4,9 +4,9 @@
                     arguments={"logits": "*bf16:16", "out": "*fp32:16", "rows": "i32", "E": 128, "CT": Dtype("bf16")})]
     reports = compile_all(builds)              # {"route": Report(...)}; keys are the builds' names
 
-An argument that is a string is a Triton type: `*bf16` a pointer, `i32` an integer, `:16` at its end says that the address
-or the number is a multiple of 16 (what the JIT compiler finds out by itself at a launch). Anything else is the value of a
-constexpr; `Dtype` stands for a Triton dtype, so that this module need not import triton.
+An argument that is a string is a Triton type: `*bf16` a pointer, `i32` an integer, `:16` at its end says that the
+address or the number is a multiple of 16 (what the JIT compiler finds out by itself at a launch). Anything else is the
+value of a constexpr; `Dtype` stands for a Triton dtype, so that this module need not import triton.
 
 The work is done in child processes without TRITON_INTERPRET, because a process in which kernels are interpreted cannot
 compile them. Registers, stack and machine instructions are read from the cubin with the tools that come with triton.
@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 400.0  # seconds for one child with all its builds
+TIMEOUT = 900.0  # seconds for one child with all its builds
 
 # What a thread block may have at most: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes
@@ -55,7 +55,7 @@ class Build:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the machine code of a build needs and contains. Counts are of instructions in the code, not of executions."""
+    """What the machine code of a build needs and contains. Counts are of instructions in the code, not of runs."""
 
     name: str
     registers: int  # per thread
@@ -71,9 +71,9 @@ class Report:
     narrow_loads: int  # loads of at most 8 bytes
     bulk: int  # copies by the tensor memory accelerator
     instructions: int
-    loop: int  # instructions of the innermost loop with most matrix instructions, or of the longest
+    loop: int  # instructions of the innermost loop with most matrix instructions, or of the longest one
     loop_mma: int  # matrix instructions in it
-    histogram: Mapping[str, int] = field(default_factory=dict)  # of the loop, by opcode
+    histogram: Mapping[str, int] = field(default_factory=dict)  # of the loop, by operation
 
     @property
     def blocks_per_sm(self) -> int:
@@ -214,7 +214,7 @@ def _histogram(lines: Sequence[str]) -> dict[str, int]:
 def main() -> None:
     """Compile what the file names; reports go to standard output as JSON."""
     builds: list[Build] = pickle.loads(Path(sys.argv[1]).read_bytes())
-    print(json.dumps([asdict(_compile(build)) for build in builds]))
+    sys.stdout.write(json.dumps([asdict(_compile(build)) for build in builds]) + "\n")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def random_matrix(
     groups = (rows, -(-columns // kind.group))
     if kind.format is WeightFormat.MXFP4:
         exponent = torch.randint(121, 129, groups, generator=generator, device=generator.device)
-        exponent += round(torch.tensor(size / 3).log2().item()) + 2
+        exponent += round(torch.tensor(size / 3).log2().item()) + 1
         table = torch.tensor((*_E2M1, *(-value for value in _E2M1)), dtype=torch.float64, device=generator.device)
         values = table[codes] * _spread(torch.exp2(exponent.double() - 127), kind.group, columns)
         return WeightMatrix(kind.format, packed, place(exponent.to(torch.uint8)), block=(1, 32)), values

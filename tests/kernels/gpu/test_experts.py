@@ -15,7 +15,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 from moehive.kernels.expert_ffn import ACTIVATIONS, FfnSpec
 from moehive.kernels.formats import WeightFormat
-from moehive.kernels.gpu.configuration import Configuration, Tile
+from moehive.kernels.gpu import experts as experts_module
+from moehive.kernels.gpu.configuration import Configuration, Device, Tile
 from moehive.kernels.gpu.experts import run_experts
 from moehive.kernels.gpu.table import ExpertTable
 
@@ -71,15 +72,17 @@ CUTS = {
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("name", ["plain-bfloat16", "plain-bfloat16-transposed", "int4-group-g32-zero", "mxfp4"])
-def test_every_way_of_cutting_equals_the_oracle(name: str, cut: Configuration) -> None:
+@pytest.mark.parametrize("name", ["plain-bfloat16-transposed", "int4-group-g32-zero"])
+def test_every_way_of_cutting_equals_the_oracle(name: str, cut: Configuration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU of two multiprocessors, so that a persistent program has several tiles."""
+    monkeypatch.setattr(experts_module, "device_facts", lambda device: Device(90, 2))
     generator = seeded(2)
-    spec = CLAMPED if name in ("mxfp4", "plain-bfloat16-transposed") else FfnSpec()
+    spec = CLAMPED if name == "plain-bfloat16-transposed" else FfnSpec()
     experts: list[Expert | None] = [
         random_expert(KINDS[name], 128, 96, generator, bias=spec is CLAMPED) for _ in range(3)
     ]
-    hidden = torch.randn(20, 128, generator=generator)
-    check_layer(experts, hidden, *routing(20, 3, 2, generator), spec, cut)
+    hidden = torch.randn(7, 128, generator=generator)
+    check_layer(experts, hidden, *routing(7, 3, 2, generator), spec, cut)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -114,10 +117,10 @@ def layers(draw: st.DrawFn) -> tuple[Kind, FfnSpec, int, int, int, int, int, Con
     )  # fmt: skip
     cut = Configuration(draw(st.sampled_from([16, 32])), draw(fine), draw(fine))
     spec = draw(st.sampled_from([FfnSpec(), CLAMPED]))
-    return kind, spec, hidden, inner, experts, top_k, draw(st.integers(0, 9)), cut, draw(st.integers(0, 2**31))
+    return kind, spec, hidden, inner, experts, top_k, draw(st.integers(0, 6)), cut, draw(st.integers(0, 2**31))
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 @given(layers())
 def test_any_layer_equals_the_oracle(
     layer: tuple[Kind, FfnSpec, int, int, int, int, int, Configuration, int],
@@ -138,16 +141,26 @@ def test_any_layer_equals_the_oracle(
         check_layer(experts, hidden, guard(index), guard(weights), spec, cut)
 
 
-@pytest.mark.parametrize("name", ["plain-bfloat16", "mxfp4"])
-def test_hidden_2880(name: str) -> None:
-    """GPT-OSS's width, of which 64 is the largest power of two; configuration as chosen."""
-    generator = seeded(5)
-    experts: list[Expert | None] = [random_expert(KINDS[name], 2880, 96, generator, bias=True) for _ in range(2)]
+def test_hidden_2880() -> None:
+    """GPT-OSS's width, of which 64 is the largest power of two, in as few tiles as may be."""
+    generator, cut = seeded(5), Configuration(16, Tile(32, 64), Tile(1024, 32))
+    experts: list[Expert | None] = [random_expert(KINDS["mxfp4"], 2880, 32, generator, bias=True)]
     hidden = torch.randn(2, 2880, generator=generator)
-    check_layer(experts, hidden, *routing(2, 2, 1, generator), CLAMPED, None)
+    check_layer(experts, hidden, *routing(2, 1, 1, generator), CLAMPED, cut)
+
+
+def test_groups_that_are_no_power_of_two() -> None:
+    generator, kind = seeded(12), Kind(WeightFormat.INT4_GROUP, group=96, dtype=torch.float16, zero=True)
+    experts: list[Expert | None] = [random_expert(kind, 200, 96, generator) for _ in range(2)]
+    hidden = torch.randn(2, 200, generator=generator)
+    index, weights = routing(2, 2, 1, generator)
+    check_layer(experts, hidden, index, weights, FfnSpec(), Configuration(16, Tile(128, 32), Tile(256, 32)))
+    with pytest.raises(ValueError, match="do not fit groups of 96"):
+        check_layer(experts, hidden, index, weights, FfnSpec())
 
 
 def test_one_expert_takes_all_rows() -> None:
+    """More than two blocks."""
     generator = seeded(6)
     experts: list[Expert | None] = [random_expert(KINDS["plain-bfloat16"], 64, 32, generator) for _ in range(4)]
     hidden = torch.randn(40, 64, generator=generator)
@@ -180,24 +193,26 @@ def test_an_expert_can_be_loaded_and_evicted_alone() -> None:
     table = ExpertTable(3, torch.device("cpu"))
     here: list[Expert | None] = [None, None, None]
     assert not run_experts(hidden, index, weights, table, spec).any()
-    for number, present in ((1, True), (0, True), (1, False), (2, True), (1, True)):
+    for number, present in ((1, True), (0, True), (1, False)):
         here[number] = experts[number] if present else None
         table.put(number, experts[number].matrices) if present else table.remove(number)
         found = run_experts(hidden, index, weights, table, spec, configuration=SMALL)
         assert relative_error(found, layer_oracle(hidden, index, weights, here, spec)) <= EXACT
+    table.put(1, experts[1].matrices)
+    table.put(2, experts[2].matrices)
     assert table.expert_map is None
 
 
-def test_the_same_call_gives_the_same_bits() -> None:
+def test_the_order_in_which_experts_are_named_does_not_change_a_bit() -> None:
     generator = seeded(9)
     experts = [random_expert(KINDS["fp8-block"], 128, 64, generator).matrices for _ in range(4)]
-    hidden = torch.randn(9, 128, generator=generator)
-    index, weights = routing(9, 4, 3, generator)
+    hidden = torch.randn(3, 128, generator=generator)
+    index, weights = routing(3, 4, 3, generator)
     order = torch.argsort(torch.rand(index.shape, generator=generator), dim=1)
-    again = index.gather(1, order), weights.gather(1, order)
-    first = run_experts(hidden, index, weights, experts, FfnSpec(), configuration=CUTS["split"])
-    assert torch.equal(first, run_experts(hidden, index, weights, experts, FfnSpec(), configuration=CUTS["split"]))
-    assert torch.equal(first, run_experts(hidden, *again, experts, FfnSpec(), configuration=CUTS["split"]))
+    cut = Configuration(16, Tile(64, 64, split=2), Tile(128, 32, split=2))
+    first = run_experts(hidden, index, weights, experts, FfnSpec(), configuration=cut)
+    again = run_experts(hidden, index.gather(1, order), weights.gather(1, order), experts, FfnSpec(), configuration=cut)
+    assert torch.equal(first, again)
 
 
 def test_hidden_in_bf16_loses_only_its_own_precision() -> None:
@@ -205,6 +220,14 @@ def test_hidden_in_bf16_loses_only_its_own_precision() -> None:
     experts: list[Expert | None] = [random_expert(KINDS["plain-bfloat16"], 64, 32, generator) for _ in range(2)]
     hidden = torch.randn(4, 64, generator=generator).bfloat16()
     check_layer(experts, hidden, *routing(4, 2, 2, generator), FfnSpec())
+
+
+def test_usage_counts_the_rows_of_experts_that_are_here() -> None:
+    expert = random_expert(KINDS["plain-float32"], 64, 32, seeded(0)).matrices
+    usage = torch.tensor([5, 5, 5])
+    index = torch.tensor([[0, 1], [2, 0], [3, 0]])  # 1 is elsewhere, 3 was left out
+    run_experts(torch.ones(3, 64), index, torch.ones(3, 2), [expert, None, expert], FfnSpec(), usage=usage)
+    assert usage.tolist() == [8, 5, 6]
 
 
 def test_no_tokens() -> None:
