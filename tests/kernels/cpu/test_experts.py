@@ -73,11 +73,14 @@ def exact_layer(
     return out
 
 
-# The second of each pair has rows that do not fill cache lines or vectors, where experts cannot be computed together.
-SIZES = [pytest.param((64, 192, 8), id="even"), pytest.param((40, 24, 8), id="odd")]
+SIZES = [
+    pytest.param((64, 192, 8), id="even"),
+    pytest.param((33, 21, 8), id="lines"),  # rows begin anywhere in a cache line: fp32 products round differently
+    pytest.param((64, 48, 8), id="vectors"),  # rows do not end with a vector, where fp32 sigmoid rounds differently
+]
 
 
-@pytest.mark.parametrize(("tokens", "count"), [(1, 1), (2, 1), (23, 1), (150, 1), (150, 2)])
+@pytest.mark.parametrize(("tokens", "count"), [(1, 1), (2, 1), (30, 1), (150, 1), (150, 2)])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("spec", [FfnSpec(), FfnSpec(activation="gelu"), GPT_OSS], ids=["silu", "gelu", "clamped"])
@@ -90,6 +93,14 @@ def test_experts_together_equal_eager_bit_for_bit(
         wanted = experts(hidden, index, weights)
         for run in (1, 3, 8) if count == 1 else (8,):
             assert torch.equal(exact_layer(hidden, index, weights, weights_of(experts), spec, run), wanted)
+
+
+def test_experts_are_computed_alone_where_threads_would_share_a_row() -> None:
+    rows = torch.empty(100, 64)
+    assert module._same_bits(rows, 512, FfnSpec())
+    with threads(2):
+        assert module._same_bits(rows[:64], 511 // 64 * 64, FfnSpec())
+        assert not module._same_bits(rows, 512, FfnSpec())
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
