@@ -145,6 +145,7 @@ class SpilledLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forget every token."""
+        self.is_initialized = False  # first: older transformers zero the keys of an initialised layer, which has none
         super().reset()
         self._engine.reset(self._number)
 
