@@ -17,7 +17,7 @@
     │   │   ├── DiskFull
     │   │   └── CorruptShard      a local file does not match its hash
     │   ├── SeedError             (retryable) a permanent seed cannot be read
-    │   │   └── SeedChanged       its bytes are not those that the model was converted from
+    │   │   └── SeedChanged       (final) its bytes are not those that the model was converted from
     │   ├── BudgetTooSmall        a memory or disk budget cannot hold what was asked
     │   └── TransportError        (retryable) the network engine did not start or stopped
     ├── CallerError               the caller asked for something impossible: exit code 2, never retried

@@ -72,8 +72,8 @@ class NodeOptions:
     too. 0 takes any that is free. Peers that cannot reach it get the files through --listen, more slowly."""
 
     direct_port: Port = 0
-    """Port of the direct connections that carry the work of experts, at the same addresses as --listen; they halve what
-    a request costs on a fast network. 0 takes any that is free. Peers that cannot reach it come through --listen."""
+    """Port of the direct connections that carry the work of experts, at the addresses of --listen. They halve the cost
+    of a request on a fast network. 0 takes any free one. Peers that cannot reach it come by --listen."""
 
     direct: bool = True
     """Take direct connections."""
