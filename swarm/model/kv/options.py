@@ -38,8 +38,9 @@ class KvOptions:
       fp8     like spill, with stored blocks as float8 (e4m3) and a scale for each token and head.
       int8    like spill, with stored blocks as 8-bit integers and a scale for each token and head.
 
-    Layers whose cache is bounded by the model itself (sliding windows, linear attention) keep transformers' own cache,
-    which is not counted in the budgets.
+    Layers whose cache is bounded by the model itself (sliding windows, linear attention) keep transformers' own cache.
+    So does the index that the layers of DeepSeek-V3.2 and GLM's sparse models have beside their keys, which does grow.
+    Neither counts in the budgets.
     """
 
     mode: KvMode = "full"
