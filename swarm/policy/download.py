@@ -196,16 +196,19 @@ def _fresh(board: _Board) -> Iterator[Ask]:
     """Requests for all who have room."""
     for peer in board.usable:
         for item in board.items[peer.id]:
-            while board.room[peer.id] >= batch(peer.pace) and board.left > 0 and (ask := _next_run(board, peer, item)):
+            while ask := _next_run(board, peer, item):
                 yield board.give(ask)
 
 
 def _next_run(board: _Board, peer: Peer, item: Item) -> Ask | None:
-    """The next run of an object for a peer; None where it has none, or others would have brought all of it before."""
+    """The next run of an object for a peer.
+
+    None where it has none, or has no room for what it should have, or others would have brought all of it before.
+    """
     candidates = board.open(item) & item.holders[peer.id]
     if peer.last_resort:
         candidates &= ~_had_by_others(board, item)
-    if not candidates:
+    if board.limit(peer.id) < max(1, min(batch(peer.pace), candidates.bit_count())) or not candidates:
         return None
     rarest = _rarest(board, item, candidates)
     first = lowest_from(rarest, item.start)
@@ -228,7 +231,7 @@ def _rarest(board: _Board, item: Item, candidates: Bits) -> Bits:
     several: list[Bits] = []  # several[k]: what more than k peers have; who has everything makes no difference
     for peer in board.usable:
         have = item.holders.get(peer.id, 0)
-        if have and have != every:
+        if have and have & every != every:
             several.append(0)
             for k in range(len(several) - 1, 0, -1):
                 several[k] |= several[k - 1] & have

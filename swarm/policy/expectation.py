@@ -21,6 +21,7 @@ ItemKey = NewType("ItemKey", str)  # one download; two of them may be for the sa
 
 GUESSED_RTT = 0.05  # seconds
 SILENCE = 4.0  # chunk times without a chunk that are nothing unusual: requests to one peer take turns
+FIRST_CHUNK = 0.1  # seconds that nobody wonders about besides, where a peer's rate is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ def queue_of(pace: Pace, flights: Sequence[Flight], now: float, guessed_rate: fl
     """What can be expected of a peer; `guessed_rate` (bytes per second) stands in where it never sent a chunk."""
     gap, rtt = CHUNK_SIZE / (pace.rate or guessed_rate), pace.rtt or GUESSED_RTT
     silence = now - pace.heard
-    silent = bool(flights) and silence > SILENCE * gap + rtt
+    unusual = SILENCE * gap + rtt + (0.0 if pace.rate else FIRST_CHUNK)
+    silent = bool(flights) and silence > unusual
     first = silence if silent else max(gap + rtt - silence, 0.0)
     due = sum(flight.count for flight in flights)
     base = max(rtt, first + (due - 1) * gap) if due else rtt

@@ -36,6 +36,7 @@ class Pace:
     strikes: int = 0  # timeouts in a row
     refusals: int = 0  # in a row: it was busy
     heard: float = 0.0  # when its last chunk came, or when it was asked having nothing to do
+    starting: bool = False  # the latter: a round trip passes before its next chunk
     quiet_since: float | None = None  # since when it owes us a chunk
 
     @property
@@ -68,12 +69,14 @@ class Pace:
 def after_asking(pace: Pace, now: float, *, idle: bool) -> Pace:
     """Something was asked for; `idle`: the peer had nothing to do before."""
     quiet_since = now if pace.quiet_since is None else pace.quiet_since
-    return replace(pace, heard=now if idle else pace.heard, quiet_since=quiet_since)
+    return replace(pace, heard=now if idle else pace.heard, starting=idle or pace.starting, quiet_since=quiet_since)
 
 
 def after_chunk(pace: Pace, size: int, waited: float, now: float, *, more: bool) -> Pace:
     """A chunk of `size` bytes came, `waited` seconds after its request or the last chunk of that; `more` are due."""
     seconds = max(now - pace.heard, 1e-6)
+    if pace.starting:
+        seconds = max(seconds - pace.rtt, seconds / 4)
     kept = math.exp(-seconds / _MEMORY)
     wait = pace.wait + _SMOOTHING * (waited - pace.wait) if pace.wait else waited
     return replace(
@@ -85,6 +88,7 @@ def after_chunk(pace: Pace, size: int, waited: float, now: float, *, more: bool)
         strikes=0,
         refusals=0,
         heard=now,
+        starting=False,
         quiet_since=now if more else None,
     )
 

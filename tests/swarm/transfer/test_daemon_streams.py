@@ -34,7 +34,8 @@ def _engine() -> None:
 
 
 @pytest.fixture
-def _short_temporary_paths(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _short_temporary_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """After pytest has chosen its own directory."""
     with tempfile.TemporaryDirectory() as directory:  # sockets have short names only
         monkeypatch.setattr(tempfile, "tempdir", directory)
         yield
