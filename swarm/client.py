@@ -99,7 +99,7 @@ class Swarm:
             member = stack.enter_context(portal.wrap_async_context_manager(membership(self._ticket)))
             self._stack = stack.pop_all()
         self._portal, self._member, self._models = portal, member, {}
-        self._fetcher = ModelFetcher(member, self._store, self._seeds)
+        self._fetcher = ModelFetcher(member, self._store, self._seeds, several=True)
         return self
 
     def __exit__(

@@ -17,6 +17,7 @@ from moehive.protocol.ids import ModelId, ShardHash
 from moehive.protocol.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from moehive.protocol.units import format_size
 
+from .log import get_logger
 from .member import Member
 from .replicas import count_copies
 from .room import Room
@@ -29,15 +30,23 @@ from .transfer.progress import Observer
 from .transfer.sources import Wanted
 
 T = TypeVar("T")
+_log = get_logger(__name__)
 
 
 class ModelFetcher:
-    """Objects of models into `store`. Used on the event loop."""
+    """Objects of models into `store`. Used on the event loop.
 
-    def __init__(self, member: Member, store: ContentStore, seeds: Sequence[SeedName] = ()) -> None:
+    `seeds` stand in for peers that are missing. A directory among them that does not fit a model is an error, or with
+    `several` only a warning: the user of several models names the seeds of them all.
+    """
+
+    def __init__(
+        self, member: Member, store: ContentStore, seeds: Sequence[SeedName] = (), *, several: bool = False
+    ) -> None:
         self.store = store
         self._member = member
         self._seeds = seeds
+        self._several = several
         self._room = Room(store, partial(count_copies, member))
 
     async def manifest(self, model: ModelId, *, timeout: float = 30.0) -> Manifest:
@@ -55,7 +64,10 @@ class ModelFetcher:
             manifest = Manifest.from_bytes(await asyncio.to_thread(self.store.read, key))
         for name in self._seeds:
             self._member.seeds.add(name, manifest)
-        await self._member.seeds.open_nearby()
+        for error in await self._member.seeds.open_nearby():
+            if not self._several:
+                raise error
+            _log.warning("seed is of no use for this model", model=manifest.model.name, reason=str(error))
         return manifest
 
     async def skeleton(self, manifest: Manifest, *, timeout: float = 30.0, observer: Observer | None = None) -> None:
@@ -75,7 +87,7 @@ class ModelFetcher:
         observer: Observer | None = None,
         on_done: OnDone = lambda wanted, path: None,
     ) -> Mapping[ShardHash, ShardUnavailable]:
-        """Shards of a model; what nobody could fetcher. See Downloader.fetch_many.
+        """Shards of a model; what nobody could supply. See Downloader.fetch_many.
 
         Raises DiskBudgetFull where the budget has no room and none can be made, and before anything is fetched where
         it could not hold them even if it were empty; DiskFull, StorageError, TransportError.

@@ -37,14 +37,21 @@ class Seeds:
         self._seeds: dict[PeerId, _Entry] = {}
 
     def add(self, name: SeedName, manifest: Manifest) -> None:
-        """A seed of one model; naming it again changes nothing. It is opened when it is needed."""
-        self._seeds.setdefault(PeerId(f"seed {name.text}"), _Entry(name, manifest))
+        """A seed for one model; naming it again changes nothing. It is opened when it is needed."""
+        peer = PeerId(f"seed {name.text} of {manifest.model.name} {manifest.model_id[:8]}")
+        self._seeds.setdefault(peer, _Entry(name, manifest))
 
-    async def open_nearby(self) -> None:
-        """Open those on this machine now: whoever named the wrong directory wants to know. Raises SeedError."""
-        for entry in self._seeds.values():
-            if entry.nearby:
-                await to_its_end(entry.open)
+    async def open_nearby(self) -> list[SeedError]:
+        """Open those on this machine now: whoever named the wrong directory wants to know. Why some are of no use."""
+        errors = []
+        for peer, entry in list(self._seeds.items()):
+            try:
+                if entry.nearby:
+                    await to_its_end(entry.open)
+            except SeedError as error:
+                errors.append(error)
+                del self._seeds[peer]
+        return errors
 
     def sources(self, object_hash: ShardHash) -> Sources:
         """The seeds that may have an object. Those that are far away are asked only for what nobody else has."""
@@ -90,6 +97,7 @@ class _Entry:
 
     @property
     def nearby(self) -> bool:
+        """Whether it lies on this machine."""
         return self._name.directory is not None
 
     def open(self) -> Seed:

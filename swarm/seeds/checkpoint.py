@@ -50,7 +50,7 @@ class CheckpointSeed:
         }
         self._files = files
         self._lists: dict[ShardHash, ChunkList] = {}
-        self._changed: dict[ShardHash, SeedChanged] = {}
+        self._changed: dict[ShardHash, str] = {}  # why an object is not offered any more
         self._images = _Images(keep_bytes)
         self._rebuilds = threading.Semaphore(REBUILDS)
         self._locks: dict[ShardHash, threading.Lock] = {}
@@ -65,8 +65,7 @@ class CheckpointSeed:
         if planned is None:
             raise SeedError(f"seed {self.name}: it has no object {object_hash}")
         with self._locks.setdefault(object_hash, threading.Lock()):
-            if object_hash in self._changed:
-                raise self._changed[object_hash]
+            self._check_unchanged(object_hash)
             if object_hash not in self._lists:
                 with self._rebuilds:
                     self._lists[object_hash] = self._rebuild(object_hash, planned)
@@ -74,8 +73,7 @@ class CheckpointSeed:
 
     def read_range(self, object_hash: ShardHash, offset: int, length: int) -> bytes:
         """See Seed."""
-        if object_hash in self._changed:
-            raise self._changed[object_hash]
+        self._check_unchanged(object_hash)
         data = self._images.take(object_hash, offset, length)
         if data is None:
             data = bytearray(length)
@@ -93,18 +91,21 @@ class CheckpointSeed:
         """See Seed."""
         planned = self._planned[object_hash]
         files = sorted({span.file for span in planned.spans()} | {piece.span.file for piece in planned.pieces})
-        error = SeedChanged(
+        self._changed[object_hash] = (
             f"seed {self.name}: {' and '.join(files) or 'config.json or the index'} changed since the model was "
             f"converted: {planned.file} made of it is not what the manifest names; name the revision that was converted"
         )
-        self._changed[object_hash] = error
-        return error
+        return SeedChanged(self._changed[object_hash])
 
     def close(self) -> None:
         """See Seed."""
         self._files.close()
 
     # --- parts ----------------------------------------------------------------------------------------------------
+
+    def _check_unchanged(self, object_hash: ShardHash) -> None:
+        if object_hash in self._changed:
+            raise SeedChanged(self._changed[object_hash])
 
     def _rebuild(self, object_hash: ShardHash, planned: PlannedFile) -> ChunkList:
         keep = planned.size <= self._images.limit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moehive.protocol.errors import CheckpointError, SeedError, UnsupportedModel
+from moehive.protocol.errors import CheckpointError, ManifestError, SeedError, StorageError, UnsupportedModel
 from moehive.protocol.manifest import MANIFEST_NAME, Manifest
 from moehive.swarm.convert.plan import plan_conversion
 from moehive.swarm.convert.reading import SourceFiles, SourceReader
@@ -20,7 +20,7 @@ KEEP_BYTES = 384 << 20  # of a checkpoint that is far away; see CheckpointSeed
 def open_seed(name: SeedName, manifest: Manifest) -> Seed:
     """The seed of one model. Blocks, for a repository of the hub on the network.
 
-    Raises SeedError, SeedChanged, ManifestError, StorageError.
+    Raises SeedError, SeedChanged.
     """
     if name.directory is None:
         from .hub import open_snapshot  # huggingface_hub: half a second
@@ -28,7 +28,10 @@ def open_seed(name: SeedName, manifest: Manifest) -> Seed:
         files, directory = open_snapshot(name.text, name.repo, name.revision)
         return _checkpoint(name.text, directory, files, manifest, keep_bytes=KEEP_BYTES)
     if (name.directory / MANIFEST_NAME).exists():
-        return ConvertedSeed(name.text, name.directory)
+        try:
+            return ConvertedSeed(name.text, name.directory)
+        except (ManifestError, StorageError) as error:
+            raise SeedError(f"seed {name.text}: {error}") from error
     return _checkpoint(name.text, name.directory, SourceFiles(name.directory), manifest, keep_bytes=0)
 
 

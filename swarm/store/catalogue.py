@@ -45,12 +45,22 @@ class Catalogue:
 
     @cached_property
     def foundations(self) -> frozenset[ShardHash]:
-        """Manifests and dense parts of models of which something is in use."""
+        """Dense parts of models of which something is in use."""
         out: set[ShardHash] = set()
         for model, manifest in self.models.items():
             if any(member in self.kept.in_use for member in self.members[model]):
-                out.update((ShardHash(model), *(shard.hash for shard in manifest.skeleton)))
+                out.update(shard.hash for shard in manifest.skeleton)
         return frozenset(out)
+
+    @cached_property
+    def dependants(self) -> Mapping[ShardHash, frozenset[ShardHash]]:
+        """By manifest, the objects here of which only it tells what they are; what several models share, the first."""
+        left = {*self.objects, *self.partials} - {ShardHash(model) for model in self.models}
+        out: dict[ShardHash, frozenset[ShardHash]] = {}
+        for model in sorted(self.models):
+            out[ShardHash(model)] = self.members[model] & left
+            left -= self.members[model]
+        return out
 
     @cached_property
     def claimed(self) -> frozenset[ShardHash]:
@@ -86,11 +96,17 @@ class Catalogue:
             hash=key,
             size=size,
             last_used=self.last_used.get(key, 0.0),
-            rank=rank if rank is not None else Rank.FOUNDATION if key in self.foundations else Rank.SHARD,
+            rank=self._rank(key) if rank is None else rank,
             pinned=self.is_pinned(key),
             in_use=key in self.kept.in_use,
             copies=copies.get(key),
+            dependants=self.dependants.get(key, frozenset()) if rank is None else frozenset(),
         )
+
+    def _rank(self, key: ShardHash) -> Rank:
+        if key in self.dependants:
+            return Rank.MANIFEST
+        return Rank.FOUNDATION if key in self.foundations else Rank.SHARD
 
 
 class Cataloguer:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moehive.protocol.errors import StorageError
 from moehive.protocol.ids import ModelId, ShardHash
-from moehive.swarm.policy.eviction import Kept, ObjectFacts, kept_because, plan_eviction
+from moehive.swarm.policy.eviction import Kept, ObjectFacts, kept, plan_eviction
 from moehive.swarm.policy.garbage import unmarked
 
 from .catalogue import Catalogue, Copies
@@ -44,18 +44,23 @@ class PrunePlan:
 
 def plan_prune(catalogue: Catalogue, copies: Copies, request: PruneRequest) -> PrunePlan:
     """Raises MarkIncomplete, StorageError where it is not known what the kept models need."""
-    facts = [one for one in catalogue.facts(copies) if one.hash in _candidates(catalogue, request)]
+    candidates = _candidates(catalogue, request)
+    facts = [
+        replace(one, dependants=one.dependants & candidates)  # the others are another model's too, which stays
+        for one in catalogue.facts(copies)
+        if one.hash in candidates
+    ]
     total = sum(one.size for one in facts)
     needed = total
     if request.keep_bytes is not None:
         used = sum(catalogue.objects.values()) + sum(catalogue.partials.values())
         needed = max(0, used - request.keep_bytes)
     eviction = plan_eviction(facts, needed, force=request.force)
-    kept: dict[Kept, tuple[ObjectFacts, ...]] = {}
+    stay: dict[Kept, tuple[ObjectFacts, ...]] = {}
     if eviction.freed < needed:
-        reasons = [(kept_because(one, force=request.force), one) for one in facts]
-        kept = {kind: found for kind in Kept if (found := tuple(one for reason, one in reasons if reason is kind))}
-    return PrunePlan(eviction.victims, eviction.freed, needed, kept)
+        reasons = kept(facts, force=request.force)
+        stay = {kind: found for kind in Kept if (found := tuple(one for one in facts if reasons.get(one.hash) is kind))}
+    return PrunePlan(eviction.victims, eviction.freed, needed, stay)
 
 
 def _candidates(catalogue: Catalogue, request: PruneRequest) -> frozenset[ShardHash]:

@@ -175,6 +175,19 @@ async def test_a_seed_of_another_model_is_refused_at_once(
             await fetcher.manifest(mixtral.model_id, timeout=0.0)
 
 
+async def test_seeds_of_several_models_may_be_named_together(
+    checkpoints: Checkpoints, mixtral: ConvertedDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ContentStore(tmp_path, 1 << 30)
+    store.put(mixtral.manifest.to_bytes())
+    names = [parse_seed(str(checkpoints.source(family))) for family in ("qwen3_moe", "mixtral")]
+    async with member(MemoryNetwork(), 2) as us:
+        fetcher = ModelFetcher(us, store, names, several=True)
+        manifest = await fetcher.manifest(mixtral.model_id, timeout=0.0)
+        assert await fetcher.fetch(manifest, manifest.shards, timeout=0.0) == {}
+    assert "another model" in str([vars(record) for record in caplog.records])
+
+
 async def test_a_peer_and_a_seed_share_one_object(
     mixtral: ConvertedDirectory, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moehive.protocol.ids import ExpertKey, ModelId, ShardHash
-from moehive.protocol.manifest import MANIFEST_START
+from moehive.protocol.manifest import MANIFEST_START, Manifest
 from moehive.swarm.policy.eviction import Rank
 from moehive.swarm.store.catalogue import Catalogue, Cataloguer
 from moehive.swarm.store.content import ContentStore
@@ -101,7 +102,18 @@ def test_the_facts_of_every_object(store: ContentStore, model: ConvertedDirector
     assert set(facts) == set(store.objects())
     assert (facts[expert].in_use, facts[expert].copies) == (True, 2)
     assert (facts[config].in_use, facts[config].copies, facts[config].last_used) == (False, None, 5.0)
-    foundation = {ShardHash(model.model_id), *(shard.hash for shard in model.manifest.skeleton)}
-    assert {one.hash for one in facts.values() if one.rank is Rank.FOUNDATION} == foundation
+    skeleton = {shard.hash for shard in model.manifest.skeleton}
+    assert {one.hash for one in facts.values() if one.rank is Rank.FOUNDATION} == skeleton
     assert {one.copies for one in facts.values() if one.hash != expert} == {None}
-    assert all(one.rank is Rank.SHARD for one in take(store).facts({})), "nothing of the model is in use any more"
+    manifest = facts[ShardHash(model.model_id)]
+    assert (manifest.rank, manifest.dependants) == (Rank.MANIFEST, skeleton | {expert})
+    ranks = {one.rank for one in take(store).facts({})}
+    assert ranks == {Rank.SHARD, Rank.MANIFEST}, "nothing of the model is in use any more"
+
+
+def test_what_two_models_share_depends_on_one_of_them(store: ContentStore, model: ConvertedDirectory) -> None:
+    before = take(store).dependants[ShardHash(model.model_id)]
+    twin = Manifest(replace(model.manifest.model, name="twin"), model.manifest.shards, model.manifest.tensors)
+    store.put(twin.to_bytes())
+    first, second = sorted((ShardHash(model.model_id), ShardHash(twin.model_id)))
+    assert take(store).dependants == {first: before, second: frozenset()}
