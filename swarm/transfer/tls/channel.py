@@ -1,8 +1,7 @@
 """A `ChunkChannel` over one TLS connection.
 
-One thread receives frames, the payload of chunks straight into one of a few reused buffers. A second one hands them on
-(hashing, writing) while the first one receives the next. Requests and their ends belong to the event loop; it never
-waits for the network, and the threads never for it.
+Two threads receive and hand on; requests and their ends belong to the event loop. It never waits for the network, and
+the threads never for it.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from .delivery import ChunkRequest, Delivery
 from .link import TlsLink
 from .receiving import Question, Receiver
 
+_THREADS = 2  # one receives while the other one hands on
 _READ_SIZE = 4 << 10  # of the greeting
 _CLOSE_TIMEOUT = 5.0  # seconds; a thread that is stuck in the disk is left to itself
 
@@ -54,10 +54,7 @@ class TlsChannel:
             raise
         channel = cls(link, session)
         link.start_blocking()
-        channel._threads = [
-            start_thread(channel._receiver.run, f"receive {link.peer[-6:]}"),
-            start_thread(channel._delivery.run, f"deliver {link.peer[-6:]}"),
-        ]
+        channel._threads = [start_thread(channel._receiver.run, f"bulk from {link.peer[-6:]}") for _ in range(_THREADS)]
         return channel
 
     @property

@@ -1,24 +1,22 @@
-"""The second thread of a bulk connection: hands received chunks on, and ends the requests they belong to.
+"""Handing received chunks on, one after the other, and ending the requests they belong to.
 
-Everything that a request's owner learns of it comes from this one thread, in order: its chunks, then its end. So a
-request that has ended, or whose withdrawal has gone through, gets no chunk any more.
+Everything that a request's owner learns of it comes from here, in order: its chunks, then its end. So a request that
+has ended, or whose withdrawal has gone through, gets no chunk any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 from typing import TypeVar
 
-from moehive.protocol.chunks import CHUNK_SIZE
 from moehive.swarm.transfer.channel import Deliver
 from moehive.swarm.transfer.replies import ExpectedChunks
 
 T = TypeVar("T")
-_BUFFERS = 3  # chunks: one that is received, one that is delivered, and one between them
 
 
 @dataclass(eq=False, slots=True)
@@ -33,84 +31,74 @@ class ChunkRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """A chunk (bytes of `buffer`), the end of its request, or both."""
+class Step:
+    """What came for a request: a chunk, its end, or both."""
 
     request: ChunkRequest
     index: int = 0
-    buffer: memoryview | None = None
-    size: int = 0
+    data: memoryview | None = None
     end: bool = True
     error: Exception | None = None
 
 
 class Delivery:
-    """`run()` is the thread; the other methods may be called from any."""
+    """Thread-safe. Threads call `enter` in the order in which chunks arrived, and then `carry_out`, which leaves."""
 
     def __init__(self) -> None:
-        self._steps: SimpleQueue[_Step | None] = SimpleQueue()
-        self._free: SimpleQueue[memoryview] = SimpleQueue()
-        for _ in range(_BUFFERS):
-            self._free.put(memoryview(bytearray(CHUNK_SIZE)))
-        self._delivering = False
+        self._turn = threading.Lock()
+        self._lock = threading.Lock()  # of what follows, and of `over` of every request
+        self._current: ChunkRequest | None = None  # to which a chunk is being delivered
         self._delivered = 0.0
 
     @property
     def moved(self) -> float:
         """When a delivery last ended; now, while one is going on: a slow disk is not the peer's fault."""
-        return time.monotonic() if self._delivering else self._delivered
+        return self._delivered if self._current is None else time.monotonic()
 
-    def take_buffer(self) -> memoryview:
-        """One of `CHUNK_SIZE` bytes; waits while all are on their way. It goes back with `give_back` or `chunk`."""
-        return self._free.get()
+    def enter(self) -> None:
+        """Wait until everything that came before is carried out."""
+        self._turn.acquire()
 
-    def give_back(self, buffer: memoryview) -> None:
-        """A buffer whose contents nobody wants."""
-        self._free.put(buffer)
+    def leave(self) -> None:
+        """Let the next one enter."""
+        self._turn.release()
 
-    def chunk(self, request: ChunkRequest, index: int, buffer: memoryview, size: int, *, last: bool) -> None:
-        """Deliver the first `size` bytes of `buffer` as chunk `index`."""
-        self._steps.put(_Step(request, index, buffer, size, end=last))
-
-    def end(self, request: ChunkRequest, error: Exception | None = None) -> None:
-        """End a request, after what was put before."""
-        self._steps.put(_Step(request, error=error))
+    def carry_out(self, step: Step) -> None:
+        """Deliver the chunk, settle the request where it ends, and leave."""
+        try:
+            error = step.error or self._deliver(step)
+            with self._lock:
+                step.request.over = ended = step.end or error is not None or step.request.over
+            if ended:
+                _settle_soon(step.request.done, error)
+        finally:
+            self.leave()
 
     def withdraw(self, request: ChunkRequest) -> None:
-        """End a request as soon as may be: what waits is not delivered."""
-        request.over = True
-        self.end(request)
+        """End a request, on its event loop: at once, or else after the chunk that is being delivered to it."""
+        with self._lock:
+            request.over = True
+            at_work = self._current is request
+        if not at_work:
+            settle(request.done, None, None)
 
-    def stop(self) -> None:
-        """End the thread, after what was put before."""
-        self._steps.put(None)
-
-    def run(self) -> None:
-        """Until `stop`."""
-        while (step := self._steps.get()) is not None:
-            error = step.error
-            if step.buffer is not None:
-                error = self._deliver(step, step.buffer)
-                self._free.put(step.buffer)
-            if step.end or error is not None:
-                step.request.over = True
-                _settle(step.request.done, error)
-
-    def _deliver(self, step: _Step, buffer: memoryview) -> Exception | None:
-        if step.request.over:
-            return None
-        self._delivering = True
+    def _deliver(self, step: Step) -> Exception | None:
+        with self._lock:
+            if step.data is None or step.request.over:
+                return None
+            self._current = step.request
         try:
-            step.request.deliver(step.index, buffer[: step.size])
+            step.request.deliver(step.index, step.data)
         except Exception as error:  # noqa: BLE001 - it is the caller's, and raised where the caller waits
             return error
         finally:
             self._delivered = time.monotonic()
-            self._delivering = False
+            with self._lock:
+                self._current = None
         return None
 
 
-def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
+def _settle_soon(future: asyncio.Future[None], error: Exception | None) -> None:
     with suppress(RuntimeError):  # the event loop is closed: nobody waits
         future.get_loop().call_soon_threadsafe(settle, future, None, error)
 

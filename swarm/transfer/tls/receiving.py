@@ -1,4 +1,8 @@
-"""The first thread of a bulk connection: takes frames off the wire and says whose they are."""
+"""The threads of a bulk connection: take frames off the wire, say whose they are, and hand chunks on.
+
+Two threads take turns: one receives a chunk into its own buffer and hands it on (hashing, writing) while the other one
+receives the next. So a chunk stays in the cache of one processor, and is never copied or queued.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moehive.protocol import limits
+from moehive.protocol.chunks import CHUNK_SIZE
 from moehive.protocol.codec import Message
 from moehive.protocol.errors import PeerError, PeerUnreachable
 from moehive.protocol.frames import HEADER, Frame, Header, decode_header
@@ -18,7 +23,7 @@ from moehive.protocol.messages import Chunk
 from moehive.protocol.session import ClientSession, Event, ReplyReceived, RequestRefused
 from moehive.swarm.log import get_logger
 
-from .delivery import ChunkRequest, Delivery, settle
+from .delivery import ChunkRequest, Delivery, Step, settle
 from .link import TlsLink
 
 _log = get_logger(__name__)
@@ -32,7 +37,7 @@ class Question:
 
 
 class Receiver:
-    """`run()` is the thread, and closes the link when it ends; the other methods belong on the event loop.
+    """`run()` is each of the threads, which close the link at its end; the rest belongs on the event loop.
 
     `on_answered` is called there for every request that the peer has finished with.
     """
@@ -51,6 +56,7 @@ class Receiver:
         self._delivery = delivery
         self._loop = loop
         self._on_answered = on_answered
+        self._receiving = threading.Lock()  # the link
         self._lock = threading.Lock()  # of the session, and of what follows
         self._pending: dict[int, ChunkRequest | Question] = {}
         self._head = memoryview(bytearray(HEADER.size))
@@ -82,53 +88,53 @@ class Receiver:
             self._link.shut()  # the thread notices, and fails everything else
             raise
 
-    # --- the thread -----------------------------------------------------------------------------------------------
+    # --- the threads ----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Until the connection ends or the peer breaks the protocol."""
+        buffer = memoryview(bytearray(CHUNK_SIZE))
+        while True:
+            with self._receiving:
+                if self.broken is not None:
+                    return
+                step = self._receive(buffer)
+                if step is not None:
+                    self._delivery.enter()  # before the next one may receive, and come in between
+            if step is not None:
+                self._delivery.carry_out(step)
+
+    def _receive(self, buffer: memoryview) -> Step | None:
+        """Take one frame; what is to be carried out of it. The end of everything is carried out here."""
         try:
-            while True:
-                self._take_frame()
+            return self._take_frame(buffer)
         except PeerError as error:
             self._fail(error)
         except Exception:  # noqa: BLE001 - supervision point: whoever waits must learn that nothing more comes
             _log.exception("bulk connection failed: a bug", peer=self._link.peer)
             self._fail(PeerUnreachable("given up after an error on this side", peer=self._link.peer))
-        finally:
-            self._link.shut()
-            self._link.close()
-            self._delivery.stop()
+        return None
 
-    def _take_frame(self) -> None:
+    def _take_frame(self, buffer: memoryview) -> Step | None:
         self._link.receive_into(self._head)
         header = decode_header(self._head, self._session.max_payload)
         meta = bytearray(header.meta_size)
         self._link.receive_into(memoryview(meta))
         if header.kind == Chunk.KIND:
-            self._take_chunk(header, bytes(meta))
-            return
+            data = buffer[: header.payload_size]
+            self._link.receive_into(data)
+            [event] = self._events(header, bytes(meta), bytearray())
+            assert isinstance(event, ReplyReceived)
+            return self._on_chunk(event, data)
         payload = bytearray(header.payload_size)
         self._link.receive_into(memoryview(payload))
-        for event in self._events(header, bytes(meta), payload):
-            self._on_event(event)
-
-    def _take_chunk(self, header: Header, meta: bytes) -> None:
-        buffer, taken = self._delivery.take_buffer(), False
-        try:
-            self._link.receive_into(buffer[: header.payload_size])
-            [event] = self._events(header, meta, bytearray())
-            assert isinstance(event, ReplyReceived)
-            taken = self._on_chunk(event, buffer, header.payload_size)
-        finally:
-            if not taken:
-                self._delivery.give_back(buffer)
+        [event] = self._events(header, bytes(meta), payload)
+        return self._on_event(event)
 
     def _events(self, header: Header, meta: bytes, payload: bytearray) -> Sequence[Event]:
         with self._lock:
             return self._session.receive_frame(Frame(header.kind, header.request_id, header.flags, meta, payload))
 
-    def _on_chunk(self, event: ReplyReceived, buffer: memoryview, size: int) -> bool:
-        """Whether the buffer is needed for longer."""
+    def _on_chunk(self, event: ReplyReceived, data: memoryview) -> Step:
         request = self._pending[event.request_id]
         assert isinstance(event.message, Chunk)
         assert isinstance(request, ChunkRequest)
@@ -136,12 +142,9 @@ class Receiver:
         if not event.more:  # not before: a request that ends in a violation must be found among those that fail
             self._ended(event.request_id)
         request.moved = time.monotonic()
-        if not request.over:
-            self._delivery.chunk(request, event.message.index, buffer, size, last=not event.more)
-            return True
-        return False
+        return Step(request, event.message.index, data, end=not event.more)
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> Step | None:
         match event:
             case ReplyReceived(request_id, message, payload):
                 question = self._ended(request_id)
@@ -150,9 +153,13 @@ class Receiver:
             case RequestRefused(0, error):  # the whole connection
                 raise error
             case RequestRefused(request_id, error):
-                self._end(self._ended(request_id), error)
+                pending = self._ended(request_id)
+                if isinstance(pending, ChunkRequest):
+                    return Step(pending, error=error)
+                self._call(settle, pending.done, None, error)
             case _:
                 raise AssertionError(f"an open client session never gives {event}")
+        return None
 
     def _ended(self, request_id: int) -> ChunkRequest | Question:
         """The request that the peer has just finished with."""
@@ -160,19 +167,20 @@ class Receiver:
         with self._lock:
             return self._pending.pop(request_id)
 
-    def _end(self, pending: ChunkRequest | Question, error: PeerError) -> None:
-        if isinstance(pending, ChunkRequest):
-            self._delivery.end(pending, error)
-        else:
-            self._call(settle, pending.done, None, error)
-
     def _fail(self, error: PeerError) -> None:
+        """The thread that receives: end what is pending, after what is still being delivered, and close the link."""
         error.peer = error.peer or self._link.peer
         with self._lock:
             self.broken = error
             pending, self._pending = self._pending, {}
+        self._link.shut()
+        self._link.close()
         for each in pending.values():
-            self._end(each, error)
+            if isinstance(each, ChunkRequest):
+                self._delivery.enter()
+                self._delivery.carry_out(Step(each, error=error))
+            else:
+                self._call(settle, each.done, None, error)
         for _ in range(limits.MAX_REQUESTS_IN_FLIGHT):  # whoever waits for a turn learns that there will be none
             self._call(self._on_answered)
 
