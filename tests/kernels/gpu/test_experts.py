@@ -67,7 +67,7 @@ CUTS = {
     "split more than there are tiles": Configuration(16, Tile(128, 64, split=4), Tile(128, 64, split=4)),
     "swap": Configuration(16, Tile(64, 64, swap=True, split=2), Tile(64, 64, swap=True)),
     "persistent": Configuration(16, Tile(32, 64, group=2, persistent=True), Tile(64, 64, group=4, persistent=True)),
-    "tall and wide": Configuration(32, Tile(128, 128, group=2), Tile(256, 128, group=3)),
+    "tall and wide": Configuration(32, Tile(128, 64, group=2), Tile(256, 64, group=3)),
 }
 
 
