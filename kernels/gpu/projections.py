@@ -1,4 +1,4 @@
-"""The two projections of the experts on the rows that were routed to them: and what finishes split sums.
+"""The two projections of the experts on the rows that were routed to them, and what finishes split sums.
 
 A row is one choice of one token: row r = t * k + j is token t's j-th expert. `project` takes blocks of BM rows of one
 expert each, which kernels/gpu/align.py makes, and BN columns of the output:

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 900.0  # seconds for one child with all its builds
+TIMEOUT = 60.0  # seconds for each build of a child: 0.3 to 2 alone, and a machine may be busy
 
 # What a thread block may have at most: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes
@@ -86,7 +86,7 @@ def compile_all(builds: Sequence[Build], *, workers: int = 2) -> dict[str, Repor
     assert len({build.name for build in builds}) == len(builds), "builds need distinct names"
     with tempfile.TemporaryDirectory(prefix="aot-") as directory:
         children = [_start(builds[index::workers], Path(directory) / str(index)) for index in range(workers)]
-        answers = [_finish(child) for child in children]
+        answers = [_finish(child, TIMEOUT * (1 + len(builds))) for child in children]
     reports = [Report(**entry) for answer in answers for entry in answer]
     return {report.name: report for report in sorted(reports, key=lambda report: _index(builds, report.name))}
 
@@ -106,9 +106,9 @@ def _start(builds: Sequence[Build], directory: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def _finish(child: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
+def _finish(child: subprocess.Popen[bytes], timeout: float) -> list[dict[str, Any]]:
     try:
-        out, err = child.communicate(timeout=TIMEOUT)
+        out, err = child.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         child.kill()
         child.communicate()

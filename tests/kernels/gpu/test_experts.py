@@ -67,7 +67,7 @@ CUTS = {
     "split more than there are tiles": Configuration(16, Tile(128, 64, split=4), Tile(128, 64, split=4)),
     "swap": Configuration(16, Tile(64, 64, swap=True, split=2), Tile(64, 64, swap=True)),
     "persistent": Configuration(16, Tile(32, 64, group=2, persistent=True), Tile(64, 64, group=4, persistent=True)),
-    "tall and wide": Configuration(32, Tile(128, 128, group=2), Tile(256, 128, group=3)),
+    "tall and wide": Configuration(32, Tile(128, 64, group=2), Tile(256, 64, group=3)),
 }
 
 
@@ -220,6 +220,21 @@ def test_hidden_in_bf16_loses_only_its_own_precision() -> None:
     experts: list[Expert | None] = [random_expert(KINDS["plain-bfloat16"], 64, 32, generator) for _ in range(2)]
     hidden = torch.randn(4, 64, generator=generator).bfloat16()
     check_layer(experts, hidden, *routing(4, 2, 2, generator), FfnSpec())
+
+
+@pytest.mark.parametrize("cut", [SMALL, CUTS["split"]], ids=["whole", "split"])
+def test_memory_that_nobody_wrote_is_not_read(cut: Configuration) -> None:
+    """Rows of experts that are elsewhere and of choices that were left out stay as torch.empty gave them: NaN here."""
+    generator = seeded(13)
+    experts = [random_expert(KINDS["plain-float32"], 64, 32, generator), None]
+    index, weights = torch.tensor([[0, 1], [1, 2], [2, 0]]), torch.rand(3, 2, generator=generator)
+    hidden = torch.randn(3, 64, generator=generator)
+    torch.use_deterministic_algorithms(True)  # also fills memory
+    try:
+        assert torch.empty(3).isnan().all()
+        check_layer(experts, hidden, index, weights, FfnSpec(), cut)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_usage_counts_the_rows_of_experts_that_are_here() -> None:
