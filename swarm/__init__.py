@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .client import join as join
     from .loading import load_expert as load_expert
     from .loading import open_local as open_local
+    from .model.optimize import Optimized as Optimized
+    from .model.optimize import optimize as optimize
     from .model.seats import routing_statistics as routing_statistics
 
 # name -> module below this package; imported when first used
@@ -24,10 +26,12 @@ _EXPORTS: Final = {
     "join": "client",
     "load_expert": "loading",
     "open_local": "loading",
+    "Optimized": "model.optimize",
+    "optimize": "model.optimize",
     "routing_statistics": "model.seats",
 }
 
-__all__ = ["Swarm", "join", "load_expert", "open_local", "routing_statistics"]
+__all__ = ["Optimized", "Swarm", "join", "load_expert", "open_local", "optimize", "routing_statistics"]
 
 
 def __getattr__(name: str) -> Any:
