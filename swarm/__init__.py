@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .model.kv.default import use_kv as use_kv
     from .model.kv.fidelity import logit_error as logit_error
     from .model.kv.options import KvOptions as KvOptions
+    from .model.optimize import Optimized as Optimized
+    from .model.optimize import optimize as optimize
     from .model.seats import routing_statistics as routing_statistics
 
 # name -> module below this package; imported when first used
@@ -31,18 +33,22 @@ _EXPORTS: Final = {
     "load_expert": "loading",
     "logit_error": "model.kv.fidelity",
     "open_local": "loading",
+    "Optimized": "model.optimize",
+    "optimize": "model.optimize",
     "routing_statistics": "model.seats",
     "use_kv": "model.kv.default",
 }
 
 __all__ = [
     "KvOptions",
+    "Optimized",
     "Swarm",
     "join",
     "kv_cache",
     "load_expert",
     "logit_error",
     "open_local",
+    "optimize",
     "routing_statistics",
     "use_kv",
 ]

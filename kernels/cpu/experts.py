@@ -49,7 +49,7 @@ def run_experts(
     index outside [0, len(experts)].
     """
     rows = sort_rows(top_k_index, len(experts))
-    if None in experts:
+    if any(expert is None for expert in experts):
         rows = _only(rows, experts)
     used = [expert for number in rows.experts if (expert := experts[number]) is not None]
     total = torch.zeros(hidden.shape, dtype=torch.float32)  # [T, H]
