@@ -159,7 +159,9 @@ def _only(rows: SortedRows, experts: Sequence[Expert | None]) -> SortedRows:
     """Without the rows of experts that are not there."""
     used = list(zip(rows.experts, rows.counts, strict=True))
     here = [expert is not None for expert in (experts[number] for number, _ in used)]
-    keep = torch.tensor(here, dtype=torch.bool).repeat_interleave(torch.tensor([count for _, count in used]))
+    keep = torch.tensor(here, dtype=torch.bool).repeat_interleave(
+        torch.tensor([count for _, count in used], dtype=torch.int64)
+    )
     kept = [pair for pair, there in zip(used, here, strict=True) if there]
     return SortedRows(
         [expert for expert, _ in kept], [count for _, count in kept], rows.token[keep], rows.position[keep]
