@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from moehive.kernels.routing import Assignment
 from moehive.protocol.errors import ExpertUnavailable, PeerError, SwarmError
@@ -35,7 +35,7 @@ _log = get_logger(__name__)
 
 Outcome: TypeAlias = list[Part] | PeerError
 # Computes here what nobody can be asked for, by the deadline; raises SwarmError where the weights cannot be had.
-LastResort = Callable[[LayerInput, Sequence[Assignment], float], Awaitable[list[Part]]]
+LastResort = Callable[[LayerInput, Sequence[Assignment], float], Coroutine[Any, Any, list[Part]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class ExpertCaller:
         self._clock = clock
         self._last_resort = last_resort
         self._budget = HedgeBudget()
-        self._ending: set[asyncio.Task[Outcome]] = set()  # withdrawn, not over yet
+        self._ending: set[asyncio.Task[Any]] = set()  # withdrawn, not over yet
         self.stats = DispatchStats()
         self.checks = SpotChecker(
             settings.spot_checks,
@@ -237,7 +237,7 @@ class ExpertCaller:
             parts += outcome
         return parts
 
-    def _let_go(self, tasks: Iterable[asyncio.Task[Outcome]]) -> None:
+    def _let_go(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
         """Withdraw what was not needed, without waiting for a peer that may not even take the withdrawal."""
         for task in tasks:
             if not task.done():
@@ -245,10 +245,11 @@ class ExpertCaller:
                 self._ending.add(task)
                 task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[Outcome]) -> None:
+    def _ended(self, task: asyncio.Task[Any]) -> None:
         self._ending.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            _log.error("a withdrawn request failed", exc_info=task.exception())
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, SwarmError):
+            _log.error("a withdrawn request failed", exc_info=error)
 
     async def _second_opinion(
         self, call: LayerInput, share: Sequence[Assignment], first: PeerId, deadline: float
@@ -268,13 +269,22 @@ class ExpertCaller:
         self, call: LayerInput, pending: Sequence[Assignment], deadline: float, reason: str
     ) -> list[Part]:
         """Compute here what nobody can be asked for, or return as soon as somebody can. Raises ExpertUnavailable."""
-        if self._last_resort is not None:
-            try:
-                return await self._last_resort(call, pending, deadline)
-            except SwarmError as error:
-                reason = reason or str(error)
-        await self._wait_for_holders(call, pending, deadline, reason)
-        return []
+        waiting = asyncio.create_task(self._wait_for_holders(call, pending, deadline, reason))
+        if self._last_resort is None:
+            await waiting
+            return []
+        here = asyncio.create_task(self._last_resort(call, pending, deadline))
+        try:
+            await asyncio.wait({here, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if here.done():
+                try:
+                    return here.result()
+                except SwarmError as error:
+                    _log.info("weights cannot be fetched either", layer=call.layer, reason=str(error))
+            await waiting
+            return []
+        finally:
+            self._let_go((here, waiting))
 
     async def _wait_for_holders(
         self, call: LayerInput, pending: Sequence[Assignment], deadline: float, reason: str
@@ -303,9 +313,10 @@ async def _first_good(tasks: Sequence[asyncio.Task[Outcome]]) -> tuple[int, Outc
     waiting = set(tasks)
     while True:
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            if not isinstance(task.result(), PeerError) or not waiting:
-                return tasks.index(task), task.result()
+        good = [task for task in done if not isinstance(task.result(), PeerError)]
+        if good or not waiting:
+            found = min(good or done, key=tasks.index)
+            return tasks.index(found), found.result()
 
 
 def _without(pending: Sequence[Assignment], parts: Iterable[Part]) -> list[Assignment]:

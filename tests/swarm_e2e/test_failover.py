@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from moehive.protocol.errors import ExpertUnavailable
 from moehive.protocol.ids import PeerId
 from moehive.swarm.client import Swarm, join
 from moehive.swarm.dispatch.caller import CallSettings
+from moehive.swarm.store.directory import ConvertedDirectory
 
 pytestmark = pytest.mark.swarm
 
@@ -77,10 +79,16 @@ def test_a_frozen_node_costs_hedges_and_not_deadlines(
 
 
 def test_without_a_holder_the_error_names_the_experts_and_the_model_works_again_with_a_new_node(
-    nodes: Nodes, checkpoints: Checkpoints, cache: Path, wanted: list[int]
+    nodes: Nodes, checkpoints: Checkpoints, cache: Path, tmp_path: Path, wanted: list[int]
 ) -> None:
-    directory = checkpoints.converted(FAMILY)
-    first, second = nodes.swarm(directory, "*:0-3", "*:4-7")
+    directory, half = checkpoints.converted(FAMILY), tmp_path / "half"
+    copytree(directory, half)
+    for key, shard in ConvertedDirectory(half).manifest.experts.items():
+        if key.expert >= 4:
+            (half / shard.file).unlink()  # nobody but the second node has its bytes
+    first = nodes.start(half, "--experts", "*:0-3")
+    second = nodes.start(directory, "--experts", "*:4-7", "--join", first.ticket)
+    second.ready()
     with join(first.ticket, cache=cache, settings=CallSettings(answer_timeout=1.0, layer_timeout=2.0)) as swarm:
         model = model_of(swarm, first)
         killed: list[float] = []

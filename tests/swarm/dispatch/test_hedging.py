@@ -12,6 +12,7 @@ from support.toy_experts import FIRST, SECOND, THIRD, Layer, World, honest, neve
 from moehive.protocol.codec import Message
 from moehive.protocol.errors import ExpertUnavailable, PeerTimeout, RefusalCode
 from moehive.protocol.ids import PeerId
+from moehive.swarm.dispatch.caller import Outcome, _first_good
 from moehive.swarm.policy.hedging import HedgeSettings
 from moehive.swarm.rpc.server import Refusal, Reply
 
@@ -95,6 +96,18 @@ async def test_a_hedge_that_fails_leaves_the_first_request_alone(world: World) -
         late.let.set()
         await asking
         assert caller.stats.retries == 0
+
+
+async def test_of_two_that_are_done_at_the_same_time_the_good_one_counts() -> None:
+    async def gives(outcome: Outcome) -> Outcome:
+        return outcome
+
+    error: Outcome = PeerTimeout("slow")
+    good: Outcome = []
+    for outcomes, winner in (((error, good), 1), ((good, error), 0), ((good, good), 0), ((error, error), 0)):
+        tasks = [asyncio.create_task(gives(outcome)) for outcome in outcomes]
+        await asyncio.sleep(0)
+        assert await _first_good(tasks) == (winner, outcomes[winner])
 
 
 async def test_nobody_else_to_ask_is_no_reason_to_give_up(world: World) -> None:
