@@ -79,12 +79,13 @@ class Member:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self._tasks)
             stack.callback(self.seeds.close)
-            stack.callback(self._cancel_tasks)  # before the task group waits for them
             for pool in (self.peers, self.shards, self.experts):
                 await stack.enter_async_context(pool)
             await stack.enter_async_context(self.downloads)
+            # Last, so that what runs beside has ended before what it uses does.
+            await stack.enter_async_context(self._tasks)
+            stack.callback(self._cancel_tasks)  # before the task group waits for them
             self._stack = stack.pop_all()
         return self
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ast
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -76,13 +78,23 @@ class InterpreterProcess:
             stderr=subprocess.STDOUT,
         )
         os.close(sending)
+        # Read at all times: a child that has to wait for the parent, which runs other tests in between, runs into the
+        # timeout of whatever test it is in.
         self._pipe = os.fdopen(receiving, encoding="utf-8")
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while (line := self._pipe.readline()).endswith("\n"):
+            self._lines.put(line)
+        self._lines.put("")
 
     def reports(self, nodeid: str) -> list[Any] | None:
         """Wait for what became of one test. None: the child ended without finishing it."""
         while nodeid not in self._finished:
-            line = self._pipe.readline()
-            if not line.endswith("\n"):
+            line = self._lines.get()
+            if not line:
                 self._process.wait()
                 return None
             self._take(*ast.literal_eval(line))
@@ -113,6 +125,7 @@ class InterpreterProcess:
         """End the child, whatever it is doing."""
         self._process.kill()
         self._process.wait()
+        self._reader.join()
         self._pipe.close()
         self._output.close()
         self._nodeids.unlink(missing_ok=True)
