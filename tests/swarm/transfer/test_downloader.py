@@ -107,7 +107,7 @@ async def test_an_error_names_all_who_sent_wrong_bytes(world: World) -> None:
 async def test_the_others_go_on_where_one_stopped(world: World) -> None:
     async with world.source(A, FakeSource(DATA, fails_after=4)) as a, world.source(B, FakeSource(DATA)) as b:
         assert await world.fetch(DATA) == DATA
-        assert len(a.sent) == 4
+        assert len(a.sent) <= 4  # fewer where the other was so quick that it was not asked for them
         assert {*a.sent, *b.sent} == {*EVERY}
     assert not world.standings.banned(A.peer)
 
