@@ -73,7 +73,7 @@ async def malformed(attacker: Attacker, transport: HivemindTransport) -> None:
         b"\xff" * 64,
         HEADER.pack(1, run, 0, 1, 0xFFFFFFFF, 0xFFFFFFFF),
         HEADER.pack(1, run, 0, 1, 4, MAX_PAYLOAD_BYTES + 1) + b"meta",
-        HEADER.pack(1, run, 0, 1, 4, 0) + b"\x84\xa1\xc1",
+        HEADER.pack(1, run, 0, 1, 4, 0) + b"\x84\xa1\xc1\xc1",
         HEADER.pack(1, 49, 0, 1, 1, 0) + b"\x80",
         HEADER.pack(1, run, 7, 1, 1, 0) + b"\x80",
     ]
