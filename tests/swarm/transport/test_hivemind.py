@@ -53,7 +53,8 @@ async def echo(stream: Stream) -> None:
 
 def daemons() -> list[psutil.Process]:
     """The p2pd processes that this process started."""
-    living = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]  # of other tests
+    children = psutil.Process().children()
+    living = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]  # other tests may have left some
     return [child for child in living if "p2pd" in "".join(child.cmdline()[:1])]
 
 
@@ -201,6 +202,8 @@ async def test_frozen_daemon_does_not_stop_us_from_leaving(
     os.kill(pid, signal.SIGSTOP)
     try:
         async with asyncio.timeout(5):
+            while psutil.Process(pid).status() != psutil.STATUS_STOPPED:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0)
             with pytest.raises(TransportError, match="has not answered"):
                 await node.stop_serving(PROTOCOL)
     finally:
