@@ -2,15 +2,17 @@
 
 The peer is asked for an offer over its authenticated stream, as for bulk connections (transfer/tls): where to connect,
 which certificate to find there, and a token to show. The same frames and sessions then run over it. The server says
-nothing to who has not shown a token.
+nothing to who has not shown a token: until then a connection, its TLS handshake included, costs one of a few places and
+a few seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import socket
 import ssl
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -34,8 +36,11 @@ from .server import Inbox, Refusal, RequestHandler, ServedStream
 
 MAX_CONNECTIONS = 512
 MAX_PER_PEER = 4
+MAX_UNADMITTED = 32  # connections that have not shown a token; one more, and the oldest is ended
 DIAL_TIMEOUT = 5.0  # seconds for all addresses of an offer together
 _RETRY_AFTER = 1.0
+_BACKLOG = 64
+_ACCEPT_AGAIN = 0.5  # seconds, after a connection could not be taken: no descriptors left
 _log = get_logger(__name__)
 
 
@@ -65,18 +70,18 @@ class DirectServer:
         self._inbox = inbox or Inbox()
         self._certificate = Certificate()
         self._tokens = Tokens()
-        self._streams = StreamHandlers()  # for their supervision
+        self._tasks = StreamHandlers()  # for their supervision
         self._open: Counter[PeerId] = Counter()
-        self._unadmitted = 0
+        self._unadmitted: OrderedDict[socket.socket, asyncio.Task[None]] = OrderedDict()  # oldest first
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(self._streams.close)
             for host in self._hosts:
-                server = await self._listen(host)
-                stack.callback(server.close)
-                self._port = self._port or server.sockets[0].getsockname()[1]
+                listener = stack.enter_context(_listen(host, self._port))
+                self._port = self._port or listener.getsockname()[1]  # the same for all
+                self._tasks.spawn(self._accept(listener), name=f"accept {self._spec.name}")
+            stack.push_async_callback(self._tasks.close)
             self._stack = stack.pop_all()
         return self
 
@@ -98,53 +103,75 @@ class DirectServer:
             lifetime=LIFETIME,
         )
 
-    async def _listen(self, host: str) -> asyncio.Server:
-        try:
-            return await asyncio.start_server(
-                self._on_connection,
-                host,
-                self._port,
-                limit=READ_BUFFER,
-                ssl=self._certificate.context,
-                ssl_handshake_timeout=limits.HELLO_TIMEOUT,
-                ssl_shutdown_timeout=0.5,
-            )
-        except OSError as error:
-            raise TransportError(
-                f"cannot take direct connections at {host} port {self._port}: {error}; choose another --direct-port"
-            ) from error
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                _log.warning("direct connection not accepted", reason=str(error))
+                await asyncio.sleep(_ACCEPT_AGAIN)
+                continue
+            self._unadmitted[sock] = self._tasks.spawn(self._serve(sock), name=f"direct {self._spec.name}")
+            if len(self._unadmitted) > MAX_UNADMITTED:
+                self._unadmitted.popitem(last=False)[1].cancel()
 
-    def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._unadmitted >= limits.MAX_STREAMS_PER_PEER:
-            writer.transport.abort()
-            return
-        self._streams.spawn(self._serve(SocketStream(PeerId(""), reader, writer)), name=f"direct {self._spec.name}")
-
-    async def _serve(self, stream: SocketStream) -> None:
+    async def _serve(self, sock: socket.socket) -> None:
         """One connection, from its first byte to its last."""
         admitted: list[PeerId] = []
 
         def admit(peer: PeerId) -> bool:
             if self._open[peer] >= MAX_PER_PEER:
                 return False
-            self._unadmitted -= 1
+            self._unadmitted.pop(sock, None)
             self._open[peer] += 1
             admitted.append(peer)
             return True
 
-        session = ServerSession(self._spec, RedeemedToken(self._tokens.redeem), self._agent)
-        self._unadmitted += 1
         try:
-            await ServedStream(
+            stream = await self._shake_hands(sock)
+            session = ServerSession(self._spec, RedeemedToken(self._tokens.redeem), self._agent)
+            served = ServedStream(
                 stream, session, self._handle, inbox=self._inbox, admit=admit, answers_strangers=False
-            ).run()
+            )
+            try:
+                await served.run()
+            finally:
+                await stream.close()
+        except OSError as error:  # of the handshake
+            _log.debug("direct connection not admitted", reason=str(error))
         finally:
+            self._unadmitted.pop(sock, None)
+            sock.close()
             if admitted:
                 self._open[admitted[0]] -= 1
                 self._open += Counter()  # forgets those at zero
-            else:
-                self._unadmitted -= 1
-            await stream.close()
+
+    async def _shake_hands(self, sock: socket.socket) -> SocketStream:
+        """Raises OSError: a stranger that does not speak TLS, or not in time."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(READ_BUFFER)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await loop.connect_accepted_socket(
+            lambda: protocol,
+            sock,
+            ssl=self._certificate.context,
+            ssl_handshake_timeout=limits.HELLO_TIMEOUT,
+            ssl_shutdown_timeout=0.5,
+        )
+        return SocketStream(PeerId(""), reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise TransportError(
+            f"cannot take direct connections at {host} port {port}: {error}; choose another --direct-port"
+        ) from error
+    listener.setblocking(False)
+    return listener
 
 
 async def dial(connection: Connection, agent: str) -> Connection | None:
