@@ -108,6 +108,10 @@ class ConnectionPool:
         finally:
             lock.release()
 
+    def dial_at_once(self, peer: PeerId) -> None:
+        """A peer that could not be reached announces itself anew: do not wait before dialling it again."""
+        self._backoff.pop(peer, None)
+
     async def _replace(
         self, peer: PeerId, old: Connection | None, addresses: Sequence[str], deadline: float
     ) -> Connection:

@@ -201,7 +201,9 @@ async def test_strangers_that_never_finish_the_handshake_make_room_for_each_othe
                 assert await reader.read() == b""
         assert len(here.direct._unadmitted) == module.MAX_UNADMITTED
         await ask(await here.upgraded())
-        assert len(here.direct._unadmitted) == module.MAX_UNADMITTED - 1  # the oldest made room, the member has moved on
+        assert (
+            len(here.direct._unadmitted) == module.MAX_UNADMITTED - 1
+        )  # the oldest made room, the member has moved on
         for _, writer in strangers:
             writer.transport.abort()
         async with asyncio.timeout(20):
