@@ -123,5 +123,4 @@ async def peak_of(ask: Callable[[], Any]) -> int:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    print(peak - before)
     return peak - before
