@@ -27,6 +27,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -164,7 +165,6 @@ class Bench:
             return self._outcome("lying", second, first.seconds - self._undisturbed, ONE, swarm, model_id, note)
 
     def _partition(self) -> Outcome:
-        healed: list[float] = []
         with Link(rtt=0.001) as link:
             near = self._nodes.start(self._text.converted, "--experts", "*:0-3")
             far = self._nodes.start(self._text.converted, "--experts", "*:4-7", "--join", near.ticket, *link.options)
@@ -174,30 +174,32 @@ class Bench:
 
                 def cut() -> None:
                     link.cut()
-                    time.sleep(CUT)
-                    link.heal()
-                    healed.append(time.monotonic())
+                    healing.start()
 
+                healing = threading.Timer(CUT, link.heal)
                 run = self._text.generate(model, AT, cut)
                 lost = run.seconds - usual - CUT
                 return self._outcome("partition", run, lost, BACK, swarm, model_id, "its experts are nowhere else")
 
     def _all_gone(self) -> Outcome:
         near, far = self._nodes.swarm(self._text.converted, "*:0-3", "*:4-7")
-        returned: list[NodeProcess] = []
         with loaded(near, self._cache(), SETTINGS, peers=2) as (swarm, model, model_id):
             usual = self._usual(model)
             seconds: list[float] = []
 
-            def replace() -> None:
-                far.kill()
+            def begin_again() -> None:
                 started = time.monotonic()
                 options = ("--experts", "*:4-7", "--join", near.ticket)
-                returned.append(self._nodes.start(self._text.converted, *options, home=far.home))
-                returned[0].ready()
+                self._nodes.start(self._text.converted, *options, home=far.home).ready()
                 seconds.append(time.monotonic() - started)
 
+            def replace() -> None:
+                far.kill()
+                beginning.start()
+
+            beginning = threading.Thread(target=begin_again)
             run = self._text.generate(model, AT, replace)
+            beginning.join()
             lost = run.seconds - usual - seconds[0]
             return self._outcome("all gone", run, lost, BACK, swarm, model_id, f"{seconds[0]:.1f} s until it was back")
 

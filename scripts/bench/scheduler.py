@@ -21,10 +21,11 @@ import cProfile
 import pstats
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import torch
 from _common import arguments, conditions, p50, print_head, print_table, repeat, write_json
@@ -41,6 +42,7 @@ from moehive.protocol.messages import RunExperts
 from moehive.swarm.dispatch.request import LayerInput, build_request
 
 MAX_OVERHEAD = 0.05
+T = TypeVar("T")
 REPEATS = 4  # of each in a round, in turns
 MODEL = ModelId("0" * 64)
 
@@ -81,13 +83,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         experts = load_weights(make_model(Path(directory)), dtype)
     cases = make_cases(dtype)
-    bench = Bench(experts)
-    bench.once(cases)
-    rounds = repeat(options.rounds, lambda: bench.once(cases))
-    report(facts, cases, rounds.results)
-    print(f"{rounds}\n", flush=True)
-    if options.profile:
-        profile(bench, cases)
+    with Bench(experts) as bench:
+        bench.once(cases)
+        rounds = repeat(options.rounds, lambda: bench.once(cases))
+        report(facts, cases, rounds.results)
+        print(f"{rounds}\n", flush=True)
+        if options.profile:
+            profile(bench, cases)
     results = [{name: asdict(times) for name, times in each.items()} for each in rounds.results]
     write_json(options.json, facts, results)
 
@@ -123,35 +125,41 @@ def make_request(hidden: Tensor, index: Tensor, weights: Tensor) -> tuple[RunExp
 
 
 class Bench:
-    """Both ways to compute a case."""
+    """Both ways to compute a case. A context manager: the worker and its thread live as long."""
 
     def __init__(self, experts: Mapping[int, ExpertWeights]) -> None:
         self._experts = experts
+        self._runner = asyncio.Runner()
+        self._worker = ComputeWorker(lambda layer, expert, dtype: nullcontext(experts[expert]), SPEC, QueueLimits())
+
+    def __enter__(self) -> Self:
+        self._runner.__enter__()
+        self._runner.get_loop().create_task(self._worker.run())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.close()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """On the worker's event loop."""
+        return self._runner.run(work)
 
     def once(self, cases: Sequence[Case]) -> dict[str, Times]:
         """Every case, in turns."""
-        return asyncio.run(self._once(cases))
+        return self.run(self._once(cases))
 
     async def _once(self, cases: Sequence[Case]) -> dict[str, Times]:
-        worker = self.worker()
-        running = asyncio.create_task(worker.run())
         found = {case.name: Times() for case in cases}
         for _ in range(REPEATS):
             for case in cases:
                 started = time.perf_counter()
-                outputs = await self.scheduled(worker, case)
+                outputs = await self.scheduled(case)
                 between = time.perf_counter()
                 wanted = self.bare(case)
                 found[case.name].bare.append(time.perf_counter() - between)
                 found[case.name].scheduled.append(between - started)
                 torch.testing.assert_close(torch.cat(outputs).float(), wanted.float(), rtol=0.05, atol=0.05)
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
         return found
-
-    def worker(self) -> ComputeWorker:
-        """A node's, whose experts are in memory."""
-        return ComputeWorker(lambda layer, expert, dtype: nullcontext(self._experts[expert]), SPEC, QueueLimits())
 
     def bare(self, case: Case) -> Tensor:
         """[T, H]: the mathematics."""
@@ -161,12 +169,12 @@ class Bench:
             total.index_add_(0, token, rows.float() * case.weights[token, position, None].float())
         return total.to(case.hidden.dtype)
 
-    async def scheduled(self, worker: ComputeWorker, case: Case) -> list[Tensor]:
+    async def scheduled(self, case: Case) -> list[Tensor]:
         """[T', H] of each request."""
 
         async def one(number: int, message: RunExperts, payload: bytearray) -> Tensor:
             work = Work.parse(message, payload)
-            return (await worker.submit(work, len(payload), PeerId(f"client {number}"))).output
+            return (await self._worker.submit(work, len(payload), PeerId(f"client {number}"))).output
 
         return await asyncio.gather(*(one(number, *request) for number, request in enumerate(case.requests)))
 
@@ -175,18 +183,15 @@ def profile(bench: Bench, cases: Sequence[Case]) -> None:
     """Where the event loop's own time goes, without the compute thread's."""
 
     async def some() -> None:
-        worker = bench.worker()
-        running = asyncio.create_task(worker.run())
         profiler = cProfile.Profile()
         profiler.enable()
         for _ in range(50):
             for case in cases:
-                await bench.scheduled(worker, case)
+                await bench.scheduled(case)
         profiler.disable()
-        running.cancel()
         pstats.Stats(profiler).sort_stats("tottime").print_stats(18)
 
-    asyncio.run(some())
+    bench.run(some())
 
 
 def report(facts: dict[str, object], cases: Sequence[Case], rounds: Sequence[dict[str, Times]]) -> None:

@@ -27,6 +27,7 @@ from moehive.protocol.session import ClientSession, ServerSession
 from moehive.swarm.log import get_logger
 from moehive.swarm.transfer.tls.certificate import Certificate, client_context, fingerprint_of
 from moehive.swarm.transfer.tls.tokens import LIFETIME, Tokens
+from moehive.swarm.transport.accepting import BACKLOG, accept_for_ever, open_accepted
 from moehive.swarm.transport.addresses import host_and_port, with_port
 from moehive.swarm.transport.serving import StreamHandlers
 from moehive.swarm.transport.socket_stream import READ_BUFFER, SocketStream
@@ -39,8 +40,6 @@ MAX_PER_PEER = 4
 MAX_UNADMITTED = 32  # connections that have not shown a token; one more, and the oldest is ended
 DIAL_TIMEOUT = 5.0  # seconds for all addresses of an offer together
 _RETRY_AFTER = 1.0
-_BACKLOG = 64
-_ACCEPT_AGAIN = 0.5  # seconds, after a connection could not be taken: no descriptors left
 _log = get_logger(__name__)
 
 
@@ -80,7 +79,7 @@ class DirectServer:
             for host in self._hosts:
                 listener = stack.enter_context(_listen(host, self._port))
                 self._port = self._port or listener.getsockname()[1]  # the same for all
-                self._tasks.spawn(self._accept(listener), name=f"accept {self._spec.name}")
+                self._tasks.spawn(accept_for_ever(listener, self._begin), name=f"accept {self._spec.name}")
             stack.push_async_callback(self._tasks.close)
             self._stack = stack.pop_all()
         return self
@@ -103,18 +102,10 @@ class DirectServer:
             lifetime=LIFETIME,
         )
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(listener)
-            except OSError as error:
-                _log.warning("direct connection not accepted", reason=str(error))
-                await asyncio.sleep(_ACCEPT_AGAIN)
-                continue
-            self._unadmitted[sock] = self._tasks.spawn(self._serve(sock), name=f"direct {self._spec.name}")
-            if len(self._unadmitted) > MAX_UNADMITTED:
-                self._unadmitted.popitem(last=False)[1].cancel()
+    def _begin(self, sock: socket.socket) -> None:
+        self._unadmitted[sock] = self._tasks.spawn(self._serve(sock), name=f"direct {self._spec.name}")
+        if len(self._unadmitted) > MAX_UNADMITTED:
+            self._unadmitted.popitem(last=False)[1].cancel()
 
     async def _serve(self, sock: socket.socket) -> None:
         """One connection, from its first byte to its last."""
@@ -129,7 +120,9 @@ class DirectServer:
             return True
 
         try:
-            stream = await self._shake_hands(sock)
+            context = self._certificate.context
+            reader, writer = await open_accepted(sock, tls=context, handshake_timeout=limits.HELLO_TIMEOUT)
+            stream = SocketStream(PeerId(""), reader, writer)
             session = ServerSession(self._spec, RedeemedToken(self._tokens.redeem), self._agent)
             served = ServedStream(
                 stream, session, self._handle, inbox=self._inbox, admit=admit, answers_strangers=False
@@ -147,25 +140,11 @@ class DirectServer:
                 self._open[admitted[0]] -= 1
                 self._open += Counter()  # forgets those at zero
 
-    async def _shake_hands(self, sock: socket.socket) -> SocketStream:
-        """Raises OSError: a stranger that does not speak TLS, or not in time."""
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(READ_BUFFER)
-        protocol = asyncio.StreamReaderProtocol(reader)
-        transport, _ = await loop.connect_accepted_socket(
-            lambda: protocol,
-            sock,
-            ssl=self._certificate.context,
-            ssl_handshake_timeout=limits.HELLO_TIMEOUT,
-            ssl_shutdown_timeout=0.5,
-        )
-        return SocketStream(PeerId(""), reader, asyncio.StreamWriter(transport, protocol, reader, loop))
-
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise TransportError(
             f"cannot take direct connections at {host} port {port}: {error}; choose another --direct-port"

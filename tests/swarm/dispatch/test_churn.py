@@ -28,7 +28,7 @@ from moehive.swarm.tasks import task_group
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
 DURATION = 1800.0  # seconds
-PAUSE = 0.5  # between two calls of the client
+PAUSE = 1.5  # between two calls of the client
 PEOPLE = 12  # identities that come and go
 AT_A_TIME = 6
 EVERY = 4.0  # seconds between two that leave
@@ -133,7 +133,6 @@ async def half_an_hour() -> None:
     clock = asyncio.get_running_loop().time
     network = MemoryNetwork(clock=clock)
     churn, calls, slowest, objects = Churn(network, clock), 0, 0.0, []
-    late = []
     layers = [Layer(tokens=1), Layer(tokens=3, form="rows")]
     async with task_group() as group, client(network, clock) as caller:
         churning = group.create_task(churn.run())
@@ -143,28 +142,13 @@ async def half_an_hour() -> None:
                 torch.testing.assert_close(await layer.run(caller), layer.expected)
             except SwarmError as error:
                 raise AssertionError(f"at {started:.0f} s, with {len(churn.there)} peers") from error
-            if clock() - started > 5:
-                late.append((started, clock() - started))
             calls, slowest = calls + 1, max(slowest, clock() - started)
             if len(objects) < (clock() / DURATION - 0.25) * 8:  # six times, from a quarter on
                 gc.collect()
                 objects.append(len(gc.get_objects()))
             await asyncio.sleep(PAUSE)
         churning.cancel()
-    import sys
-
-    print(
-        calls,
-        slowest,
-        churn.left,
-        objects,
-        caller.stats.retries,
-        caller.stats.hedges,
-        len(caller.stats.peers),
-        late,
-        file=sys.stderr,
-    )
-    assert calls > DURATION / (3 * PAUSE)
+    assert calls > DURATION / (2 * PAUSE)
     assert min(churn.left.values()) > 100
     assert slowest < 2 * SETTINGS.answer_timeout
     assert max(objects[3:]) < 1.02 * max(objects[:3])  # nothing piles up
