@@ -14,8 +14,9 @@ first one of a fresh client, connections and all.
     late                 answers a second and a half after it could have
     silent               takes requests and never answers
     lying                answers a tenth too much; all answers are checked, and what it said before it is banned counts
-    partition            half the experts are behind a link that is cut for a second; time counts from its healing
-    all gone             half the experts are on a node that is killed and started again; time from when it is ready
+    partition            half the experts are on a node behind a link that is cut for a second
+    all gone             half the experts are on a node that is killed and started again
+                         (in both, the other node has the weights on its disk: a client may fetch them and compute)
 
 A node that is bad from the start is believed to be the quickest, so that it is asked first. The exit code is 1 where
 tokens differ or more was lost than the bound: for one that fails a deadline of one answer (5 s), where only hedging
@@ -178,8 +179,8 @@ class Bench:
 
                 healing = threading.Timer(CUT, link.heal)
                 run = self._text.generate(model, AT, cut)
-                lost = run.seconds - usual - CUT
-                return self._outcome("partition", run, lost, BACK, swarm, model_id, "its experts are nowhere else")
+                lost = run.seconds - usual
+                return self._outcome("partition", run, lost, BACK, swarm, model_id, "its weights are fetched meanwhile")
 
     def _all_gone(self) -> Outcome:
         near, far = self._nodes.swarm(self._text.converted, "*:0-3", "*:4-7")
@@ -200,7 +201,7 @@ class Bench:
             beginning = threading.Thread(target=begin_again)
             run = self._text.generate(model, AT, replace)
             beginning.join()
-            lost = run.seconds - usual - seconds[0]
+            lost = run.seconds - usual
             return self._outcome("all gone", run, lost, BACK, swarm, model_id, f"{seconds[0]:.1f} s until it was back")
 
     # --- parts --------------------------------------------------------------------------------------------------------
