@@ -37,7 +37,7 @@ from .server import Inbox, Refusal, RequestHandler, ServedStream
 
 MAX_CONNECTIONS = 512
 MAX_PER_PEER = 4
-MAX_UNADMITTED = 32  # connections that have not shown a token; one more, and the oldest is ended
+MAX_UNADMITTED = 64  # connections that have not shown a token; one more, and the oldest is ended
 DIAL_TIMEOUT = 5.0  # seconds for all addresses of an offer together
 _RETRY_AFTER = 1.0
 _log = get_logger(__name__)
