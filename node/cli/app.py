@@ -18,6 +18,7 @@ from moehive.swarm.paths import Paths
 from .config import config_sources
 from .convert import convert
 from .demo import demo
+from .doctor import doctor
 from .errors import exit_code
 from .fetch import fetch
 from .generate import generate
@@ -35,6 +36,7 @@ _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "publish": publish,
     "fetch": fetch,
     "generate": generate,
+    "doctor": doctor,
     "id": show_id,
     "paths": show_paths,
 }
