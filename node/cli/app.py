@@ -27,6 +27,7 @@ from .node import node
 from .places import show_id, show_paths
 from .publish import publish
 from .store import store_app
+from .top import top
 
 _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "demo": demo,
@@ -36,6 +37,7 @@ _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "publish": publish,
     "fetch": fetch,
     "generate": generate,
+    "top": top,
     "doctor": doctor,
     "id": show_id,
     "paths": show_paths,

@@ -161,6 +161,7 @@ def settings_of(model: str, options: NodeOptions, environment: Mapping[str, str]
         seeds=tuple(parse_seed(text) for text in options.seed),
         skeleton=options.skeleton,
         threads=options.threads,
+        status=paths.nodes,
     )
 
 
