@@ -53,7 +53,8 @@ def top(*, once: Flag = False, json: Flag = False, every: Seconds = 1.0) -> int 
         else:
             note(_nobody(directory))
         return None if statuses else FAILED
-    return _watch(directory, every)
+    _watch(directory, every)
+    return None
 
 
 def _watch(directory: Path, every: float) -> None:
@@ -152,7 +153,7 @@ class _Rates:
         self._now = now
         self._before = before
         since = now["started"] if before is None else before["updated"]
-        self._seconds = max(now["updated"] - since, 1e-3)
+        self._seconds: float = max(now["updated"] - since, 1e-3)
 
     def of(self, *path: str | int) -> float:
         """Of the counter at `path`."""
