@@ -102,5 +102,5 @@ def _worst(stats: TierStats, most: int = 3) -> Sequence[str]:
     """The layers that missed most, where layers differ."""
     if stats.loads <= stats.entries:  # nothing was loaded twice: every layer's experts came once
         return ()
-    order = sorted(stats.groups, key=lambda layer: -stats.groups[layer].misses)[:most]
+    order = sorted(stats.groups, key=lambda layer: (-stats.groups[layer].misses, layer))[:most]
     return [f"layer {layer} {1 - stats.groups[layer].hit_rate:.0%}" for layer in order if stats.groups[layer].misses]

@@ -63,6 +63,6 @@ def test_the_report_for_people() -> None:
     first, second, third = tier_lines(worked().stats, "disk")
     assert first.startswith("experts: 60.0% of 10 uses found them in memory (30 B of 30 B); 57.1% of layer calls")
     assert second == "  4 came from disk, 40 B: p50 1 s, p99 1 s"
-    assert third == "  most misses: layer 1 50%, layer 0 33%"
+    assert third == "  most misses: layer 0 33%, layer 1 50%"
     assert tier_lines(RamTier[int, str](30).stats, "disk") == []
     assert [seconds_text(value) for value in (2.0, 0.0123, 0.00000456)] == ["2 s", "12.3 ms", "4.56 us"]
