@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from _cgroup import Limited, Outcome, limited
-from _common import arguments, conditions, listen_for_noise, print_head, print_table, write_json
+from _common import arguments, conditions, leave_cleanly, listen_for_noise, print_head, print_table, write_json
 
 from moehive.protocol.units import format_size
 
@@ -68,8 +68,9 @@ def _load(who: str, model: str, offload: str, share: int) -> Any:
         return open_local(model)[0]
     if who == "accelerate":
         return AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.bfloat16, device_map="auto", max_memory={"cpu": share}, offload_folder=offload
-        )
+            model, dtype=torch.bfloat16, device_map="auto", max_memory={"cpu": share}, offload_folder=offload,
+            experts_implementation="eager",
+        )  # fmt: skip
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, experts_implementation="eager")
 
 
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--directory", type=Path, help="keep the checkpoint there, and use it again")
     options = parser.parse_args()
+    leave_cleanly()
     limit = options.limit << 20
     with tempfile.TemporaryDirectory() as temporary:
         place = options.directory or Path(temporary)

@@ -28,6 +28,7 @@ from _common import (
     MAX_FOREIGN,
     arguments,
     conditions,
+    leave_cleanly,
     listen_for_noise,
     p50,
     print_head,
@@ -279,6 +280,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write an SVG here")
     options = parser.parse_args()
+    leave_cleanly()
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
