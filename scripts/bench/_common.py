@@ -178,6 +178,16 @@ def leave_cleanly() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
+def drop_from_page_cache(path: Path) -> None:
+    """So that the next reader waits for the disk. Only what is on the disk already can be dropped."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path | None, facts: dict[str, object], results: object) -> None:
     """Conditions and results, where somebody asked for them."""
     if path is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _common import listen_for_noise, p50, p99, print_table
+from _common import drop_from_page_cache, listen_for_noise, p50, p99, print_table
 from _moe import mixtral_shaped
 
 from moehive.swarm.convert import convert
@@ -19,16 +18,6 @@ from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.store.directory import ConvertedDirectory
 
 PAGE_SHAPES = (("80 MB", 3264, 6), ("352 MB", 14336, 3))  # name, inner size, experts
-
-
-def drop_from_page_cache(path: Path) -> None:
-    """So that the next reader waits for the disk. Only what is on the disk already can be dropped."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fdatasync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from _common import (
     MAX_FOREIGN,
     arguments,
     conditions,
+    drop_from_page_cache,
     leave_cleanly,
     listen_for_noise,
     p50,
@@ -36,7 +37,7 @@ from _common import (
     write_json,
 )
 from _moe import prompt, qwen3_shaped
-from _pages import drop_from_page_cache, pages, print_pages
+from _pages import pages, print_pages
 from _plot import Line, line_plot
 from torch import Tensor
 from transformers.utils import logging
