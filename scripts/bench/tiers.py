@@ -54,6 +54,7 @@ from moehive.swarm.store.directory import ConvertedDirectory
 
 DEMO = Path(__file__).parents[2] / "node" / "demo" / "model"
 PARTS = ("pages", "resident", "price")
+STATES = ("warm", "cold")
 SHARES = (1.0, 0.75, 0.5, 0.25)
 PROMPT = 8  # tokens
 
@@ -111,24 +112,21 @@ class Resident:
     foreign: float = 0.0
 
 
-def resident(name: str, directory: Path, tokens: int, rounds: int) -> list[Resident]:
-    """Every share, in turns, with warm files and with cold ones."""
+def resident(name: str, directory: Path, state: str, tokens: int, rounds: int) -> list[Resident]:
+    """Every share, in turns, with warm files or with cold ones."""
     source = ConvertedDirectory(directory)
     model, _ = open_local(directory)
-    found: list[Resident] = []
-    for state in ("warm", "cold"):
-        experts = {share: _experts(source, model.dtype, share, cold=state == "cold") for share in SHARES}
-        rows = {share: Resident(name, state, share, [], []) for share in SHARES}
-        for share in SHARES:  # resident, and each policy in its stride
-            attach_backend(model, experts[share])
-            decode(model, tokens)
-        before = {share: experts[share].tier_stats for share in SHARES}
-        for _ in range(rounds):
-            _round(model, experts, rows, tokens)
-        for share in SHARES:
-            _summarise(rows[share], rows[1.0], before[share], experts[share].tier_stats, tokens * rounds)
-        found += rows.values()
-    return found
+    experts = {share: _experts(source, model.dtype, share, cold=state == "cold") for share in SHARES}
+    rows = {share: Resident(name, state, share, [], []) for share in SHARES}
+    for share in SHARES:  # resident, and each policy in its stride
+        attach_backend(model, experts[share])
+        decode(model, tokens)
+    before = {share: experts[share].tier_stats for share in SHARES}
+    for _ in range(rounds):
+        _round(model, experts, rows, tokens)
+    for share in SHARES:
+        _summarise(rows[share], rows[1.0], before[share], experts[share].tier_stats, tokens * rounds)
+    return list(rows.values())
 
 
 def _experts(source: ConvertedDirectory, dtype: torch.dtype, share: float, *, cold: bool) -> LocalExperts:
@@ -304,17 +302,21 @@ def main() -> None:
 
 
 def _decoding(models: dict[str, Path], options: Any, results: dict[str, Any], wrong: list[str]) -> None:
-    if "resident" in options.part:
-        rows = [row for name, path in models.items() for row in resident(name, path, options.tokens, options.rounds)]
-        print_resident(rows)
-        results["resident"] = [asdict(row) for row in rows]
-        if options.plot is not None:
-            plot(rows, options.plot)
     if "price" in options.part:
         prices = [price(name, path, 2 * options.tokens, 2 * options.rounds) for name, path in models.items()]
         print_price(prices)
         results["price"] = [{**asdict(one), "ratio": one.ratio} for one in prices]
         wrong += [f"{one.model}: tiers cost {1 - one.ratio:.1%}" for one in prices if one.ratio < 0.97]
+    if "resident" in options.part:
+        rows: list[Resident] = []
+        for name, path in models.items():
+            for state in STATES:
+                found = resident(name, path, state, options.tokens, options.rounds)
+                print_resident(found)
+                rows += found
+        results["resident"] = [asdict(row) for row in rows]
+        if options.plot is not None:
+            plot(rows, options.plot)
     noisy = max((row["foreign"] for rows in results.values() for row in rows), default=0.0)
     if noisy > MAX_FOREIGN:
         print(f"others used up to {noisy:.0%} of the CPU  ** NOISY: do not quote **")
