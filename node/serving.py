@@ -35,6 +35,7 @@ from .holdings import Holdings
 from .publishing import watch_copies
 from .services import ExpertService, PeerService, ShardService
 from .settings import NodeSettings
+from .status import NodeFacts, StatusFile
 from .worker import ComputeWorker
 
 _log = get_logger(__name__)
@@ -61,7 +62,7 @@ class Serving:
             ram_budget=ram_budget,
             expert_ram=self._loader.nbytes(DTYPES[manifest.model.dtype]),
         )
-        self._worker = ComputeWorker(self._lease, self._loader.spec, settings.queue)
+        self._worker = ComputeWorker(self._lease, self._loader.spec, settings.queue, call_ended=self._tier.call_ended)
         self._uploads = Uploads(UploadLimits(slots=settings.upload_slots), rate=settings.upload_rate)
         self._bulk = BulkServer(
             settings.listen, settings.bulk_port, agent=member.agent, shelf=self.holdings, uploads=self._uploads
@@ -93,6 +94,9 @@ class Serving:
         await self._serve()
         async with task_group() as tasks:
             tasks.create_task(self._announcer.run(), name="announce")
+            if self._settings.status is not None:
+                status = StatusFile(self._settings.status, self._member.transport.peer, self._status)
+                tasks.create_task(status.run(), name="status")
             left = await self._acquisition.first_pass()
             if not await self._announcer.announce():
                 _log.warning("no peer stored the first announcement; others find this node only later")
@@ -102,6 +106,24 @@ class Serving:
                 tasks.create_task(watch, name="copies")
             tasks.create_task(self._acquisition.keep_trying(left), name="fetch the rest")
             tasks.create_task(self._acquisition.verify_all(), name="verify the rest")
+
+    def _status(self) -> NodeFacts:
+        holdings, member = self.holdings, self._member
+        return NodeFacts(
+            model=holdings.manifest.model_id,
+            model_name=holdings.manifest.model.name,
+            held=len(holdings.experts),
+            experts=len(holdings.manifest.experts),
+            tier=self._tier.stats,
+            queue=self._worker.facts,
+            requests=self._worker.requests_done,
+            rows=self._worker.rows_done,
+            latencies=self._worker.latencies,
+            uploads=self._uploads.facts,
+            received=member.downloads.stats.received,
+            sending=dict(member.downloads.sending),
+            peers=len(member.directory(holdings.manifest.model_id).holders.inventories),
+        )
 
     def _claim(self) -> None:
         holdings = self.holdings

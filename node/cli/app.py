@@ -19,6 +19,7 @@ from .bench import bench_app
 from .config import config_sources
 from .convert import convert
 from .demo import demo
+from .doctor import doctor
 from .errors import exit_code
 from .fetch import fetch
 from .generate import generate
@@ -27,6 +28,7 @@ from .node import node
 from .places import show_id, show_paths
 from .publish import publish
 from .store import store_app
+from .top import top
 
 _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "demo": demo,
@@ -36,6 +38,8 @@ _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "publish": publish,
     "fetch": fetch,
     "generate": generate,
+    "top": top,
+    "doctor": doctor,
     "id": show_id,
     "paths": show_paths,
 }

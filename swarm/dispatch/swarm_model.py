@@ -49,7 +49,7 @@ class SwarmModel:
         self.resident: ResidentExperts | None = None
         if ram:
             largest = max(shard.size for shard in manifest.experts.values())
-            if ram < largest:
+            if ram < largest:  # what is not kept is computed by peers: one is enough
                 raise BudgetTooSmall("experts kept by this client", budget=ram, needed=largest)
             self.resident = ResidentExperts(manifest, self.weights, weights_tier(ram))
 

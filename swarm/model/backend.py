@@ -6,7 +6,8 @@ this machine's files through the RAM tier, results equal to transformers' eager 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from functools import partial
 from typing import Protocol, TypeAlias
 
@@ -17,11 +18,14 @@ from moehive.kernels.canonical import canonical_weights
 from moehive.kernels.combine import add_token_row, combine_rows
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
 from moehive.kernels.routing import group_by_expert, order_of_token
-from moehive.protocol.errors import ManifestError
+from moehive.protocol.errors import BudgetTooSmall, ManifestError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import ExpertFfn, Manifest
+from moehive.swarm.memory import default_ram_budget
+from moehive.swarm.policy.budgets import least_ram
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.tiers.ram import RamTier
+from moehive.swarm.tiers.stats import TierStats
 
 from .reading import read_tensors, tensor_table
 from .tensors import short_name, tensors_of
@@ -106,8 +110,18 @@ class LocalExperts:
         self._loader = loader or ExpertLoader(manifest, source)
         self._tier = tier
 
+    @property
+    def tier_stats(self) -> TierStats:
+        """Of the RAM tier; its misses were read from this machine's disk."""
+        return self._tier.stats
+
     def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See ExpertsBackend. Raises what `ExpertLoader.load` raises, and BudgetTooSmall."""
+        out = self._run(layer, hidden, top_k_index, top_k_weights)
+        self._tier.call_ended(layer)
+        return out
+
+    def _run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden)  # [T, H]
         if hidden.shape[0] == 1:
             for expert, position in order_of_token(top_k_index, self._num_experts):
@@ -124,3 +138,28 @@ class LocalExperts:
         load, hint = partial(self._loader.load, key, rows.dtype), self._loader.nbytes(rows.dtype)
         with self._tier.lease((key, rows.dtype), load, _size, size_hint=hint) as weights:
             return expert_ffn(rows, weights.to(rows.device), self._loader.spec)
+
+
+def local_experts(manifest: Manifest, source: ObjectSource, dtype: torch.dtype, ram: int | None = None) -> LocalExperts:
+    """The experts of a model that computes in `dtype`, with `ram` bytes for them in memory (None: from this machine's).
+
+    Raises BudgetTooSmall where that is less than a token's experts need, and names the least that works.
+    """
+    loader = ExpertLoader(manifest, source)
+    budget = default_ram_budget() if ram is None else ram
+    check_ram(manifest, loader.nbytes(dtype), budget)
+    return LocalExperts(manifest, source, weights_tier(budget), loader=loader)
+
+
+def check_ram(manifest: Manifest, expert_bytes: int, budget: int) -> None:
+    """Raise BudgetTooSmall for a budget that cannot hold what one token needs. See `least_ram`."""
+    least = min(least_ram(expert_bytes, manifest.model.top_k), len(manifest.experts) * expert_bytes)
+    if budget < least:
+        raise BudgetTooSmall(f"memory for experts of {manifest.model.name}", budget=budget, needed=least)
+
+
+# Who computes the experts of a model that is being loaded in this context: from_pretrained carries no word to the
+# plug-in, which by then has to know whether this machine's memory matters.
+BACKEND: ContextVar[Callable[[Manifest, ObjectSource, torch.dtype], ExpertsBackend]] = ContextVar(
+    "backend", default=local_experts
+)

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 from moehive.protocol.errors import BudgetTooSmall
+from moehive.swarm.telemetry.meter import Meter
 
 from .policy import Lru, Policy
 from .residency import Entry, EntryFacts, Residency
@@ -66,6 +67,7 @@ class RamTier(Generic[K, V]):
         self._wait = wait
         self._loads = self._failed_loads = self._loaded_bytes = 0
         self._load_seconds = self._slowest_load = 0.0
+        self._meter = Meter()
 
     # --- leases ---------------------------------------------------------------------------------------------------
 
@@ -88,6 +90,11 @@ class RamTier(Generic[K, V]):
         with self._lock:
             entry = self._residency.acquire(key)
         return None if entry is None else Lease(self, key, None, None, None, entry)
+
+    def call_ended(self, group: int) -> None:
+        """Count one call of a group, such as a layer: whether all that it leased was resident."""
+        with self._lock:
+            self._meter.called(group, self._residency.misses(group))
 
     # --- looking and ordering -------------------------------------------------------------------------------------
 
@@ -155,6 +162,7 @@ class RamTier(Generic[K, V]):
                 load_seconds=self._load_seconds,
                 slowest_load=self._slowest_load,
                 groups=groups,
+                meter=self._meter.facts,
             )
 
     # --- what Lease asks ------------------------------------------------------------------------------------------
@@ -224,6 +232,7 @@ class RamTier(Generic[K, V]):
             self._loaded_bytes += size
             self._load_seconds += seconds
             self._slowest_load = max(self._slowest_load, seconds)
+            self._meter.loaded(self._residency.group_of(lease.key), seconds, size)
             del self._flights[lease.key]
             self._notify()
             entry = flight.entry = self._residency.publish(lease.key, value, size, flight.users)

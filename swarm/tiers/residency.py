@@ -112,6 +112,17 @@ class Residency(Generic[K, V]):
         self._policy.loaded(key, size)
         return entry
 
+    # --- counts ---------------------------------------------------------------------------------------------------
+
+    def group_of(self, key: K) -> int:
+        """What a key is counted under."""
+        return 0 if self._group is None else self._group(key)
+
+    def misses(self, group: int) -> int:
+        """Uses of a group that had to wait."""
+        counts = self.groups.get(group)
+        return 0 if counts is None else counts.misses
+
     # --- orders ---------------------------------------------------------------------------------------------------
 
     def evict(self, key: K) -> bool:
@@ -172,4 +183,4 @@ class Residency(Generic[K, V]):
         del entry.value  # now, not when the last thread that released it has left its frame
 
     def _counts(self, key: K) -> Counts:
-        return self.groups.setdefault(0 if self._group is None else self._group(key), Counts())
+        return self.groups.setdefault(self.group_of(key), Counts())

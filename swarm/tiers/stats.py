@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from moehive.swarm.telemetry.meter import MeterFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class TierStats:
     load_seconds: float  # sum over successful loads
     slowest_load: float  # seconds
     groups: Mapping[int, HitCounts]
+    meter: MeterFacts = field(default_factory=MeterFacts)  # times, bytes and calls, layer by layer
 
     @property
     def hit_rate(self) -> float:

@@ -21,7 +21,7 @@ from typing import Self
 from moehive.protocol.bits import Bits, full, indices
 from moehive.protocol.chunks import ChunkList, chunk_range
 from moehive.protocol.errors import ShardUnavailable
-from moehive.protocol.ids import ShardHash
+from moehive.protocol.ids import PeerId, ShardHash
 from moehive.swarm.policy.expectation import ItemKey
 from moehive.swarm.standings import Standings
 from moehive.swarm.store.base import PartialBusy
@@ -80,6 +80,11 @@ class Downloader:
     def stats(self) -> Counters:
         """Bytes received, and what was no use."""
         return self._engine.traffic.counters
+
+    @property
+    def sending(self) -> Mapping[PeerId, float]:
+        """Who is sending now, with bytes per second."""
+        return self._engine.traffic.sending()
 
     async def fetch(
         self, wanted: Wanted, store: ObjectStore, *, timeout: float = 60.0, observer: Observer | None = None
@@ -174,7 +179,6 @@ class Downloader:
 
 def _size_of(present: Bits, chunks: ChunkList) -> int:
     return sum(chunk_range(index, chunks.size)[1] for index in indices(present))
-
 
 
 @asynccontextmanager

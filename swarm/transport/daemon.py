@@ -160,7 +160,7 @@ class Daemon:
             options["noListenAddrs"] = 1
         if self._announce:
             options["announceAddrs"] = ",".join(self._announce)
-        return [str(_binary()), *(f"-{name}={value}" for name, value in options.items())]
+        return [str(daemon_binary()), *(f"-{name}={value}" for name, value in options.items())]
 
     async def _watch(self, process: asyncio.subprocess.Process, ready: asyncio.Future[None]) -> None:
         """Log what the daemon prints; learn that it is ready, or that it has stopped."""
@@ -367,7 +367,8 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _binary() -> Path:
+def daemon_binary() -> Path:
+    """Where hivemind keeps the daemon. Raises TransportError where hivemind is not installed."""
     return Path(str(resources.files(import_hivemind()) / "hivemind_cli" / "p2pd"))
 
 

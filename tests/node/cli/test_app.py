@@ -7,7 +7,9 @@ import pytest
 
 from moehive.protocol.ids import public_key_of
 
-COMMANDS = ("demo", "convert", "inspect", "node", "publish", "fetch", "generate", "id", "paths", "store", "bench")
+COMMANDS = (
+    "demo", "convert", "inspect", "node", "publish", "fetch", "generate", "top", "doctor", "id", "paths", "store", "bench",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)])

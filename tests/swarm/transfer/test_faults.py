@@ -176,7 +176,8 @@ async def test_a_receiver_that_is_killed_fifty_times_fetches_no_verified_chunk_t
 
         async def event(self) -> None:
             self.countdown -= 1
-            if self.countdown == 0:  # shielded: it may be a leftover of the last life that is cancelled with its connection
+            if self.countdown == 0:
+                # shielded: it may be a leftover of the last life, which is cancelled with its connection
                 await asyncio.shield(self.kill())
             elif self.countdown < 0:  # however long the killing takes, nothing more comes
                 await self.ended.wait()
