@@ -8,7 +8,8 @@ import pytest
 from moehive.protocol.ids import public_key_of
 
 COMMANDS = (
-    "demo", "convert", "inspect", "node", "publish", "fetch", "generate", "top", "doctor", "id", "paths", "store", "bench",
+    "demo", "convert", "inspect", "node", "publish", "fetch", "generate", "top", "doctor", "id", "paths", "store",
+    "bench",
 )  # fmt: skip
 
 
