@@ -91,7 +91,9 @@ def test_too_little_memory_for_a_token_is_refused_with_the_least_that_works(moeh
 
 @pytest.mark.parametrize("draft", ["lookup", "the model itself"])
 def test_drafts_change_no_token(moehive, converted, draft):
+    """In float32: in bfloat16 two tokens may be equally likely, and four rows at once round otherwise than one."""
     arguments = ("generate", "ROMEO:", "--model", converted, "--max-tokens", 12, "--temperature", 0, "--json")
+    arguments += ("--dtype", "float32")
     drafted = moehive(*arguments, "--draft", converted if draft != "lookup" else draft, "--draft-tokens", 3)
 
     assert json.loads(drafted.out)["tokens"] == json.loads(moehive(*arguments).out)["tokens"]
