@@ -21,7 +21,7 @@ from .packed import PackedMatrix, packed_product
 Matrix: TypeAlias = WeightMatrix | PackedMatrix
 
 _BAND: Final = 1 << 20  # elements widened at a time: 4 MiB of fp32, which stay in the last-level cache
-_ONEDNN_FP32: Final = 1 << 20  # elements from which oneDNN multiplies fp32 faster than MKL, for one row, too
+_ONEDNN_FP32: Final = 1 << 19  # elements from which oneDNN multiplies fp32 faster than MKL, for one row, too
 _DOT_ROWS: Final = 5  # up to which half-precision dot products are faster than widening, where those are all there is
 _INT8_ROWS: Final = 4  # up to which torch's product over int8 weights is faster than widening them
 _INT8_STEP: Final = 32  # rows and columns it needs multiples of

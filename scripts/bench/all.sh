@@ -20,6 +20,7 @@ bench hivemind_moe --json "$out/hivemind_moe.json"
 bench demo --json "$out/demo.json"
 bench local --json "$out/local.json"
 bench telemetry --json "$out/telemetry.json"
+bench cpu_experts --shapes qwen3-30b-a3b --budget 10 --json "$out/cpu_experts.json"  # Mixtral takes six minutes more
 bench long_context --json "$out/long_context.json"
 bench tiers --json "$out/tiers.json" --plot "$out/tiers.svg"
 bench memory_limit --json "$out/memory_limit.json"
