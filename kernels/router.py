@@ -206,7 +206,7 @@ def _sparsemixer(logits: Tensor, spec: RouterSpec) -> Routing:
     """transformers, `sparsemixer` in evaluation: what is near is found in the logits' dtype, with its roundings."""
     experts = best(logits.detach(), spec.top_k)  # [T, K]
     left, weights = logits, []
-    for chosen in experts.split(1, dim=1):
+    for chosen in torch.split(experts, 1, dim=1):
         top = logits.detach().gather(1, chosen)  # [T, 1]
         far = (top - logits) / logits.abs().clamp(min=top) > 2 * spec.nearness  # [T, E]
         near = left.masked_fill(far, float("-inf")).to(_exact(logits))  # [T, E]
