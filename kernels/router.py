@@ -2,7 +2,8 @@
 
 Owns the mathematics in torch: exact, differentiable in the weights, the reference that the Triton kernel is held to.
 What differs between families stands in `RouterSpec`; `kernels/router_families.py` reads it from a configuration.
-Equal scores go to the lowest expert id (torch.topk, which transformers uses, leaves open which).
+Equal scores go to the lowest expert id (torch.topk, which transformers uses, leaves open which). NaN is the greatest
+score, as it is for torch.topk: an expert whose logit is NaN is chosen, and its weight, NaN, shows in the output.
 """
 
 from __future__ import annotations
@@ -111,9 +112,13 @@ class Routing(NamedTuple):
 
 def router_logits(hidden: Tensor, weight: Tensor, spec: RouterSpec, bias: Tensor | None = None) -> Tensor:
     """The router's linear layer: hidden [T, H], weight [E, H], bias [E] -> [T, E], in the dtype that the spec asks."""
-    if spec.float32_logits:
-        hidden, weight = hidden.to(_exact(hidden)), weight.to(_exact(weight))
-    return F.linear(hidden, weight, bias)
+    if not spec.float32_logits:
+        return F.linear(hidden, weight, bias)
+    hidden, weight = hidden.to(_exact(hidden)), weight.to(_exact(weight))
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return F.linear(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):  # which would make it narrow again
+        return F.linear(hidden, weight, bias)
 
 
 def route(
@@ -199,12 +204,12 @@ def _in_best_groups(key: Tensor, spec: RouterSpec) -> Tensor:
 
 def _sparsemixer(logits: Tensor, spec: RouterSpec) -> Routing:
     """transformers, `sparsemixer` in evaluation: what is near is found in the logits' dtype, with its roundings."""
-    left, weights, experts = logits, [], []
-    for _ in range(spec.top_k):
-        top, chosen = left.detach().max(dim=-1, keepdim=True)  # [T, 1], the first of equals
+    experts = best(logits.detach(), spec.top_k)  # [T, K]
+    left, weights = logits, []
+    for chosen in torch.split(experts, 1, dim=1):
+        top = logits.detach().gather(1, chosen)  # [T, 1]
         far = (top - logits) / logits.abs().clamp(min=top) > 2 * spec.nearness  # [T, E]
         near = left.masked_fill(far, float("-inf")).to(_exact(logits))  # [T, E]
         weights.append(near.softmax(dim=-1).gather(1, chosen))
-        experts.append(chosen)
         left = left.scatter(1, chosen, float("-inf"))
-    return Routing(torch.cat(weights, dim=1), torch.cat(experts, dim=1))
+    return Routing(torch.cat(weights, dim=1), experts)

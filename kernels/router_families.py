@@ -75,6 +75,8 @@ def _deepseek_v3(config: Any) -> RouterSpec:
 
 
 def _deepseek_v2(config: Any) -> RouterSpec:
+    """Experts outside the best groups cannot be chosen. transformers gives them a score of 0 instead, which differs
+    only where the scores of chosen groups underflow to 0, too."""
     grouped = config.topk_method == "group_limited_greedy"
     return RouterSpec(
         *_sizes(config),
@@ -161,3 +163,6 @@ _FAMILIES: Final[Mapping[str, Callable[[Any], RouterSpec]]] = {
     "llama4_text": _llama4,
     "switch_transformers": _switch,
 }  # fmt: skip
+
+MODEL_TYPES: Final = frozenset(_FAMILIES)
+"""The families that are known, as `model_type` names them."""

@@ -1,9 +1,17 @@
 """Mixture-of-Experts modules for training and for models of one's own.
 
-config = for_moe(hidden_size=512, num_experts=16, top_k=2, balance="loss-free")
-layer = build_layer(config)
-output, report = layer(hidden)                 # [..., 512]; report.loss, report.counts, report.dropped
-(loss + report.loss).backward(); optimizer.step(); layer.update_bias()   # the last one: loss-free layers only
+>>> import torch
+>>> from moehive.kernels.nn import build_layer, for_moe
+>>> layer = build_layer(for_moe(hidden_size=64, num_experts=8, top_k=2, balance="loss-free"))
+>>> optimizer = torch.optim.AdamW(layer.parameters())
+>>> hidden, wanted = torch.randn(2, 4, 16, 64)  # [B, S, H] each
+>>> output, report = layer(hidden)
+>>> loss = torch.nn.functional.mse_loss(hidden + output, wanted) + report.loss
+>>> loss.backward()
+>>> optimizer.step()
+>>> layer.update_bias()  # loss-free layers only
+>>> output.shape, int(report.counts.sum()), int(report.dropped)
+(torch.Size([4, 16, 64]), 128, 0)
 """
 
 from .attention import SparseExpertAttention

@@ -24,6 +24,15 @@ class SparseExpertAttention(nn.Module):
     hidden_size: H. num_experts: E. top_k: experts of one token. heads: query heads of one expert, and of the shared
     keys and values. head_dim: D, by default such that the heads of a token's experts span H together.
     capacity_factor: an expert attends for this many times an even share of the tokens of one call; None: for all.
+      `eval_capacity_factor`: the same outside training.
+    balance_coefficient, z_coefficient: of the report's loss, as in `MoEConfig`.
+
+    Raises ValueError for sizes that do not go together.
+
+    >>> attention = SparseExpertAttention(hidden_size=64, num_experts=8, top_k=2, heads=2, capacity_factor=1.25)
+    >>> output, report = attention(torch.randn(3, 10, 64))
+    >>> output.shape, attention.head_dim, int(report.counts.sum())
+    (torch.Size([3, 10, 64]), 16, 60)
     """
 
     def __init__(
@@ -41,12 +50,15 @@ class SparseExpertAttention(nn.Module):
         z_coefficient: float = 0.0,
     ) -> None:
         super().__init__()
+        # a single weight is not normalised: it would always be 1, and the router would learn nothing
+        spec = RouterSpec(num_experts, top_k, normalize=top_k > 1, weights_in_hidden_dtype=True)
+        if heads < 1 or (head_dim is not None and head_dim < 1):
+            raise ValueError(f"an expert cannot have {heads} heads of size {head_dim}")
         self.heads = heads
-        self.head_dim = head_dim or max(hidden_size // (top_k * heads), 1)
+        self.head_dim = max(hidden_size // (top_k * heads), 1) if head_dim is None else head_dim
         self.causal = causal
         self.balance_coefficient = balance_coefficient
         self.z_coefficient = z_coefficient
-        spec = RouterSpec(num_experts, top_k, normalize=True, weights_in_hidden_dtype=True)
         self.gate = TopKGate(
             hidden_size, spec, capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor
         )

@@ -34,6 +34,12 @@ class MoEConfig:
       eval_capacity_factor: the same outside training. None: nothing is dropped.
     jitter: while training the router's inputs are multiplied by uniform noise from [1 - jitter, 1 + jitter].
     activation: of the experts' gate, a name in `moehive.kernels.expert_ffn.ACTIVATIONS`.
+
+    A setting that a scheme has no use for is ignored: expert choice has neither capacity factors nor jitter nor a
+    balancing loss, and only the loss-free bias has a rate.
+
+    >>> MoEConfig(64, 96, num_experts=8, top_k=2, balance=Balance.AUXILIARY, balance_coefficient=0.01).router.normalize
+    True
     """
 
     hidden_size: int
@@ -58,6 +64,8 @@ class MoEConfig:
             raise ValueError(f"Switch routing has one expert per token, not {self.top_k}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}, not one of {sorted(ACTIVATIONS)}")
+        if min(self.balance_coefficient, self.z_coefficient, self.bias_update_rate) < 0:
+            raise ValueError(f"coefficients and rates must not be negative: {self}")
 
     @property
     def router(self) -> RouterSpec:
@@ -75,7 +83,7 @@ class MoEConfig:
 def for_moe(
     hidden_size: int,
     num_experts: int,
-    top_k: int = 2,
+    top_k: int | None = None,
     *,
     balance: Balance | str = Balance.AUXILIARY,
     intermediate_size: int | None = None,
@@ -83,25 +91,37 @@ def for_moe(
 ) -> MoEConfig:
     """Settings that suit a layer of this size; change single ones with `dataclasses.replace`.
 
+    top_k: experts of one token; by default 2, and 1 for Switch routing, which has no other.
     intermediate_size: by default such that the `top_k` experts of a token have together the parameters of the dense
       gated feed-forward network of this hidden size (8/3 wide), rounded up to a multiple of 32.
-    balance: one of `Balance`, or its value. Coefficients and rates are those of the papers.
+    balance: one of `Balance`, or its value. Coefficients and rates are those of the papers. Where a loss balances,
+      there is a small z-loss too (ST-MoE, arXiv 2202.08906); where none does, nothing is added to the model's own loss.
 
     Raises ValueError for sizes that do not go together and for an unknown balance.
+
+    >>> for_moe(512, 16).intermediate_size, for_moe(512, 16, 4).intermediate_size
+    (704, 352)
+    >>> from dataclasses import replace
+    >>> switch = for_moe(512, 16, balance="switch")
+    >>> switch.top_k, switch.capacity_factor, replace(switch, capacity_factor=None).capacity_factor
+    (1, 1.25, None)
     """
     balance = Balance(balance)
-    if intermediate_size is None:
-        width = _DENSE_WIDTH * hidden_size / top_k
-        intermediate_size = -(-int(width) // _WIDTH_STEP) * _WIDTH_STEP
     switch = balance is Balance.SWITCH
+    by_loss = switch or balance is Balance.AUXILIARY
+    if top_k is None:
+        top_k = 1 if switch else 2
+    if intermediate_size is None:
+        width = _DENSE_WIDTH * hidden_size / max(top_k, 1)  # MoEConfig refuses 0
+        intermediate_size = -(-int(width) // _WIDTH_STEP) * _WIDTH_STEP
     return MoEConfig(
         hidden_size,
         intermediate_size,
         num_experts,
         top_k,
         balance,
-        balance_coefficient=0.01 if balance in (Balance.AUXILIARY, Balance.SWITCH) else 0.0,
-        z_coefficient=0.001 if balance is not Balance.NONE else 0.0,
+        balance_coefficient=0.01 if by_loss else 0.0,
+        z_coefficient=0.001 if by_loss else 0.0,
         bias_update_rate=0.001 if balance is Balance.LOSS_FREE else 0.0,
         capacity_factor=1.25 if switch else None,
         eval_capacity_factor=2.0 if switch else None,

@@ -16,6 +16,11 @@ class RoutedExperts(nn.Module):
     [E, H, I].
 
     hidden_size: H. intermediate_size: I. activation: of the gate, a name in `moehive.kernels.expert_ffn.ACTIVATIONS`.
+
+    >>> experts = RoutedExperts(hidden_size=16, intermediate_size=32, num_experts=4)
+    >>> chosen = torch.tensor([[0, 3], [3, 4]])  # 4: left out
+    >>> experts(torch.randn(2, 16), chosen, torch.tensor([[0.7, 0.3], [0.9, 0.0]])).shape
+    torch.Size([2, 16])
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, activation: str = "silu") -> None:

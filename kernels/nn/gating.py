@@ -32,6 +32,11 @@ class TopKGate(nn.Module):
 
     The weight's name and shape, [E, H], are those of transformers' routers. A correction bias, where the spec has one,
     is the buffer `e_score_correction_bias` [E], as in transformers' DeepSeek-V3.
+
+    >>> gate = TopKGate(16, RouterSpec(num_experts=4, top_k=2, normalize=True), capacity_factor=1.0)
+    >>> gating = gate(torch.randn(10, 16))  # 10 * 2 choices, 5 for each expert
+    >>> gating.experts.shape, int(torch.bincount(gating.experts.flatten(), minlength=5)[:4].max()) <= 5
+    (torch.Size([10, 2]), True)
     """
 
     def __init__(

@@ -33,6 +33,11 @@ class MoELayer(nn.Module):
 
     Choices beyond an expert's capacity contribute nothing. Add the output to the layer's input, as transformers do, and
     a token without room passes by.
+
+    >>> layer = MoELayer(MoEConfig(16, 32, num_experts=4, top_k=2, balance_coefficient=0.01))
+    >>> output, report = layer(torch.randn(3, 5, 16))
+    >>> output.shape, int(report.counts.sum()), report.loss.requires_grad
+    (torch.Size([3, 5, 16]), 30, True)
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -71,6 +76,13 @@ class LossFreeMoELayer(MoELayer):
 
     Call `update_bias()` after each optimizer step: the bias of experts with more than the mean load since the last
     update falls by `bias_update_rate`, that of experts with less rises by it.
+
+    >>> config = MoEConfig(16, 32, num_experts=4, top_k=1, balance=Balance.LOSS_FREE, bias_update_rate=0.001)
+    >>> layer = LossFreeMoELayer(config)
+    >>> _, report = layer(torch.randn(1, 16))  # one expert has the one token
+    >>> layer.update_bias()
+    >>> layer.gate.e_score_correction_bias.sort().values
+    tensor([-0.0010,  0.0010,  0.0010,  0.0010])
     """
 
     load: Tensor  # [E] int64: choices since the last update
@@ -106,6 +118,11 @@ class ExpertChoiceLayer(nn.Module):
     Each expert takes the share `top_k` / E of the call's tokens, those that score highest for it. Whether a token is
     taken depends on all tokens of the call, later ones too. That is not causal: a language model that is trained with
     it sees the future, and decoding one token at a time computes something else.
+
+    >>> layer = ExpertChoiceLayer(MoEConfig(16, 32, num_experts=4, top_k=2, balance=Balance.EXPERT_CHOICE))
+    >>> output, report = layer(torch.randn(10, 16))
+    >>> output.shape, report.counts.tolist()
+    (torch.Size([10, 16]), [5, 5, 5, 5])
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -134,7 +151,11 @@ class ExpertChoiceLayer(nn.Module):
 
 
 def build_layer(config: MoEConfig) -> MoELayer | ExpertChoiceLayer:
-    """The layer that `config` describes, freshly initialised."""
+    """The layer that `config` describes, freshly initialised.
+
+    >>> type(build_layer(MoEConfig(16, 32, num_experts=4, top_k=2, balance=Balance.LOSS_FREE))).__name__
+    'LossFreeMoELayer'
+    """
     if config.balance is Balance.EXPERT_CHOICE:
         return ExpertChoiceLayer(config)
     return LossFreeMoELayer(config) if config.balance is Balance.LOSS_FREE else MoELayer(config)

@@ -2,20 +2,27 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.families import EXTRA_FAMILIES, FAMILIES
-from support.routers import assert_same_routing, assert_ties_to_the_lowest, family_router, twin_experts
+from support.families import build_config
+from support.routers import (
+    ALONE,
+    ROUTER_FAMILIES,
+    VARIANTS,
+    TiedLogits,
+    assert_same_routing,
+    assert_ties_to_the_lowest,
+    family_router,
+    tied_logits,
+    twin_experts,
+)
 from torch import Tensor
-from transformers import GraniteMoeConfig, Llama4TextConfig, SwitchTransformersConfig
-from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeTopKRouter
-from transformers.models.llama4.modeling_llama4 import Llama4Router
+from transformers import SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from moehive.kernels.router import GroupScore, RouterSpec, Routing, Score, best, route, router_logits
-from moehive.kernels.router_families import router_spec
+from moehive.kernels.router_families import MODEL_TYPES, router_spec
 
-EVERY_FAMILY = FAMILIES + EXTRA_FAMILIES
 TOKENS = 64
 
 
@@ -23,7 +30,7 @@ def hidden_states(size: int, dtype: torch.dtype = torch.float32, tokens: int = T
     return torch.randn(tokens, size, generator=torch.Generator().manual_seed(size)).to(dtype)
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", ROUTER_FAMILIES)
 def test_routing_equals_transformers(family: str) -> None:
     router = family_router(family)
     hidden = hidden_states(router.weight.shape[1])
@@ -33,7 +40,7 @@ def test_routing_equals_transformers(family: str) -> None:
     assert_same_routing(found, wanted, router.spec.num_experts)
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", ROUTER_FAMILIES)
 def test_ties_go_to_the_lowest_expert(family: str) -> None:
     router = family_router(family)
     twin_experts(router)
@@ -43,7 +50,7 @@ def test_ties_go_to_the_lowest_expert(family: str) -> None:
     assert_ties_to_the_lowest(found, router.reference(hidden), logits)
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", ROUTER_FAMILIES)
 def test_bf16_models_get_weights_of_the_same_dtype_and_bits(family: str) -> None:
     router = family_router(family, torch.bfloat16)
     hidden = hidden_states(router.weight.shape[1], torch.bfloat16)
@@ -59,22 +66,47 @@ def test_bf16_models_get_weights_of_the_same_dtype_and_bits(family: str) -> None
     )
 
 
-def test_granite_and_llama4_route_as_transformers_does() -> None:
-    hidden = hidden_states(32)
-    granite = GraniteMoeConfig(hidden_size=32, num_local_experts=8, num_experts_per_tok=3)
-    module = GraniteMoeTopKRouter(granite)
-    torch.nn.init.normal_(module.weight, std=0.3)
-    with torch.no_grad():
-        logits, weights, experts = module(hidden)
-    assert_same_routing(route(logits, router_spec(granite)), Routing(weights, experts), 8)
+@pytest.mark.parametrize("narrow", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", [*ROUTER_FAMILIES, *VARIANTS])
+def test_any_logits_ties_and_roundings_route_as_in_transformers(family: str, narrow: bool) -> None:
+    """Every set and every weight, with transformers' choice among equals settled: the lowest."""
+    dtype = torch.bfloat16 if narrow else torch.float32
+    router = family_router(family, dtype)
 
-    llama = Llama4TextConfig(hidden_size=32, num_local_experts=8, num_experts_per_tok=1)
-    router = Llama4Router(llama)
-    torch.nn.init.normal_(router.weight, std=0.3)
-    with torch.no_grad():
-        scores, logits = router(hidden)  # [T, E], 0 where not chosen
-    found = route(logits, router_spec(llama))
-    assert_same_routing(found, Routing(*scores.max(dim=1, keepdim=True)), 8)
+    @settings(max_examples=10)
+    @given(tied_logits())
+    def check(drawn: TiedLogits) -> None:
+        logits = drawn.apply(router)
+        found = route(logits, router.spec, router.correction_bias, hidden_dtype=dtype)
+        wanted = router.settled(logits)
+        assert found.weights.dtype == wanted.weights.dtype
+        assert_same_routing(found, wanted, router.spec.num_experts)
+
+    check()
+
+
+@pytest.mark.parametrize("family", ROUTER_FAMILIES)
+def test_nan_and_infinity_end_where_transformers_leaves_them(family: str) -> None:
+    """NaN is the greatest logit, as for torch.topk; what is not a number in transformers' weights is none in ours."""
+    router = family_router(family)
+    logits = torch.randn(5, router.spec.num_experts, generator=torch.Generator().manual_seed(0))
+    logits[0, 2], logits[1] = float("nan"), float("nan")
+    logits[2, 1], logits[3, 1], logits[4, :] = float("inf"), float("-inf"), float("-inf")
+    found = route(logits, router.spec, router.correction_bias)
+    wanted = router.settled(logits)
+    assert torch.equal(found.weights.isnan().any(dim=1), wanted.weights.isnan().any(dim=1))
+    assert found.weights[:2].isnan().any(dim=1).all()
+    assert ((found.experts >= 0) & (found.experts < router.spec.num_experts)).all()
+    assert (found.experts.sort(dim=1).values.diff(dim=1) > 0).all()
+    number = ~wanted.weights.isnan().any(dim=1)
+    ours, theirs = (Routing(r.weights[number], r.experts[number]) for r in (found, wanted))
+    assert_same_routing(ours, theirs, router.spec.num_experts)
+
+
+def test_every_family_that_is_known_is_compared() -> None:
+    compared = {build_config(family).model_type for family in ROUTER_FAMILIES if family not in ALONE}
+    same = {"kimi_k2", "qwen3_5_moe", "llama4"}  # other names of deepseek_v3, qwen3_5_moe_text and llama4_text
+    assert set(MODEL_TYPES) == compared | set(ALONE) | same | {"switch_transformers"}
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 64])
@@ -148,6 +180,15 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         route(logits, biased, torch.zeros(7))
     with pytest.raises(ValueError, match="6 tokens are not sequences of 4"):
         route(logits, plain, sequence_length=4)
+
+
+def test_autocast_does_not_narrow_logits_that_are_to_be_exact() -> None:
+    hidden, weight = hidden_states(16), torch.randn(8, 16)
+    exact, plain = RouterSpec(8, 2, float32_logits=True), RouterSpec(8, 2)
+    wanted = router_logits(hidden, weight, exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(router_logits(hidden, weight, exact), wanted)
+        assert router_logits(hidden, weight, plain).dtype == torch.bfloat16
 
 
 def test_no_tokens_no_choices() -> None:

@@ -8,10 +8,13 @@
 Inside `with guard.allocations():` whatever calls torch.empty gets a guarded tensor: outputs that a launcher makes.
 
 Floating margins are NaN, so a value that was read there spoils the result; integer margins are far outside any index.
+A value that is read and not used shows only with `before_a_wall`.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -63,6 +66,18 @@ class Canaries:
         if kind is None:
             for number, (buffer, before) in enumerate(self._buffers):
                 assert torch.equal(_margins(buffer), before), f"guarded tensor {number}: written outside its bounds"
+
+
+def before_a_wall(tensor: Tensor) -> Tensor:
+    """A contiguous copy of `tensor` that ends where memory ends: reading further kills the process."""
+    inside = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, inside + mmap.PAGESIZE)
+    wall = ctypes.addressof(ctypes.c_char.from_buffer(memory, inside))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(wall), mmap.PAGESIZE, 0):  # PROT_NONE
+        raise OSError(ctypes.get_errno(), "mprotect")
+    view = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=inside - tensor.nbytes)
+    return view.view(tensor.shape).copy_(tensor)
 
 
 def _margins(buffer: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from hypothesis import strategies as st
 from support.families import EXTRA_FAMILIES, FAMILIES, build_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -20,8 +21,24 @@ from moehive.kernels.router import RouterSpec, Routing, router_logits
 from moehive.kernels.router_families import router_spec
 
 _NAMES = ("TopKRouter", "TopkRouter", "TokenChoiceRouter")
-_ALONE = ("granitemoe", "llama4_text")  # made without a model around them
-ROUTER_FAMILIES: tuple[str, ...] = (*FAMILIES, *EXTRA_FAMILIES, *_ALONE)
+ALONE = ("granitemoe", "llama4_text")  # made without a model around them
+ROUTER_FAMILIES: tuple[str, ...] = (*FAMILIES, *EXTRA_FAMILIES, *ALONE)
+
+# name -> (family, what its configuration says otherwise than the tiny checkpoint's)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe, raw": ("qwen3_moe", {"norm_topk_prob": False}),
+    "olmoe, normalized": ("olmoe", {"norm_topk_prob": True}),
+    "mixtral, all": ("mixtral", {"num_experts_per_tok": 8}),
+    "mixtral, one": ("mixtral", {"num_experts_per_tok": 1}),
+    "gpt_oss, 32": ("gpt_oss", {"num_local_experts": 32}),
+    "phimoe, wide": ("phimoe", {"router_jitter_noise": 0.2, "num_local_experts": 16}),
+    "deepseek_v2, greedy": ("deepseek_v2", {"topk_method": "greedy", "routed_scaling_factor": 2.0}),
+    "deepseek_v2, 24": ("deepseek_v2", {"n_routed_experts": 24, "n_group": 8, "topk_group": 3}),  # groups of 3
+    "deepseek_v3, raw": ("deepseek_v3", {"norm_topk_prob": False, "routed_scaling_factor": 1.0}),
+    "deepseek_v3, 48": ("deepseek_v3", {"n_routed_experts": 48, "n_group": 4, "topk_group": 1}),  # groups of 12
+    "kimi_k2, 48": ("kimi_k2", {"n_routed_experts": 48, "num_experts_per_tok": 8}),
+    "ernie4_5_moe, floor": ("ernie4_5_moe", {"moe_norm_min": 0.5}),
+}
 
 
 @dataclass(frozen=True)
@@ -82,8 +99,11 @@ class _Settled(TorchFunctionMode):
 
 
 def family_router(family: str, dtype: torch.dtype = torch.float32) -> FamilyRouter:
-    """The router of one family's tiny model."""
-    config, router, correction = _lone_router(family, dtype) if family in _ALONE else _model_router(family, dtype)
+    """The router of one family's tiny model, or of one of VARIANTS."""
+    family, changes = VARIANTS.get(family, (family, {}))
+    config, router, correction = (
+        _lone_router(family, dtype) if family in ALONE else _model_router(family, dtype, changes)
+    )
 
     def call(hidden: Tensor) -> Any:
         takes_bias = len(inspect.signature(router.forward).parameters) == 2
@@ -98,9 +118,9 @@ def family_router(family: str, dtype: torch.dtype = torch.float32) -> FamilyRout
     )
 
 
-def _model_router(family: str, dtype: torch.dtype) -> tuple[Any, Any, Tensor | None]:
+def _model_router(family: str, dtype: torch.dtype, changes: Mapping[str, Any]) -> tuple[Any, Any, Tensor | None]:
     """The last router of the model, with the configuration and the correction bias."""
-    model = build_model(family, dtype)
+    model = build_model(family, dtype, **changes)
     name, router = [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith(_NAMES)][-1]
     owners = [router, model.get_submodule(name.rpartition(".")[0]), getattr(router, "moe_statics", None)]
     biases = (getattr(owner, n, None) for owner in owners for n in ("e_score_correction_bias", "expert_bias"))
@@ -132,6 +152,35 @@ def assert_same_routing(found: Routing, wanted: Routing, num_experts: int) -> No
     assert torch.equal(found.experts.long().sort(dim=1).values, wanted.experts.long().sort(dim=1).values)
     difference = by_expert(found, num_experts) - by_expert(wanted, num_experts)
     assert difference.abs().max() <= 1e-6
+
+
+@dataclass(frozen=True)
+class TiedLogits:
+    """Logits of some tokens, in which experts repeat others."""
+
+    tokens: int
+    spread: float
+    seed: int
+    copies: Sequence[int]  # expert e repeats expert copies[e % len(copies)] % (e + 1) of its logits and biases
+
+    def apply(self, router: FamilyRouter) -> Tensor:
+        """The logits [T, E] in the dtype that the router's linear layer gives; changes the router's biases.
+
+        What is not copied is random: sums of scores and biases that only nearly tie would be rounding's to decide.
+        """
+        size = router.spec.num_experts
+        generator = torch.Generator().manual_seed(self.seed)
+        source = [self.copies[expert % len(self.copies)] % (expert + 1) for expert in range(size)]
+        logits = (torch.randn(self.tokens, size, generator=generator) * self.spread)[:, source]
+        if router.correction_bias is not None:
+            router.correction_bias.copy_((torch.randn(size, generator=generator) * 0.2)[source])
+        return logits if router.spec.float32_logits else logits.to(router.weight.dtype)
+
+
+def tied_logits() -> st.SearchStrategy[TiedLogits]:
+    """Any of them."""
+    copies = st.lists(st.integers(0, 63), min_size=1, max_size=16)
+    return st.builds(TiedLogits, st.integers(1, 6), st.sampled_from([0.1, 1.0, 4.0]), st.integers(0, 9999), copies)
 
 
 def twin_experts(router: FamilyRouter) -> None:

@@ -12,8 +12,8 @@ HIDDEN, EXPERTS, TOP_K = 12, 5, 2
 
 def attention(dtype: torch.dtype = torch.float64, **settings: object) -> SparseExpertAttention:
     torch.manual_seed(0)
-    arguments: dict[str, object] = {"heads": 2, "head_dim": 4, "z_coefficient": 0.01} | settings
-    return SparseExpertAttention(HIDDEN, EXPERTS, TOP_K, **arguments).to(dtype)  # type: ignore[arg-type]
+    sizes: dict[str, object] = {"num_experts": EXPERTS, "top_k": TOP_K, "heads": 2, "head_dim": 4}
+    return SparseExpertAttention(HIDDEN, **sizes | {"z_coefficient": 0.01} | settings).to(dtype)  # type: ignore[arg-type]
 
 
 def hidden_states(sequences: int = 2, length: int = 7) -> Tensor:
@@ -72,14 +72,39 @@ def test_a_causal_token_does_not_see_what_comes_later() -> None:
     assert (before[:, 4:] - after[:, 4:]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 0.5])
-def test_gradients(capacity_factor: float | None) -> None:
-    layer = attention(capacity_factor=capacity_factor)
+SETTINGS = {
+    "causal": {},
+    "full": {"causal": False},
+    "capacity": {"capacity_factor": 0.5},
+    "one expert": {"num_experts": 3, "top_k": 1},
+    "rotary": {"with_rotary": True},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_gradients(settings: dict[str, object]) -> None:
+    """Output and loss, to the hidden states and every parameter."""
+    settings = dict(settings)
+    angles = rotary(4, 4) if settings.pop("with_rotary", False) else None
+    layer = attention(**settings)
     names, values = zip(*layer.named_parameters(), strict=True)
 
     def run(hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        output, report = torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (hidden,))
+        output, report = torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (hidden, angles))
         return output, report.loss
 
     leaves = (hidden_states(2, 4), *(value.detach() for value in values))
     assert torch.autograd.gradcheck(run, tuple(leaf.requires_grad_() for leaf in leaves), fast_mode=True)
+
+
+def test_the_router_of_a_single_expert_learns_from_the_output() -> None:
+    layer, hidden = attention(top_k=1), hidden_states()
+    layer(hidden)[0].square().sum().backward()
+    assert layer.gate.weight.grad is not None
+    assert layer.gate.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("settings", [{"heads": 0}, {"head_dim": 0}])
+def test_heads_that_cannot_be_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="an expert cannot have"):
+        attention(**settings)

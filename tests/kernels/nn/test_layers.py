@@ -161,11 +161,13 @@ def test_sizes_give_sensible_settings() -> None:
     switch = for_moe(64, 8, 1, balance=Balance.SWITCH)
     assert (switch.capacity_factor, switch.jitter, switch.router.normalize) == (1.25, 0.01, False)
     assert for_moe(64, 8, 2, intermediate_size=48).intermediate_size == 48
+    assert (for_moe(64, 8).top_k, for_moe(64, 8, balance="switch").top_k) == (2, 1)
     for balance in Balance:
-        made = build_layer(for_moe(HIDDEN, 4, 1 if balance is Balance.SWITCH else 2, balance=balance))
+        made = build_layer(for_moe(HIDDEN, 4, balance=balance))
         output, report = made(hidden_states(2, 3))
         assert output.shape == (2, 3, HIDDEN)
         assert isinstance(report, LayerReport)
+        assert bool(report.loss != 0) == (balance in (Balance.AUXILIARY, Balance.SWITCH))
 
 
 @pytest.mark.parametrize(
@@ -175,6 +177,7 @@ def test_sizes_give_sensible_settings() -> None:
         ((64, 4, 2), {"balance": "switch"}, "one expert per token, not 2"),
         ((64, 4, 2), {"balance": "hope"}, "'hope' is not a valid Balance"),
         ((64, 0, 1), {}, "every size must be at least 1"),
+        ((64, 4, 0), {}, "every size must be at least 1"),
         ((64, 4, 2), {"activation": "tanhh"}, "unknown activation 'tanhh'"),
     ],
 )
@@ -183,3 +186,8 @@ def test_settings_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         for_moe(*arguments, **settings)  # type: ignore[arg-type]
+
+
+def test_negative_coefficients_are_refused() -> None:
+    with pytest.raises(ValueError, match="must not be negative"):
+        replace(CONFIG, balance_coefficient=-0.01)
