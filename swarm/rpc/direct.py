@@ -103,9 +103,15 @@ class DirectServer:
         )
 
     def _begin(self, sock: socket.socket) -> None:
-        self._unadmitted[sock] = self._tasks.spawn(self._serve(sock), name=f"direct {self._spec.name}")
+        task = self._tasks.spawn(self._serve(sock), name=f"direct {self._spec.name}")
+        task.add_done_callback(lambda _: self._forget(sock))  # a task that is cancelled before it begins runs nothing
+        self._unadmitted[sock] = task
         if len(self._unadmitted) > MAX_UNADMITTED:
             self._unadmitted.popitem(last=False)[1].cancel()
+
+    def _forget(self, sock: socket.socket) -> None:
+        self._unadmitted.pop(sock, None)
+        sock.close()
 
     async def _serve(self, sock: socket.socket) -> None:
         """One connection, from its first byte to its last."""
@@ -134,8 +140,6 @@ class DirectServer:
         except OSError as error:  # of the handshake
             _log.debug("direct connection not admitted", reason=str(error))
         finally:
-            self._unadmitted.pop(sock, None)
-            sock.close()
             if admitted:
                 self._open[admitted[0]] -= 1
                 self._open += Counter()  # forgets those at zero

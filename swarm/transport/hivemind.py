@@ -189,7 +189,8 @@ class HivemindTransport:
 
     def _accept(self, sock: socket.socket) -> None:
         """The daemon hands over a stream that a peer opened."""
-        self._handlers.spawn(self._serve_stream(sock), name="incoming stream")
+        task = self._handlers.spawn(self._serve_stream(sock), name="incoming stream")
+        task.add_done_callback(lambda _: sock.close())  # a task that is cancelled before it begins runs nothing
 
     async def _serve_stream(self, sock: socket.socket) -> None:
         reader, writer = await open_accepted(sock)
