@@ -144,8 +144,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     with _Allocations() as recorded:
         result = call()
     del result
-        highest: int = torch.cuda.max_memory_allocated(device)
-        return highest - before
+    highest: int = recorded.highest
+    return highest
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not say
@@ -153,7 +153,8 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.held = self.highest = 0
+        self.held: int = 0
+        self.highest: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Any operator: what it returns is new unless it shares the memory of an argument."""
