@@ -21,7 +21,7 @@ from moehive.swarm.log import get_logger
 from moehive.swarm.rpc.server import Refusal
 from moehive.swarm.telemetry.histogram import Histogram, Latencies
 
-from .compute import BatchRun, LeaseExpert, Work
+from .compute import BatchRun, LeaseExpert, NoteUses, Work
 from .scheduler import QueueFacts, QueueLimits, Waiting, admit, arrived, computed, next_batch
 
 _SMOOTHING = 0.2
@@ -80,11 +80,11 @@ class ComputeWorker:
         spec: FfnSpec,
         limits: QueueLimits,
         *,
-        call_ended: Callable[[int], None] = lambda layer: None,
+        note: NoteUses | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._call_ended = call_ended  # told the layer of every batch
         self._lease = lease
+        self._note = note
         self._spec = spec
         self._limits = limits
         self._clock = clock
@@ -163,7 +163,8 @@ class ComputeWorker:
         clients = {queued.client for queued in self._queue}
         self._served = computed(self._served, [queued.waiting for queued in requests], clients)
         slice_rows = self._limits.batch_rows if small else self._limits.slice_rows
-        run = BatchRun([queued.work for queued in requests], self._lease, self._spec, slice_rows=slice_rows)
+        works = [queued.work for queued in requests]
+        run = BatchRun(works, self._lease, self._spec, slice_rows=slice_rows, note=self._note)
         batch = _Batch(requests, run, self._clock())
         self._computing.append(batch)
         return batch
@@ -197,7 +198,6 @@ class ComputeWorker:
 
     def _answer(self, batch: _Batch) -> None:
         self._count(len(batch.requests), batch.rows, batch.seconds)
-        self._call_ended(batch.requests[0].work.message.layer)
         for queued, output in zip(batch.requests, batch.run.outputs, strict=True):
             if not queued.done.done():
                 self._latency.add(self._clock() - queued.since)

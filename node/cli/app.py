@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 
 from moehive.swarm.paths import Paths
 
+from .bench import bench_app
 from .config import config_sources
 from .convert import convert
 from .demo import demo
@@ -28,6 +29,7 @@ from .places import show_id, show_paths
 from .publish import publish
 from .store import store_app
 from .top import top
+from .trace import trace_app
 
 _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "demo": demo,
@@ -74,6 +76,8 @@ def build_app(environment: Mapping[str, str]) -> App:
     for position, (name, command) in enumerate(_COMMANDS.items()):
         app.command(command, name=name, sort_key=position)
     app.command(store_app(sort_key=len(_COMMANDS)))
+    app.command(trace_app(sort_key=len(_COMMANDS) + 1))
+    app.command(bench_app(sort_key=len(_COMMANDS) + 2))
 
     @app.meta.default
     def launch(
@@ -82,7 +86,8 @@ def build_app(environment: Mapping[str, str]) -> App:
             Path | None, Parameter(help="Configuration file to read instead of the one that `moehive paths` names.")
         ] = None,
     ) -> int | None:
-        app.config = config_sources(config, Paths.of(environment).settings, commands=(*_COMMANDS, "store"))
+        commands = (*_COMMANDS, "store", "trace", "bench")
+        app.config = config_sources(config, Paths.of(environment).settings, commands=commands)
         code: int | None = app(arguments)
         return code
 

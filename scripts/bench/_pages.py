@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,7 +48,8 @@ def page(shape: str, directory: Path, state: str, rounds: int) -> Page:
     source = ConvertedDirectory(directory)
     loader = ExpertLoader(source.manifest, source)
     nbytes = loader.nbytes(torch.bfloat16)
-    tier, keys, seconds = weights_tier(2 * nbytes), list(source.manifest.experts), []
+    budget = 2 * loader.largest_room(torch.bfloat16)
+    tier, keys, seconds = weights_tier(loader, budget), list(source.manifest.experts), []
     with listen_for_noise() as noise:
         for turn in range(rounds + 1):
             for key in keys:
@@ -57,10 +57,7 @@ def page(shape: str, directory: Path, state: str, rounds: int) -> Page:
                 assert path is not None
                 if state == "cold":
                     drop_from_page_cache(path)
-                lease = tier.lease(
-                    (key, torch.bfloat16), partial(loader.load, key, torch.bfloat16), lambda weights: weights.nbytes,
-                    size_hint=nbytes,
-                )  # fmt: skip
+                lease = tier.lease((key, torch.bfloat16))
                 started = time.perf_counter()
                 with lease:
                     pass

@@ -131,8 +131,9 @@ def resident(name: str, directory: Path, state: str, tokens: int, rounds: int) -
 
 def _experts(source: ConvertedDirectory, dtype: torch.dtype, share: float, *, cold: bool) -> LocalExperts:
     reader = Reader(source, cold=cold)
-    budget = int(share * len(source.manifest.experts)) * reader.nbytes(dtype)
-    return LocalExperts(source.manifest, source, weights_tier(budget), loader=reader)  # type: ignore[arg-type]
+    loader = ExpertLoader(source.manifest, source)
+    budget = int(share * len(source.manifest.experts)) * loader.largest_room(dtype)
+    return LocalExperts(loader, weights_tier(loader, budget, load=reader.load))
 
 
 def _round(model: Any, experts: dict[float, LocalExperts], rows: dict[float, Resident], tokens: int) -> None:

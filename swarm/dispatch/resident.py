@@ -10,22 +10,22 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.kernels.routing import Assignment
-from moehive.protocol.errors import BudgetTooSmall, SwarmError
+from moehive.protocol.errors import SwarmError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import Manifest
 from moehive.swarm.log import get_logger
 from moehive.swarm.model.backend import WeightsTier
 from moehive.swarm.policy.fetch_or_send import LayerFacts, experts_to_fetch
-from moehive.swarm.telemetry.meter import Meter
-from moehive.swarm.tiers.ram import Lease
-from moehive.swarm.tiers.stats import HitCounts, TierStats
+from moehive.swarm.tiers.leases import Lease
+from moehive.swarm.tiers.policy import Uses
+from moehive.swarm.tiers.stats import TierStats
 
 from .request import LayerInput, Part
 from .weights import SwarmWeights
@@ -66,53 +66,35 @@ class ResidentExperts:
         self._horizon = horizon  # tokens that will still be generated, where that is known
         self._clock = clock
         self._layers: dict[int, _LayerCounts] = {}
-        self._lock = threading.Lock()  # of all that is counted
+        self._lock = threading.Lock()  # of the counts
         self._dtype: torch.dtype | None = None  # that the model computes in, once it was seen
         self._wait = 0.0  # seconds, smoothed
         self._seconds_per_byte = 1.0 / FIRST_RATE
-        self._absent: Counter[int] = Counter()  # uses of experts that were not here, by layer
-        self._meter = Meter()
         self.fetched = 0  # experts
         self.fetched_bytes = 0
 
     @property
     def tier_stats(self) -> TierStats:
         """Of the experts that are kept. A miss is a use that a peer computed; a load, an expert that was fetched."""
-        with self._lock:
-            stats, meter, absent = self._tier.stats, self._meter.facts, dict(self._absent)
-        layers = stats.groups.keys() | absent.keys()
-        hits = {layer: stats.groups[layer].hits if layer in stats.groups else 0 for layer in layers}
-        return replace(
-            stats,
-            misses=sum(absent.values()),
-            loads=self.fetched,
-            failed_loads=0,
-            loaded_bytes=self.fetched_bytes,
-            load_seconds=meter.every.loads.total,
-            slowest_load=meter.every.loads.slowest,
-            groups={layer: HitCounts(hits[layer], absent.get(layer, 0)) for layer in layers},
-            meter=meter,
-        )
+        return self._tier.stats
 
     # --- the model's thread ---------------------------------------------------------------------------------------
 
     def lease(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertLease | None:
         """A resident expert's weights, to be entered once; None where it is not here."""
-        lease = self._tier.try_lease((ExpertKey(layer, expert), dtype))
-        if lease is None:
-            with self._lock:
-                self._absent[layer] += 1
-        return lease
+        return self._tier.try_lease((ExpertKey(layer, expert), dtype))
 
     def part(self, call: LayerInput, assignment: Assignment, weights: ExpertWeights) -> Part:
         """One expert's part of a call, computed here."""
         return self._weights.part(call, assignment, weights)
 
     def saw(
-        self, layer: int, assignments: Iterable[Assignment], tokens: int, dtype: torch.dtype, waited: float
+        self, layer: int, assignments: Sequence[Assignment], tokens: int, dtype: torch.dtype, waited: float
     ) -> None:
         """Count one layer call: which experts its tokens chose, and the seconds that it waited for peers."""
         self._dtype = dtype
+        rows = {(ExpertKey(layer, one.expert), dtype): one.token.shape[0] for one in assignments}
+        self._tier.note(Uses(layer, rows, tokens), ahead=False)
         with self._lock:
             counts = self._layers.setdefault(layer, _LayerCounts())
             for assignment in assignments:
@@ -120,7 +102,6 @@ class ResidentExperts:
             counts.tokens += tokens
             counts.paid += waited
             counts.changed = True
-            self._meter.called(layer, self._absent[layer])
             if counts.tokens >= HALVE_AFTER:
                 counts.tokens /= 2
                 counts.uses = Counter({expert: uses / 2 for expert, uses in counts.uses.items()})
@@ -176,17 +157,17 @@ class ResidentExperts:
         started = self._clock()
         try:
             weights = await self._weights.load(key, dtype, started + FETCH_TIMEOUT)
-            with self._tier.lease((key, dtype), lambda: weights, lambda value: value.nbytes, size_hint=weights.nbytes):
-                pass
-        except (SwarmError, BudgetTooSmall) as error:
+        except SwarmError as error:
             _log.info("an expert could not be fetched in the background", expert=str(key), reason=str(error))
             return False
         seconds = self._clock() - started
+        if not self._tier.put((key, dtype), weights, seconds):
+            _log.info("there is no room for an expert that was fetched in the background", expert=str(key))
+            return False
         measured = seconds / size
         self._seconds_per_byte += (_SMOOTHING if self.fetched else 1.0) * (measured - self._seconds_per_byte)
         self.fetched += 1
         self.fetched_bytes += size
         with self._lock:
             self._layers[key.layer].paid = 0.0
-            self._meter.loaded(key.layer, seconds, size)
         return True

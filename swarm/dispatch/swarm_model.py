@@ -51,7 +51,7 @@ class SwarmModel:
             largest = max(shard.size for shard in manifest.experts.values())
             if ram < largest:  # what is not kept is computed by peers: one is enough
                 raise BudgetTooSmall("experts kept by this client", budget=ram, needed=largest)
-            self.resident = ResidentExperts(manifest, self.weights, weights_tier(ram))
+            self.resident = ResidentExperts(manifest, self.weights, weights_tier(loader, ram))
 
     async def run(self) -> None:
         """Everything that goes on beside the calls."""

@@ -27,7 +27,7 @@ def facts() -> NodeFacts:
         model_name="demo",
         held=3,
         experts=48,
-        tier=RamTier[int, str](100).stats,
+        tier=RamTier[int, str](100, str, room=int, size=len).stats,
         queue=QueueFacts(2, 100, 5, 0.5),
         requests=7,
         rows=9,

@@ -9,6 +9,7 @@ from moehive.protocol.ids import public_key_of
 
 COMMANDS = (
     "demo", "convert", "inspect", "node", "publish", "fetch", "generate", "top", "doctor", "id", "paths", "store",
+    "trace", "bench",
 )  # fmt: skip
 
 

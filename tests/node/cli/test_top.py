@@ -11,6 +11,7 @@ from support.swarm_fakes import MODEL, identity
 from moehive.node.scheduler import QueueFacts
 from moehive.node.status import NodeFacts, StatusFile
 from moehive.swarm.telemetry.histogram import Latencies
+from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.tiers.ram import RamTier
 from moehive.swarm.transfer.uploads import Uploads
 
@@ -18,11 +19,13 @@ PEER = identity(1).peer
 
 
 def state() -> NodeFacts:
-    tier = RamTier[int, str](100, group=lambda key: key)
+    tier = RamTier[int, str](
+        100, lambda _: "weights", room=lambda _: 10, size=lambda _: 10, group=lambda key: key, loaders=0
+    )
     for key in (0, 1, 1):
-        with tier.lease(key, lambda: "weights", lambda _: 10, size_hint=10):
+        tier.note(Uses(key, {key: 1}))
+        with tier.lease(key):
             pass
-        tier.call_ended(key)
     latencies = Latencies(40, 4.0, 0.1, 0.2, 0.3)
     return NodeFacts(
         MODEL, "demo", 3, 48, tier.stats, QueueFacts(2, 100, 5, 0.5), 40, 90, latencies, Uploads().facts, 2048, {}, 2

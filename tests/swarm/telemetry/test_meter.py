@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-from moehive.swarm.telemetry.meter import LayerFacts, Meter
+from collections.abc import Callable
+
 from moehive.swarm.telemetry.report import seconds_text, tier_json, tier_lines
+from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.tiers.ram import RamTier
-
-
-def test_calls_without_a_miss_and_what_misses_cost() -> None:
-    meter = Meter()
-    meter.loaded(3, 0.25, 100)
-    meter.called(3, misses=1)
-    meter.called(3, misses=1)
-    meter.called(3, misses=1)
-    meter.called(5, misses=0)
-    facts = meter.facts
-    assert (facts.layers[3].calls, facts.layers[3].clean, facts.layers[3].loaded_bytes) == (3, 2, 100)
-    assert facts.layers[3].loads.slowest == 0.25
-    assert facts.layers[5] == LayerFacts(calls=1, clean=1)
-    assert (facts.every.calls, facts.every.clean, facts.every.loads.count) == (4, 3, 1)
-    assert facts.every.clean_share == 0.75
-    assert Meter().facts.every.clean_share == 0.0
 
 
 def worked() -> RamTier[tuple[int, int], str]:
     """Layers 0 and 1, two experts for a call, in a budget for three: layer 1 has to load one again and again."""
     now = iter(range(1000))
-    tier = RamTier[tuple[int, int], str](30, group=lambda key: key[0], clock=lambda: float(next(now)))
+    tier = tier_of_weights(clock=lambda: float(next(now)))
     for _ in range(3):
-        for layer, experts in ((0, (0, 1)), (1, (0,))):
-            for expert in experts:
-                with tier.lease((layer, expert), lambda: "weights", lambda _: 10, size_hint=10):
-                    pass
-            tier.call_ended(layer)
-    with tier.lease((1, 1), lambda: "weights", lambda _: 10, size_hint=10):
-        pass
-    tier.call_ended(1)
+        call(tier, 0, 0, 1)
+        call(tier, 1, 0)
+    call(tier, 1, 1)
     return tier
+
+
+def tier_of_weights(clock: Callable[[], float] = float) -> RamTier[tuple[int, int], str]:
+    return RamTier(
+        30, lambda _: "weights", room=lambda _: 10, size=lambda _: 10, group=lambda key: key[0], loaders=0, clock=clock
+    )
+
+
+def call(tier: RamTier[tuple[int, int], str], layer: int, *experts: int) -> None:
+    tier.note(Uses(layer, {(layer, expert): 1 for expert in experts}))
+    for expert in experts:
+        with tier.lease((layer, expert)):
+            pass
 
 
 def test_a_tier_tells_its_layers_apart() -> None:
@@ -64,5 +58,5 @@ def test_the_report_for_people() -> None:
     assert first.startswith("experts: 60.0% of 10 uses found them in memory (30 B of 30 B); 57.1% of layer calls")
     assert second == "  4 came from disk, 40 B: p50 1 s, p99 1 s"
     assert third == "  most misses: layer 0 33%, layer 1 50%"
-    assert tier_lines(RamTier[int, str](30).stats, "disk") == []
+    assert tier_lines(tier_of_weights().stats, "disk") == []
     assert [seconds_text(value) for value in (2.0, 0.0123, 0.00000456)] == ["2 s", "12.3 ms", "4.56 us"]
