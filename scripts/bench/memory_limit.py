@@ -109,7 +109,7 @@ def _dispatched(model: str, offload: str) -> Any:
             places[name] = "disk"
         elif ".experts." not in name and (module._parameters or module._buffers):
             places[name] = "cpu"
-            for own in module._parameters:
+            for own in (own for own, value in module._parameters.items() if value is not None):
                 set_module_tensor_to_device(loaded, f"{name}.{own}", "cpu", value=weights[f"{name}.{own}"])
     return dispatch_model(loaded, places, main_device="cpu", offload_dir=offload).eval()
 
