@@ -6,7 +6,8 @@ because their callers rely on the product over just their rows (transformers' bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,6 +22,9 @@ from moehive.swarm.dispatch.request import parse_request
 
 # (layer, expert, dtype) -> the weights, held while the context lasts
 LeaseExpert = Callable[[int, int, torch.dtype], AbstractContextManager[ExpertWeights]]
+
+# (layer, rows by expert, tokens, dtype): what a batch is about to lease
+NoteUses = Callable[[int, Mapping[int, int], int, torch.dtype], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,11 +51,20 @@ class Work:
 class BatchRun:
     """Requests of one layer and dtype, computed a slice at a time: so that others can have their turn in between."""
 
-    def __init__(self, batch: Sequence[Work], lease: LeaseExpert, spec: FfnSpec, *, slice_rows: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        batch: Sequence[Work],
+        lease: LeaseExpert,
+        spec: FfnSpec,
+        *,
+        slice_rows: int = 1 << 30,
+        note: NoteUses | None = None,
+    ) -> None:
         self._batch = batch
         self._lease = lease
         self._spec = spec
         self._slice_rows = slice_rows
+        self._note = note
         self._outputs: dict[int, Tensor] = {}  # by the index in the batch
         self._steps = self._compute()
 
@@ -73,10 +86,22 @@ class BatchRun:
         """Yields, after each product, the number of its rows."""
         merged = [index for index, work in enumerate(self._batch) if work.merges]
         if merged:
+            self._tell([self._batch[index] for index in merged])
             yield from self._merged(merged)
         for index, work in enumerate(self._batch):
             if not work.merges:
+                self._tell([work])
                 yield from self._rows(index, work)
+
+    def _tell(self, works: Sequence[Work]) -> None:
+        """Say what is used next, all at once: so that it can be got ready, and the rest be judged by it."""
+        if self._note is None:
+            return
+        rows: Counter[int] = Counter()
+        for work in works:
+            rows.update(dict(zip(work.message.experts, work.message.counts, strict=True)))
+        first, tokens = works[0], sum(work.message.tokens for work in works)
+        self._note(first.message.layer, dict(sorted(rows.items())), tokens, first.hidden.dtype)
 
     def _rows(self, index: int, work: Work) -> Iterator[int]:
         """Unweighted expert outputs [R, H]: each expert's rows in one product, as its caller relies on."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing
-from functools import partial
-from operator import attrgetter
 
 import torch
 
@@ -20,12 +18,13 @@ from moehive.swarm.dispatch.request import DTYPES
 from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
 from moehive.swarm.memory import default_ram_budget
-from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.model.backend import ExpertLoader, check_budget, weights_tier
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.direct import DirectServer
 from moehive.swarm.rpc.server import Inbox, stream_handler
 from moehive.swarm.store.base import NotHeld, ObjectSource
 from moehive.swarm.tasks import task_group
+from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.transfer.pacing import paced
 from moehive.swarm.transfer.tls.server import BulkServer, interfaces
 from moehive.swarm.transfer.uploads import Uploads
@@ -52,16 +51,18 @@ class Serving:
         self.holdings = Holdings(manifest, source, on_change=self._claim, partials=member.downloads.partials)
         self._loader = ExpertLoader(manifest, source)
         ram_budget = settings.ram if settings.ram is not None else default_ram_budget()
-        self._tier = weights_tier(ram_budget)
+        dtype = DTYPES[manifest.model.dtype]
+        check_budget(self._loader, ram_budget, dtype, experts=1)
+        self._tier = weights_tier(self._loader, ram_budget, load=self._load)
         self._acquisition = Acquisition(
             settings,
             member,
             source,
             self.holdings,
             ram_budget=ram_budget,
-            expert_ram=self._loader.nbytes(DTYPES[manifest.model.dtype]),
+            expert_ram=self._loader.nbytes(dtype),
         )
-        self._worker = ComputeWorker(self._lease, self._loader.spec, settings.queue)
+        self._worker = ComputeWorker(self._lease, self._loader.spec, settings.queue, note=self._note)
         self._uploads = Uploads(UploadLimits(slots=settings.upload_slots), rate=settings.upload_rate)
         self._bulk = BulkServer(
             settings.listen, settings.bulk_port, agent=member.agent, shelf=self.holdings, uploads=self._uploads
@@ -75,7 +76,7 @@ class Serving:
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         """Hold, serve, announce; leave when `stop` is set."""
-        with closing(self._acquisition):
+        with closing(self._acquisition), closing(self._tier):
             await self._run(stop, on_ready)
 
     async def _run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
@@ -110,9 +111,12 @@ class Serving:
         )
 
     def _lease(self, layer: int, expert: int, dtype: torch.dtype) -> AbstractContextManager[ExpertWeights]:
-        key = ExpertKey(layer, expert)
-        load, hint = partial(self._load, key, dtype), self._loader.nbytes(dtype)
-        return self._tier.lease((key, dtype), load, attrgetter("nbytes"), size_hint=hint)
+        return self._tier.lease((ExpertKey(layer, expert), dtype))
+
+    def _note(self, layer: int, rows: Mapping[int, int], tokens: int, dtype: torch.dtype) -> None:
+        self._tier.note(
+            Uses(layer, {(ExpertKey(layer, expert), dtype): count for expert, count in rows.items()}, tokens)
+        )
 
     def _load(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
         try:

@@ -20,7 +20,7 @@ from moehive.protocol.ids import PeerId
 from moehive.swarm.log import get_logger
 from moehive.swarm.rpc.server import Refusal
 
-from .compute import BatchRun, LeaseExpert, Work
+from .compute import BatchRun, LeaseExpert, NoteUses, Work
 from .scheduler import QueueFacts, QueueLimits, Waiting, admit, arrived, computed, next_batch
 
 _SMOOTHING = 0.2
@@ -79,9 +79,11 @@ class ComputeWorker:
         spec: FfnSpec,
         limits: QueueLimits,
         *,
+        note: NoteUses | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lease = lease
+        self._note = note
         self._spec = spec
         self._limits = limits
         self._clock = clock
@@ -154,7 +156,8 @@ class ComputeWorker:
         clients = {queued.client for queued in self._queue}
         self._served = computed(self._served, [queued.waiting for queued in requests], clients)
         slice_rows = self._limits.batch_rows if small else self._limits.slice_rows
-        run = BatchRun([queued.work for queued in requests], self._lease, self._spec, slice_rows=slice_rows)
+        works = [queued.work for queued in requests]
+        run = BatchRun(works, self._lease, self._spec, slice_rows=slice_rows, note=self._note)
         batch = _Batch(requests, run, self._clock())
         self._computing.append(batch)
         return batch

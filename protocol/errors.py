@@ -19,6 +19,7 @@
     │   ├── SeedError             (retryable) a permanent seed cannot be read
     │   │   └── SeedChanged       (final) its bytes are not those that the model was converted from
     │   ├── BudgetTooSmall        a memory or disk budget cannot hold what was asked
+    │   ├── MemoryExhausted       the machine gave less memory than its budget promised
     │   └── TransportError        (retryable) the network engine did not start or stopped
     ├── CallerError               the caller asked for something impossible: exit code 2, never retried
     │   ├── ConfigError           an unknown or malformed setting, flag or argument
@@ -26,6 +27,7 @@
     │   ├── ManifestError         a manifest that cannot be read or contradicts itself
     │   ├── UnsupportedModel      a model or family moehive cannot run; says which and why
     │   ├── CheckpointError       a source checkpoint that is truncated or inconsistent
+    │   ├── TraceError            a routing trace or a predictor that cannot be read, or is of another model
     │   └── DestinationError      an output directory that already holds something else
     └── SwarmError                nobody's single fault: the swarm as a whole cannot do it (retryable)
         ├── ExpertUnavailable     no live peer can run or supply these experts; names layer and experts
@@ -176,6 +178,10 @@ class BudgetTooSmall(LocalError):
         self.needed = needed
 
 
+class MemoryExhausted(LocalError):
+    """The machine gave no memory although the budget had room, also after the budget was lowered."""
+
+
 class TransportError(LocalError):
     """The network engine did not start, or stopped."""
 
@@ -204,6 +210,10 @@ class UnsupportedModel(CallerError):
 
 class CheckpointError(CallerError):
     """A source checkpoint that is truncated or inconsistent."""
+
+
+class TraceError(CallerError):
+    """A routing trace or a predictor that cannot be read, or that belongs to another model."""
 
 
 class DestinationError(CallerError):

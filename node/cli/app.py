@@ -26,6 +26,7 @@ from .node import node
 from .places import show_id, show_paths
 from .publish import publish
 from .store import store_app
+from .trace import trace_app
 
 _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "demo": demo,
@@ -70,6 +71,7 @@ def build_app(environment: Mapping[str, str]) -> App:
     for position, (name, command) in enumerate(_COMMANDS.items()):
         app.command(command, name=name, sort_key=position)
     app.command(store_app(sort_key=len(_COMMANDS)))
+    app.command(trace_app(sort_key=len(_COMMANDS) + 1))
 
     @app.meta.default
     def launch(
@@ -78,7 +80,7 @@ def build_app(environment: Mapping[str, str]) -> App:
             Path | None, Parameter(help="Configuration file to read instead of the one that `moehive paths` names.")
         ] = None,
     ) -> int | None:
-        app.config = config_sources(config, Paths.of(environment).settings, commands=(*_COMMANDS, "store"))
+        app.config = config_sources(config, Paths.of(environment).settings, commands=(*_COMMANDS, "store", "trace"))
         code: int | None = app(arguments)
         return code
 

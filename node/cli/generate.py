@@ -72,6 +72,10 @@ class GenerateOptions:
     """Memory for experts that are fetched in the background, where that pays, and then computed here. By default none
     are kept. Only with --join."""
 
+    prefetch: Annotated[str, Parameter(metavar="auto|off|FILE")] = "auto"
+    """Experts that are read from disk before they are needed, where not all of them fit into memory: as the model's own
+    routers guess them, or as a predictor does that `moehive trace fit` wrote to FILE. Only without --join."""
+
     threads: Positive | None = None
     """Threads that compute here. By default one for each core."""
 
@@ -230,13 +234,17 @@ def _silent(text: str) -> None:
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
+def _prefetch(text: str) -> bool | Path:
+    return Path(text) if text not in ("auto", "off") else text == "auto"
+
+
 @contextmanager
 def _loaded(options: GenerateOptions) -> Iterator[Loaded]:
     dtype = _torch_dtype(options.dtype)
     if options.join is None:
         from moehive.swarm import open_local
 
-        model, tokenizer = open_local(options.model, dtype=dtype)
+        model, tokenizer = open_local(options.model, dtype=dtype, prefetch=_prefetch(options.prefetch))
         yield model, tokenizer, None
         return
     from moehive.swarm.client import join

@@ -156,13 +156,13 @@ class Bench:
         """Have a share of each layer's experts here, the same ones each time."""
         manifest: Manifest = self._source.manifest
         opened = swarm._models[manifest.model_id]
-        loader, tier = ExpertLoader(manifest, self._source), weights_tier(8 << 30)
+        loader = ExpertLoader(manifest, self._source)
+        tier = weights_tier(loader, 8 << 30)
         chance = random.Random(0)
         for layer in manifest.model.moe_layers:
             keys = sorted(key for key in manifest.experts if key.layer == layer)
             for key in chance.sample(keys, round(share * len(keys))):
-                weights = loader.load(key, torch.bfloat16)
-                with tier.lease((key, torch.bfloat16), lambda weights=weights: weights, lambda value: value.nbytes):
+                with tier.lease((key, torch.bfloat16)):
                     pass
         resident = ResidentExperts(manifest, opened.weights, tier)
         start_soon = swarm._open_portal.start_task_soon

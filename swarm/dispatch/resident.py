@@ -10,19 +10,21 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.kernels.routing import Assignment
-from moehive.protocol.errors import BudgetTooSmall, SwarmError
+from moehive.protocol.errors import SwarmError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import Manifest
 from moehive.swarm.log import get_logger
 from moehive.swarm.model.backend import WeightsTier
 from moehive.swarm.policy.fetch_or_send import LayerFacts, experts_to_fetch
+from moehive.swarm.prefetch.session import PROMPT, begin_session
+from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.tiers.ram import Lease
 
 from .request import LayerInput, Part
@@ -82,12 +84,17 @@ class ResidentExperts:
         return self._weights.part(call, assignment, weights)
 
     def saw(
-        self, layer: int, assignments: Iterable[Assignment], tokens: int, dtype: torch.dtype, waited: float
+        self, layer: int, assignments: Sequence[Assignment], tokens: int, dtype: torch.dtype, waited: float
     ) -> None:
         """Count one layer call: which experts its tokens chose, and the seconds that it waited for peers."""
         self._dtype = dtype
+        rows = {(ExpertKey(layer, one.expert), dtype): one.token.shape[0] for one in assignments}
+        self._tier.note(Uses(layer, rows, tokens), ahead=False)
         with self._lock:
             counts = self._layers.setdefault(layer, _LayerCounts())
+            if tokens >= PROMPT:
+                uses, counts.tokens = begin_session(counts.uses, counts.tokens)
+                counts.uses = Counter(uses)
             for assignment in assignments:
                 counts.uses[assignment.expert] += assignment.token.shape[0]
             counts.tokens += tokens
@@ -148,10 +155,11 @@ class ResidentExperts:
         started = self._clock()
         try:
             weights = await self._weights.load(key, dtype, started + FETCH_TIMEOUT)
-            with self._tier.lease((key, dtype), lambda: weights, lambda value: value.nbytes, size_hint=weights.nbytes):
-                pass
-        except (SwarmError, BudgetTooSmall) as error:
+        except SwarmError as error:
             _log.info("an expert could not be fetched in the background", expert=str(key), reason=str(error))
+            return False
+        if not self._tier.put((key, dtype), weights):
+            _log.info("there is no room for an expert that was fetched in the background", expert=str(key))
             return False
         measured = (self._clock() - started) / size
         self._seconds_per_byte += (_SMOOTHING if self.fetched else 1.0) * (measured - self._seconds_per_byte)

@@ -6,8 +6,7 @@ this machine's files through the RAM tier, results equal to transformers' eager 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
@@ -17,14 +16,17 @@ from moehive.kernels.canonical import canonical_weights
 from moehive.kernels.combine import add_token_row, combine_rows
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
 from moehive.kernels.routing import group_by_expert, order_of_token
-from moehive.protocol.errors import ManifestError
+from moehive.protocol.errors import BudgetTooSmall, ManifestError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import ExpertFfn, Manifest
 from moehive.swarm.store.base import ObjectSource
+from moehive.swarm.tiers.lfru import Lfru
+from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.tiers.ram import RamTier
 
+from .buffers import HostBuffers
 from .reading import read_tensors, tensor_table
-from .tensors import short_name, tensors_of
+from .tensors import ALIGNMENT, TORCH_DTYPE, short_name, tensors_of
 
 
 class ExpertsBackend(Protocol):
@@ -38,14 +40,6 @@ class ExpertsBackend(Protocol):
         """
 
 
-WeightsTier: TypeAlias = RamTier[tuple[ExpertKey, torch.dtype], ExpertWeights]
-
-
-def weights_tier(budget_bytes: int) -> WeightsTier:
-    """A RAM tier for experts in the form that is computed with; several models of one process may not share it."""
-    return RamTier(budget_bytes, group=lambda key: key[0].layer)
-
-
 def spec_of(ffn: ExpertFfn) -> FfnSpec:
     """A manifest's description of the experts in the kernels' terms. Raises ManifestError for unknown mathematics."""
     try:
@@ -55,14 +49,18 @@ def spec_of(ffn: ExpertFfn) -> FfnSpec:
 
 
 class ExpertLoader:
-    """Experts of one model from `source` in the form that is computed with. Stateless between calls, thread-safe."""
+    """Experts of one model from `source` in the form that is computed with. Thread-safe; keeps only free buffers."""
 
     def __init__(self, manifest: Manifest, source: ObjectSource) -> None:
         self.spec = spec_of(manifest.model.ffn)
+        self.num_experts = manifest.model.num_experts
+        self.top_k = manifest.model.top_k
         self._manifest = manifest
         self._source = source
         quantization = manifest.model.quantization
         self._block = quantization.block if quantization else None
+        self._biased = manifest.model.ffn.bias
+        self.buffers = HostBuffers()
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of one expert's weights of `dtype`."""
@@ -72,12 +70,29 @@ class ExpertLoader:
             parameters += 2 * model.intermediate_size + model.hidden_size
         return parameters * dtype.itemsize
 
+    def room(self, key: ExpertKey, dtype: torch.dtype) -> int:
+        """Bytes that loading an expert takes at most: its shard, and its weights where they are not views of it."""
+        shard = self._manifest.experts[key]
+        stored = (entry.dtype for entry in tensor_table(self._manifest, shard).values())
+        views = not self.spec.transposed and not self._biased and all(TORCH_DTYPE[name] == dtype for name in stored)
+        return shard.size + ALIGNMENT + (0 if views else self.nbytes(dtype))
+
+    def largest_room(self, dtype: torch.dtype) -> int:
+        """The most that `room` says of any expert."""
+        return max(self.room(key, dtype) for key in self._manifest.experts)
+
+    def total_room(self, dtype: torch.dtype) -> int:
+        """What `room` says of all experts together."""
+        return sum(self.room(key, dtype) for key in self._manifest.experts)
+
     def load(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
         """One expert's verified weights of `dtype`.
 
         Raises NotHeld, StorageError, CorruptShard; ManifestError where its tensors make no expert of this model.
         """
-        return self._canonical(key, read_tensors(self._source, self._manifest, self._manifest.experts[key]), dtype)
+        shard = self._manifest.experts[key]
+        tensors = read_tensors(self._source, self._manifest, shard, allocate=self.buffers.allocate)
+        return self._canonical(key, tensors, dtype)
 
     def from_bytes(self, key: ExpertKey, shard: bytearray, dtype: torch.dtype) -> ExpertWeights:
         """One expert's weights of `dtype` from its shard's verified bytes, a copy of them. Raises ManifestError."""
@@ -92,35 +107,111 @@ class ExpertLoader:
             raise ManifestError(f"{self._manifest.experts[key].file}: {error}") from error
 
 
+WeightsKey: TypeAlias = tuple[ExpertKey, torch.dtype]
+WeightsTier: TypeAlias = RamTier[WeightsKey, ExpertWeights]
+
+
+def weights_tier(
+    loader: ExpertLoader, budget_bytes: int, *, load: Callable[[ExpertKey, torch.dtype], ExpertWeights] | None = None
+) -> WeightsTier:
+    """A RAM tier for one model's experts in the form that is computed with. `load` stands for `loader.load`."""
+    make = loader.load if load is None else load
+    return RamTier(
+        budget_bytes,
+        lambda key: make(*key),
+        room=lambda key: loader.room(*key),
+        size=_size,
+        policy=Lfru(_place, top_k=loader.top_k),
+        group=_layer,
+        out_of_memory=is_out_of_memory,
+        freed=loader.buffers.drop,
+    )
+
+
+def check_budget(loader: ExpertLoader, budget_bytes: int, dtype: torch.dtype, *, experts: int) -> None:
+    """Raise BudgetTooSmall unless `experts` of the largest ones fit, with the smallest budget that works."""
+    needed = experts * loader.largest_room(dtype)
+    if budget_bytes < needed:
+        raise BudgetTooSmall(f"memory for {experts} experts at a time", budget=budget_bytes, needed=needed)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the machine had no memory: as Python says it, as torch's allocators say it."""
+    allocator = isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in str(error) or "allocate memory" in str(error)
+    )
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or allocator
+
+
+def _place(key: WeightsKey) -> tuple[int, int]:
+    return key[0].layer, key[0].expert
+
+
+def _layer(key: WeightsKey) -> int:
+    return key[0].layer
+
+
 def _size(weights: ExpertWeights) -> int:
-    return weights.nbytes
+    """Bytes of all memory that the weights keep alive: of whole buffers, where they are views."""
+    storages = [tensor.untyped_storage() for tensor in weights.tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+class Watcher(Protocol):
+    """Somebody who wants to know what is computed, such as prefetch. Returns at once and raises nothing."""
+
+    def computing(self, layer: int, hidden: Tensor, experts: Sequence[int]) -> None:
+        """`experts` of `layer` are about to compute with `hidden` [T, H]; loads of absent ones have begun."""
 
 
 class LocalExperts:
     """An ExpertsBackend over experts that are all on this machine's disk."""
 
-    def __init__(
-        self, manifest: Manifest, source: ObjectSource, tier: WeightsTier, *, loader: ExpertLoader | None = None
-    ) -> None:
-        self._num_experts = manifest.model.num_experts
-        self._loader = loader or ExpertLoader(manifest, source)
-        self._tier = tier
+    def __init__(self, loader: ExpertLoader, tier: WeightsTier) -> None:
+        self._num_experts = loader.num_experts
+        self._loader = loader
+        self._spec = loader.spec
+        self.top_k = loader.top_k
+        self.tier = tier
+        self.watcher: Watcher | None = None
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether all experts of the model have room at a time, computing in `dtype`."""
+        return self._loader.total_room(dtype) <= self.tier.budget_bytes
 
     def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """See ExpertsBackend. Raises what `ExpertLoader.load` raises, and BudgetTooSmall."""
+        """See ExpertsBackend. Raises what `ExpertLoader.load` and RamTier.lease raise."""
         out = torch.zeros_like(hidden)  # [T, H]
         if hidden.shape[0] == 1:
-            for expert, position in order_of_token(top_k_index, self._num_experts):
-                add_token_row(out, self._rows(layer, expert, hidden), position, top_k_weights)
+            order = order_of_token(top_k_index, self._num_experts)
+            rows = self._token_rows(layer, [expert for expert, _ in order], hidden)
+            for expert, position in order:
+                add_token_row(out, rows[expert], position, top_k_weights)
             return out
         groups = group_by_expert(top_k_index, self._num_experts)
+        counts = {_key(layer, group.expert, hidden): group.token.shape[0] for group in groups}
+        self.tier.note(Uses(layer, counts, hidden.shape[0]))
+        if self.watcher is not None:
+            self.watcher.computing(layer, hidden, [group.expert for group in groups])
         outputs = ((group, self._rows(layer, group.expert, hidden.index_select(0, group.token))) for group in groups)
         return combine_rows(out, outputs, top_k_weights)
 
+    def _token_rows(self, layer: int, experts: Sequence[int], hidden: Tensor) -> Mapping[int, Tensor]:
+        """Unweighted outputs [1, H] for `hidden` [1, H], of resident experts first: the others load meanwhile."""
+        missing = self.tier.note(Uses(layer, {_key(layer, expert, hidden): 1 for expert in experts}))
+        if self.watcher is not None:
+            self.watcher.computing(layer, hidden, experts)
+        if missing:
+            late = {key.expert for key, _ in missing}
+            experts = sorted(experts, key=lambda expert: expert in late)
+        return {expert: self._rows(layer, expert, hidden) for expert in experts}
+
     def _rows(self, layer: int, expert: int, rows: Tensor) -> Tensor:
         """One expert's unweighted output [R, H] for `rows` [R, H]."""
-        key = ExpertKey(layer, expert)
-        # The rows say in which dtype the model computes: a tier may hold an expert in more than one.
-        load, hint = partial(self._loader.load, key, rows.dtype), self._loader.nbytes(rows.dtype)
-        with self._tier.lease((key, rows.dtype), load, _size, size_hint=hint) as weights:
-            return expert_ffn(rows, weights.to(rows.device), self._loader.spec)
+        with self.tier.lease(_key(layer, expert, rows)) as weights:
+            return expert_ffn(rows, weights.to(rows.device), self._spec)
+
+
+def _key(layer: int, expert: int, rows: Tensor) -> WeightsKey:
+    """The rows say in which dtype the model computes: a tier may hold an expert in more than one."""
+    return ExpertKey(layer, expert), rows.dtype

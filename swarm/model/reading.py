@@ -16,11 +16,14 @@ from moehive.protocol.manifest import Manifest, ShardEntry, TensorEntry
 from moehive.swarm.store.base import NotHeld, ObjectSource
 from moehive.swarm.store.reading import hash_file, read_into
 
+from .buffers import Allocate
 from .tensors import empty_bytes, first_offset, tensors_of
 
 
-def read_tensors(source: ObjectSource, manifest: Manifest, shard: ShardEntry) -> dict[str, Tensor]:
-    """A shard's tensors in their stored dtype, by name, as views of one fresh aligned buffer.
+def read_tensors(
+    source: ObjectSource, manifest: Manifest, shard: ShardEntry, *, allocate: Allocate = empty_bytes
+) -> dict[str, Tensor]:
+    """A shard's tensors in their stored dtype, by name, as views of one aligned buffer that `allocate` makes.
 
     Raises NotHeld, StorageError; CorruptShard, after which `source` no longer offers the object.
     """
@@ -29,7 +32,7 @@ def read_tensors(source: ObjectSource, manifest: Manifest, shard: ShardEntry) ->
         raise NotHeld(shard.hash)
     table = tensor_table(manifest, shard)
     try:
-        return tensors_of(read_verified(path, shard, first_offset(table)), table)
+        return tensors_of(read_verified(path, shard, first_offset(table), allocate=allocate), table)
     except CorruptShard:
         source.quarantine(shard.hash)
         raise
@@ -41,12 +44,14 @@ def tensor_table(manifest: Manifest, shard: ShardEntry) -> Mapping[str, TensorEn
     return {name: entry for name, entry in table.items() if manifest.shards[entry.shard].file == shard.file}
 
 
-def read_verified(path: Path, shard: ShardEntry, aligned_offset: int = 0) -> Tensor:
+def read_verified(
+    path: Path, shard: ShardEntry, aligned_offset: int = 0, *, allocate: Allocate = empty_bytes
+) -> Tensor:
     """The file's bytes: uint8 [size], the byte at `aligned_offset` on a 64-byte boundary.
 
     Raises CorruptShard, StorageError.
     """
-    buffer = empty_bytes(shard.size, aligned_offset)  # takes no memory before it is written
+    buffer = allocate(shard.size, aligned_offset)  # takes no memory before it is written
     read_into(path, buffer.numpy().data, shard.hash)
     return buffer
 

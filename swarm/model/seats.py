@@ -45,6 +45,11 @@ def attach_backend(model: nn.Module, backend: ExpertsBackend) -> None:
         seat.backend = backend
 
 
+def backend_of(model: nn.Module) -> ExpertsBackend | None:
+    """Who computes the routed experts of `model`; None where it keeps them itself."""
+    return next((seat.backend for seat in _seats(model)), None)
+
+
 def check_active(model: nn.Module) -> None:
     """Raise UnsupportedModel unless every experts module of `model` is served by a backend and holds no weight."""
     implementation = getattr(getattr(model, "config", None), "_experts_implementation", None)
@@ -67,6 +72,12 @@ def experts_modules(model: nn.Module) -> Mapping[int, nn.Module]:
     return {_layer_of(name): module for name, module in model.named_modules() if _is_experts(module)}
 
 
+def routed_modules(model: nn.Module) -> Mapping[int, nn.Module]:
+    """Experts modules by layer, whether they hold their weights or have a seat."""
+    seated = {seat.layer: module for module in model.modules() if (seat := _seat(module)) is not None}
+    return {**experts_modules(model), **seated}
+
+
 def strip(module: nn.Module, layer: int) -> None:
     """Take an experts module's parameters away and leave a seat."""
     module._parameters.clear()
@@ -81,9 +92,13 @@ def _is_experts(module: nn.Module) -> bool:
 
 def _seats(model: nn.Module) -> Iterator[Seat]:
     for module in model.modules():
-        seat = getattr(module, SEAT, None)
-        if isinstance(seat, Seat):
+        if (seat := _seat(module)) is not None:
             yield seat
+
+
+def _seat(module: nn.Module) -> Seat | None:
+    seat = getattr(module, SEAT, None)
+    return seat if isinstance(seat, Seat) else None
 
 
 def _layer_of(name: str) -> int:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moehive.protocol.errors import TraceError
+from moehive.swarm.trace.routing import RoutingTrace
+
 from .history import Floats, histories
-from .predictors import LinearMap, Maps, Point
+from .predictors import LinearMap, Maps, Point, Predictor
 
 RIDGE: Final = 1e-3  # added to each feature's mean square, which is about 1
 _CHUNK: Final = 4096  # tokens whose features exist at a time
@@ -46,8 +49,8 @@ class States:
     by its root mean square. starts: [T], where a session begins.
     """
 
-    inputs: NDArray[np.floating]
-    residuals: NDArray[np.floating]
+    inputs: NDArray[np.floating[Any]]
+    residuals: NDArray[np.floating[Any]]
     starts: NDArray[np.bool_]
 
     def at(self, point: Point, column: int) -> Floats | None:
@@ -55,6 +58,17 @@ class States:
         if point is Point.ENTRY:
             return self.residuals[:, column].astype(np.float32)
         return self.inputs[:, column - point.ahead].astype(np.float32) if column >= point.ahead else None
+
+
+def states_of(trace: RoutingTrace) -> tuple[States, NDArray[np.integer[Any]]]:
+    """The tokens of a trace with hidden states, and the experts that they use, [T, L, K]. Raises TraceError."""
+    if trace.samples is None or not len(trace.samples.rows):
+        raise TraceError("the trace has no hidden states; moehive trace record keeps them with --samples")
+    rows = trace.samples.rows
+    sessions = np.zeros(trace.count, np.bool_)
+    sessions[(np.cumsum(trace.tokens) - trace.tokens)[trace.starts]] = True
+    starts = sessions[rows] | np.concatenate(([True], np.diff(rows) != 1))
+    return States(trace.samples.inputs, trace.samples.residuals, starts), trace.experts[rows]
 
 
 def untrained(routers: Mapping[int, Router]) -> Maps:
@@ -72,6 +86,11 @@ def untrained(routers: Mapping[int, Router]) -> Maps:
                 continue
             maps[point, layer] = LinearMap(weight, router.offset, router.correction)
     return maps
+
+
+def by_routers(routers: Mapping[int, Router], top_k: int) -> Predictor:
+    """The predictor that needs no training."""
+    return Predictor(untrained(routers), top_k, next(iter(routers.values())).weight.shape[1])
 
 
 def fit(states: States, layers: Sequence[int], routers: Mapping[int, Router]) -> Maps:

@@ -50,6 +50,10 @@ class Shelf(Protocol):
     def load_seconds(self) -> float:
         """That one load takes; 0 where none was seen yet."""
 
+    @property
+    def stalled_seconds(self) -> float:
+        """That layers have waited for loads so far: the link was busy with what is needed, and is no lead."""
+
     def absent(self, layer: int, experts: Sequence[int]) -> Sequence[bool]:
         """Which of a layer's experts are neither resident nor on their way."""
 
@@ -67,7 +71,7 @@ class _Guess:
     width: int
     absent: Sequence[int]  # of the ranked
     grades: Sequence[int]  # of the absent
-    made: float  # when
+    made: float  # when, on a clock that stands while a layer waits for loads
 
 
 class Prefetcher:
@@ -95,7 +99,7 @@ class Prefetcher:
         self._shelf = shelf
         self._layers = tuple(layers)
         self._column = {layer: column for column, layer in enumerate(self._layers)}
-        self._bounds = Bounds(width=predictor.top_k + EXTRA_WIDTH)
+        self.bounds = Bounds(width=predictor.top_k + EXTRA_WIDTH)
         self._clock = clock
         self._leads: dict[Point, float] = {}
         self._guesses: dict[int, list[_Guess]] = {}
@@ -162,10 +166,12 @@ class Prefetcher:
 
     def _guess(self, point: Point, layer: int, row: Floats, history: Floats) -> None:
         """Guess the experts of `layer`, and begin to load as many as the plan says."""
+        if self.state.loading and self.plan.least[point] > 1 and self._shadow:
+            return  # only now and then, to know what it would be worth
         scores = self._predictor.scores(point, layer, row, history)  # [E]
         if scores is None:
             return
-        ranked = ranking(scores, self._bounds.width).tolist()
+        ranked = ranking(scores, self.bounds.width).tolist()
         beyond = margins(scores, self._predictor.top_k)[ranked]
         grades = [grade(margin) for margin in beyond.tolist()]
         profile = self.profiles[point]
@@ -177,11 +183,13 @@ class Prefetcher:
         most = 0
         if self.state.loading:
             economy = self._economy(point)
-            most = choose([chances[index] for index in absent], least, economy, self._bounds.width)
+            most = choose([chances[index] for index in absent], least, economy, self.bounds.width)
             started = self._start(layer, ranked, chances, width, most)
             self._window_loads += started
             self.usefulness.loads += started
-        guess = _Guess(point, ranked, width, [ranked[i] for i in absent], [grades[i] for i in absent], self._clock())
+        guess = _Guess(
+            point, ranked, width, [ranked[i] for i in absent], [grades[i] for i in absent], self._working_time()
+        )
         self._guesses.setdefault(layer, []).append(guess)
 
     def _start(self, layer: int, ranked: Sequence[int], chances: Sequence[float], width: int, most: int) -> int:
@@ -191,13 +199,16 @@ class Prefetcher:
 
     def _settle(self, layer: int, used: frozenset[int]) -> None:
         """What the guesses of this layer were worth."""
-        now = self._clock()
+        now = self._working_time()
         for guess in self._guesses.pop(layer, ()):
             lead = now - guess.made
             before = self._leads.get(guess.point, lead)
             self._leads[guess.point] = before + _SMOOTHING * (lead - before)
             self.usefulness.points[guess.point].add(guess.ranked, guess.width, used, lead)
             self.profiles[guess.point].learn(guess.grades, [expert in used for expert in guess.absent])
+
+    def _working_time(self) -> float:
+        return self._clock() - self._shelf.stalled_seconds
 
     def _economy(self, point: Point) -> Economy:
         return Economy(self._shelf.load_seconds, self._leads.get(point, 0.0))
@@ -230,7 +241,7 @@ class Prefetcher:
         if self.active:
             economies = {point: self._economy(point) for point in self._leads if self._shelf.load_seconds}
             profiles = {point: self.profiles[point] for point in economies}
-            self.plan = make_plan(profiles, economies, self._bounds, self.plan)
+            self.plan = make_plan(profiles, economies, self.bounds, self.plan)
 
     def _learn_fates(self) -> None:
         for fate in self._shelf.outcomes():

@@ -1,51 +1,81 @@
 """What a tier evicts: policies that are functions of the events they were told, and of nothing else.
 
-A policy is a state machine. Its only inputs are `loaded`, `hit` and `evicted`; it has no clock (time is the number of
-events), no randomness of its own, no I/O, and never sees a value. So the same events always give the same decisions: a
-recorded trace can be replayed against any policy (`replay`), and a tier's decisions against it. State advances in place
-rather than by copies because a hit is told top_k times per layer and token; it has to cost well under a microsecond.
+A policy is a state machine. Its only inputs are `step`, `forecast`, `loaded` and `evicted`; it has no clock (time is
+the number of a layer's calls), no randomness, no I/O, and never sees a value. So the same events always give the same
+decisions: a recorded trace can be replayed against any policy (replay.py), and a tier's decisions against it. State
+advances in place rather than by copies because a step is told once per layer and token; it costs microseconds.
 
-Everything in caching practice that the interface was checked against is expressible: decayed frequency (counted in
-`hit` and `loaded`), per-layer floors (`victims` knows what comes in), pins (`keep`), ghost lists (remembered in
-`evicted`, looked up in `loaded`). Admission needs no call of its own: what is loaded is about to be used and needs its
-bytes either way, so refusing a newcomer means putting it first in line for eviction, which `loaded` can do.
+Admission needs no call of its own: what is loaded is about to be used and needs its bytes either way, so refusing a
+newcomer means putting it first in line for eviction. Only what is loaded on suspicion can be refused: `victims` with a
+`chance` gives up rather than evict what is likelier to be used.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 K = TypeVar("K", bound=Hashable)
+Chances = NDArray[np.floating[Any]]  # [E]: by expert number, how likely it is used
+Place = Callable[[K], tuple[int, int]]  # a key's layer, and its number within the layer
+
+
+@dataclass(frozen=True, slots=True)
+class Uses(Generic[K]):
+    """What one call of one layer uses."""
+
+    layer: int
+    rows: Mapping[K, int]  # how many of the tokens use each entry; in the order in which they are taken
+    tokens: int = 1
 
 
 class Policy(Protocol[K]):
     """Decides the order of eviction among the entries it was told of."""
 
-    def loaded(self, key: K, size: int) -> None:
-        """`key` became resident, with `size` bytes, and was used."""
+    def step(self, uses: Uses[K]) -> None:
+        """A layer's call begins; whether its entries are resident does not matter. The hot path."""
 
-    def hit(self, key: K) -> None:
-        """A resident `key` was used. The hot path."""
+    def forecast(self, layer: int, chances: Chances) -> None:
+        """How likely each expert of `layer` is used at that layer's next call, by somebody who knows more than ids.
+
+        Valid until that call. A policy may ignore it.
+        """
+
+    def loaded(self, key: K, size: int) -> None:
+        """`key` became resident, with `size` bytes."""
 
     def evicted(self, key: K) -> None:
         """`key` left, by this policy's decision or by somebody's order."""
 
-    def victims(self, incoming: K | None, need: int, keep: Callable[[K], bool]) -> Sequence[K] | None:
+    def victims(
+        self, incoming: K | None, need: int, keep: Callable[[K], bool], *, chance: float | None = None
+    ) -> Sequence[K] | None:
         """Entries to evict, first to go first, to free at least `need` bytes for `incoming` (None: the budget shrank).
 
-        None of them satisfies `keep`. None where that cannot be done; the state does not change either way.
+        None of them satisfies `keep`. With `chance`, `incoming` is only suspected to be used next, this likely, and
+        none of them may be worth more. None where that cannot be done; the state does not change either way.
         """
 
 
 class Lru(Generic[K]):
-    """Least recently used first: O(1) per hit, O(victims + entries kept among the oldest) per decision."""
+    """Least recently used first: O(1) per use, O(victims + entries kept among the oldest) per decision."""
 
     def __init__(self) -> None:
         self._sizes: OrderedDict[K, int] = OrderedDict()  # oldest first
-        self.hit: Callable[[K], None] = self._sizes.move_to_end
+
+    def step(self, uses: Uses[K]) -> None:
+        """See Policy."""
+        for key in uses.rows:
+            if key in self._sizes:
+                self._sizes.move_to_end(key)
+
+    def forecast(self, layer: int, chances: Chances) -> None:
+        """Ignored."""
 
     def loaded(self, key: K, size: int) -> None:
         """See Policy."""
@@ -56,53 +86,41 @@ class Lru(Generic[K]):
         """See Policy."""
         del self._sizes[key]
 
-    def victims(self, incoming: K | None, need: int, keep: Callable[[K], bool]) -> Sequence[K] | None:
-        """See Policy."""
-        chosen: list[K] = []
-        for key, size in self._sizes.items():
-            if need <= 0:
-                break
-            if not keep(key):
-                chosen.append(key)
-                need -= size
-        return chosen if need <= 0 else None
+    def victims(
+        self, incoming: K | None, need: int, keep: Callable[[K], bool], *, chance: float | None = None
+    ) -> Sequence[K] | None:
+        """See Policy; `chance` is ignored."""
+        return first_to_free(self._sizes, need, keep)
 
 
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """What a policy made of a trace."""
-
-    hits: int
-    misses: int
-    evictions: int
-
-    @property
-    def hit_rate(self) -> float:
-        """Hits per use; 0 for an empty trace."""
-        return self.hits / max(1, self.hits + self.misses)
+def first_to_free(sizes: Mapping[K, int], need: int, keep: Callable[[K], bool]) -> Sequence[K] | None:
+    """The first entries of `sizes` that may go and together have `need` bytes; None where there are not enough."""
+    chosen: list[K] = []
+    for key, size in sizes.items():
+        if need <= 0:
+            break
+        if not keep(key):
+            chosen.append(key)
+            need -= size
+    return chosen if need <= 0 else None
 
 
-def replay(policy: Policy[K], trace: Iterable[K], sizes: Mapping[K, int], budget: int) -> Replay:
-    """Run a trace of uses, one at a time, through a fresh policy and a budget of bytes; pure but for `policy`.
+def choose_victims(
+    policy: Policy[K],
+    incoming: K,
+    need: int,
+    *,
+    sizes: Mapping[K, int],
+    wanted: Mapping[K, Any],
+    keep: Callable[[K], bool],
+) -> Sequence[K] | None:
+    """What leaves so that `incoming`, which is needed now, finds `need` bytes. None where too much must be kept.
 
-    Every entry must fit the budget alone.
+    `sizes` is what is resident. `wanted` has, in the order of their use, what running steps will use: it stays where
+    anything else can leave, and else what is used last leaves first.
     """
-    resident: set[K] = set()
-    used = hits = misses = evictions = 0
-    for key in trace:
-        if key in resident:
-            hits += 1
-            policy.hit(key)
-            continue
-        misses += 1
-        victims = policy.victims(key, used + sizes[key] - budget, lambda _: False)
-        assert victims is not None, f"{key} of {sizes[key]} bytes in a budget of {budget}"
-        for victim in victims:
-            evictions += 1
-            resident.remove(victim)
-            used -= sizes[victim]
-            policy.evicted(victim)
-        resident.add(key)
-        used += sizes[key]
-        policy.loaded(key, sizes[key])
-    return Replay(hits, misses, evictions)
+    victims = policy.victims(incoming, need, lambda key: key in wanted or keep(key))
+    if victims is None:
+        late = {key: sizes[key] for key in reversed(list(wanted)) if key in sizes}
+        victims = first_to_free(late, need, keep)
+    return policy.victims(incoming, need, keep) if victims is None else victims

@@ -1,93 +1,193 @@
-"""The RAM tier: values under a byte budget, shared by threads, each loaded once however many want it.
+"""A memory tier: values under a byte budget, shared by threads, each loaded once however many want it.
 
 It holds anything whose size can be told; in practice experts' weights. It knows no files, peers or tensors: how a value
 is loaded is the caller's function, which runs outside the lock, and who leaves is the policy's decision.
 
-The budget counts what is resident and what loads in flight have reserved. It is never exceeded where `size_hint` is
-right. Without a hint a value's size is known only once it exists: then loads in flight come on top, each until it has
-found room. A value that is kept after its lease has ended is memory that nobody counts.
+The budget counts what is resident and what loads in flight have reserved, and is never exceeded. A value that is kept
+after its lease has ended is memory that nobody counts. Where the machine has less memory than the budget says, a load
+that fails for it lowers the budget and is tried once more.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
-from types import TracebackType
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from typing import Final, Generic, TypeVar
 
-from moehive.protocol.errors import BudgetTooSmall
+from moehive.protocol.errors import BudgetTooSmall, MemoryExhausted
 
-from .policy import Lru, Policy
-from .residency import Entry, EntryFacts, Residency
-from .stats import HitCounts, TierStats
+from .leases import Flight, Lease
+from .policy import Chances, Lru, Policy, Uses
+from .residency import Entry, EntryFacts, Residency, Speculation
+from .stats import TierStats
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-_WAIT = 60.0  # seconds a miss waits for others to release, before it reports what budget would have done
-
-
-class _Flight(Generic[K, V]):
-    """One load that is under way. Changed under the tier's lock; `done` is set afterwards."""
-
-    __slots__ = ("done", "entry", "error", "users")
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.users = 1  # leases that wait for it, the loading one included
-        self.entry: Entry[K, V] | None = None
-        self.error: BaseException | None = None
+LOADERS: Final = 2  # threads that load ahead of the one that computes
+_SMOOTHING: Final = 0.1
+_WAIT: Final = 60.0  # seconds a miss waits for others to release, before it reports what budget would have done
 
 
 class RamTier(Generic[K, V]):
     """A cache of values of type V under keys of type K, using at most `budget_bytes`.
 
-    `group` sorts keys for the statistics, such as the layer of an expert. `wait` is how many seconds a miss waits for
-    others to release what is in use. A thread that leases several entries at once should release before it asks for
-    more than fits: two such threads can only wait for each other until `wait` ends.
+    `load` makes a value. `room` is what loading it takes, in bytes, and `size` what it takes afterwards, which must not
+    be more. `group` sorts keys, such as by the layer of an expert. `out_of_memory` recognises a load's error that more
+    room could have avoided. `freed` is called when bytes were given up without being needed for a load. `wait` is how
+    many seconds a miss waits for others to release what is in use. A thread that leases several entries at once should
+    release before it asks for more than fits: two such threads can only wait for each other until `wait` ends.
     """
 
     def __init__(
         self,
         budget_bytes: int,
+        load: Callable[[K], V],
         *,
+        room: Callable[[K], int],
+        size: Callable[[V], int],
         policy: Policy[K] | None = None,
-        group: Callable[[K], int] | None = None,
+        group: Callable[[K], int] = lambda _: 0,
+        name: str = "RAM",
+        loaders: int = LOADERS,
+        out_of_memory: Callable[[Exception], bool] = lambda error: isinstance(error, MemoryError),
+        freed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         wait: float = _WAIT,
     ) -> None:
-        self._residency: Residency[K, V] = Residency(budget_bytes, Lru() if policy is None else policy, group)
+        self.name = name
+        self._residency: Residency[K, V] = Residency(budget_bytes, Lru() if policy is None else policy)
+        self._load_value = load
+        self._room_of = room
+        self._size_of = size
+        self._group = group
+        self._loaders = loaders
+        self._out_of_memory = out_of_memory
+        self._freed = freed
+        self._clock = clock
+        self._wait = wait
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)  # notified when something became evictable or unreserved
         self._waiting = 0
-        self._flights: dict[K, _Flight[K, V]] = {}
-        self._clock = clock
-        self._wait = wait
-        self._loads = self._failed_loads = self._loaded_bytes = 0
-        self._load_seconds = self._slowest_load = 0.0
+        self._flights: dict[K, Flight[K, V]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._failed_loads = self._loaded_bytes = self._shrinks = 0
+        self.load_seconds = 0.0  # that one load takes, smoothed; 0 before the first
+        self.stalled_seconds = 0.0  # that leases have waited for loads
 
-    # --- leases ---------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """End the loader threads; a load that has begun is waited for. The tier loads without them afterwards."""
+        with self._lock:
+            pool, self._pool, self._loaders = self._pool, None, 0
+        if pool is not None:
+            pool.shutdown(wait=True)
 
-    def lease(
-        self, key: K, load: Callable[[], V], size: Callable[[V], int], *, size_hint: int | None = None
-    ) -> Lease[K, V]:
-        """The value under `key` for the length of a `with`, in which it is not evicted.
+    # --- uses -----------------------------------------------------------------------------------------------------
 
-        Where it is absent, one caller runs `load`; all others who ask meanwhile wait, and get its value or its error.
-        `size` gives a value's bytes; `size_hint`, known beforehand, makes room before loading instead of after it.
-        Entering raises BudgetTooSmall where the entry is larger than the budget, or too much stays in use for too long.
-        """
-        return Lease(self, key, load, size, size_hint)
+    def note(self, uses: Uses[K], *, ahead: bool = True) -> Sequence[K]:
+        """Say what a layer's call is about to use, for the policy and the statistics; returns what is absent.
 
-    def try_lease(self, key: K) -> Lease[K, V] | None:
-        """A lease of a resident value, already acquired: enter it, and only once. None where it is absent.
-
-        Neither waits nor loads, and a None is not counted as a miss.
+        Absent entries begin to load where loader threads are free, unless not `ahead`. Lease what is resident first:
+        the others arrive meanwhile.
         """
         with self._lock:
+            missing = self._residency.note(uses, want=ahead)
+            if missing and ahead:
+                self._drop_outdated(uses)
+                # Where nothing is resident, this thread has nothing better to do than to load the first itself.
+                self._load_ahead(uses.layer, missing if len(missing) < len(uses.rows) else missing[1:])
+        return missing
+
+    def lease(self, key: K) -> Lease[K, V]:
+        """The value under `key` for the length of a `with`, in which it is not evicted.
+
+        Where it is absent, one caller loads it; all others who ask meanwhile wait, and get its value or its error.
+        Entering raises BudgetTooSmall where the entry is larger than the budget, or too much stays in use for too long;
+        MemoryExhausted; and whatever `load` raises.
+        """
+        return Lease(self, key, None)
+
+    def try_lease(self, key: K) -> Lease[K, V] | None:
+        """A lease of a resident value, already acquired: enter it, and only once. None where it is absent."""
+        with self._lock:
             entry = self._residency.acquire(key)
-        return None if entry is None else Lease(self, key, None, None, None, entry)
+        return None if entry is None else Lease(self, key, entry)
+
+    def put(self, key: K, value: V) -> bool:
+        """Keep a value that somebody else loaded; whether there is room. One that is resident already stays."""
+        size = self._size_of(value)
+        with self._lock:
+            if key in self._residency.entries or key in self._flights:
+                return True
+            if not self._residency.reserve(key, size):
+                return False
+            self._loaded_bytes += size
+            self._residency.publish(key, value, size, 0)
+            return True
+
+    # --- loading ahead --------------------------------------------------------------------------------------------
+
+    def forecast(self, layer: int, chances: Chances) -> None:
+        """Tell the policy how likely each entry of a group is used at its next call."""
+        with self._lock:
+            self._residency.policy.forecast(layer, chances)
+
+    def prefetch(self, layer: int, ranked: Sequence[tuple[K, float]], *, most: int) -> int:
+        """Begin to load what the next call of `layer` likely uses, the likeliest first; how many loads that are.
+
+        `ranked` has chances beside the keys. At most `most` loads begin, on loader threads; none waits, and none takes
+        the place of what is worth more. What is resident already is spared until that call.
+        """
+        with self._lock:
+            self._residency.want(layer, [key for key, _ in ranked])
+            started = 0
+            for rank, (key, chance) in enumerate(ranked):
+                if key in self._residency.entries or key in self._flights:
+                    continue
+                room = self._room_of(key)
+                if started == most or not self._loaders or not self._residency.reserve_spare(key, room, chance=chance):
+                    break
+                self._submit(Flight(key, layer, room, 0, Speculation(rank)))
+                self._residency.speculation.loads += 1
+                started += 1
+            return started
+
+    def absent(self, keys: Sequence[K]) -> Sequence[bool]:
+        """Which of these are neither resident nor on their way."""
+        with self._lock:
+            return [key not in self._residency.entries and key not in self._flights for key in keys]
+
+    def outcomes(self) -> Sequence[Speculation]:
+        """Prefetched entries whose fate became known since the last call."""
+        with self._lock:
+            outcomes, self._residency.outcomes = self._residency.outcomes, []
+            return outcomes
+
+    def _load_ahead(self, layer: int, keys: Iterable[K]) -> None:
+        """Inside the lock: begin to load what is needed next, as far as loader threads and bytes are free."""
+        busy = sum(1 for flight in self._flights.values() if flight.future is not None)
+        for key in keys:
+            if key in self._flights:
+                continue
+            room = self._room_of(key)
+            if busy >= self._loaders or not self._residency.reserve_spare(key, room):
+                return
+            self._submit(Flight(key, layer, room, 0))
+            busy += 1
+
+    def _drop_outdated(self, uses: Uses[K]) -> None:
+        """Inside the lock: loads on suspicion that have not begun make way for what is needed."""
+        for flight in list(self._flights.values()):
+            outdated = flight.speculation is not None and not flight.users and flight.key not in uses.rows
+            if outdated and flight.group == uses.layer and flight.future is not None and flight.future.cancel():
+                del self._flights[flight.key]
+                self._residency.cancel(flight.reserved)
+                self._residency.speculation.loads -= 1
+                self._residency.speculation.cancelled += 1
 
     # --- looking and ordering -------------------------------------------------------------------------------------
 
@@ -116,7 +216,8 @@ class RamTier(Generic[K, V]):
         with self._lock:
             evicted = self._residency.evict(key)
             self._notify()
-            return evicted
+        self._freed()
+        return evicted
 
     def pin(self, key: K) -> None:
         """Never evict `key`, whether it is resident already or not (it is not loaded by this)."""
@@ -134,164 +235,180 @@ class RamTier(Generic[K, V]):
         with self._lock:
             self._residency.resize(budget_bytes)
             self._notify()
+        self._freed()
 
     @property
     def stats(self) -> TierStats:
         """A snapshot."""
         with self._lock:
             held = self._residency
-            groups = {name: HitCounts(counts.hits, counts.misses) for name, counts in held.groups.items()}
             return TierStats(
+                name=self.name,
                 budget_bytes=held.budget,
                 resident_bytes=held.resident,
                 reserved_bytes=held.reserved,
                 entries=len(held.entries),
-                hits=sum(counts.hits for counts in groups.values()),
-                misses=sum(counts.misses for counts in groups.values()),
-                loads=self._loads,
+                loaded_bytes=self._loaded_bytes,
                 failed_loads=self._failed_loads,
                 evictions=held.evictions,
-                loaded_bytes=self._loaded_bytes,
-                load_seconds=self._load_seconds,
-                slowest_load=self._slowest_load,
-                groups=groups,
+                shrinks=self._shrinks,
+                speculation=replace(held.speculation),
+                groups={group: counts.copy() for group, counts in held.groups.items()},
             )
 
     # --- what Lease asks ------------------------------------------------------------------------------------------
 
-    def _acquire(self, lease: Lease[K, V]) -> Entry[K, V]:
-        """A use of the entry: resident, joined, or loaded here."""
-        counted = False
+    def _obtain(self, key: K) -> Entry[K, V]:
+        """A use of an entry that was absent a moment ago: loaded meanwhile, joined, or loaded here."""
+        started = self._clock()
         while True:
-            with self._lock:
-                flight = self._flights.get(lease.key)
-                # Looked up again at each turn: the flight that was waited for may have been another thread's failure.
-                if flight is None and (entry := self._residency.acquire(lease.key)) is not None:
-                    return entry
-                if not counted:
-                    self._residency.missed(lease.key)
-                    counted = True
-                mine = flight is None
-                if flight is None:
-                    flight = self._flights[lease.key] = _Flight()
-                else:
-                    flight.users += 1
+            entry, flight, mine = self._find(key)
+            if entry is not None:
+                break
+            assert flight is not None
             if mine:
-                return self._fly(lease, flight)
+                entry = self._fly(flight)
+                break
             flight.done.wait()
             if flight.entry is not None:
-                return flight.entry
-            if isinstance(flight.error, Exception):
+                entry = flight.entry
+                break
+            if isinstance(flight.error, Exception) and flight.speculation is None:
                 raise flight.error
-            # The loading thread was interrupted (KeyboardInterrupt, SystemExit): that is its own affair. Load here.
+            # A guess may fail for a reason that has passed, so whoever needs the entry tries again. Or else the
+            # loading thread was interrupted (KeyboardInterrupt, SystemExit): that is its own affair. Load here.
+        self._count_stall(key, self._clock() - started, flight.speculation if flight else None)
+        return entry
+
+    def _find(self, key: K) -> tuple[Entry[K, V] | None, Flight[K, V] | None, bool]:
+        """The entry, now used; or else the flight to wait for, and whether it is this thread that has to fly it."""
+        with self._lock:
+            # Looked up again: the flight that was waited for may have been another thread's failure.
+            flight = self._flights.get(key)
+            if flight is None:
+                entry = self._residency.acquire(key)
+                if entry is not None:
+                    return entry, None, False
+                flight = self._flights[key] = Flight(key, self._group(key), 0, 1)
+                return None, flight, True
+            flight.users += 1
+            stolen = flight.future is not None and flight.future.cancel()  # no loader thread has begun with it
+            if stolen:
+                flight.future = None
+            return None, flight, stolen
+
+    def _count_stall(self, key: K, seconds: float, speculation: Speculation | None) -> None:
+        with self._lock:
+            counts = self._residency.counts(self._group(key))
+            counts.stalls.add(seconds)
+            self.stalled_seconds += seconds
+            if speculation is not None and speculation.used is None:
+                counts.late += 1
+                hidden = max(0.0, speculation.seconds - seconds)
+                self._residency.settle(speculation, used=True, hidden=hidden)
 
     # --- loading --------------------------------------------------------------------------------------------------
 
-    def _fly(self, lease: Lease[K, V], flight: _Flight[K, V]) -> Entry[K, V]:
+    def _submit(self, flight: Flight[K, V]) -> None:
+        """Inside the lock: let a loader thread fly it; its bytes are reserved."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._loaders, thread_name_prefix=f"{self.name.lower()}-loader")
+        self._flights[flight.key] = flight
+        flight.future = self._pool.submit(self._fly_ahead, flight)
+
+    def _fly_ahead(self, flight: Flight[K, V]) -> None:
+        """On a loader thread. An error is whoever's who waits; where nobody does, the next use tries again."""
+        with suppress(Exception):  # supervision point: it is kept in the flight
+            self._fly(flight)
+
+    def _fly(self, flight: Flight[K, V]) -> Entry[K, V]:
         try:
-            return self._load(lease, flight)
+            if not flight.reserved:
+                self._reserve(flight)
+            value, seconds = self._load(flight)
+            return self._publish(flight, value, seconds)
         except BaseException as error:
             flight.error = error
             with self._lock:
                 self._failed_loads += 1
-                del self._flights[lease.key]
+                self._residency.cancel(flight.reserved)
+                del self._flights[flight.key]
                 self._notify()
             raise
         finally:
             flight.done.set()
 
-    def _load(self, lease: Lease[K, V], flight: _Flight[K, V]) -> Entry[K, V]:
-        assert lease.load is not None, f"the lease of {lease.key} was entered again"
-        assert lease.size is not None
-        with self._lock:
-            self._loads += 1
-        reserved = lease.size_hint or 0
-        self._reserve(lease.key, reserved)
+    def _load(self, flight: Flight[K, V]) -> tuple[V, float]:
+        """The value and the seconds it took. Where memory runs out the budget shrinks, and it is tried once more."""
+        started = self._clock()
         try:
-            started = self._clock()
-            value = lease.load()
-            seconds = self._clock() - started
-            size = lease.size(value)
-            if size > reserved:
-                self._reserve(lease.key, size - reserved, entry_size=size)
-                reserved = size
-        except BaseException:
-            with self._lock:
-                self._residency.cancel(reserved)
-            raise
+            value = self._load_value(flight.key)
+        except Exception as error:
+            if not self._out_of_memory(error):
+                raise
+            self._shrink(flight)
+            value = self._load_again(flight)
+        return value, self._clock() - started
+
+    def _load_again(self, flight: Flight[K, V]) -> V:
+        try:
+            return self._load_value(flight.key)
+        except Exception as error:
+            if not self._out_of_memory(error):
+                raise
+            raise MemoryExhausted(
+                f"{self.name} tier, {flight.key}: the machine has no memory for {flight.reserved} bytes, although the "
+                f"budget was lowered to {self.budget_bytes}"
+            ) from error
+
+    def _shrink(self, flight: Flight[K, V]) -> None:
+        """What is held now, less one entry of this size, is evidently all that the machine has."""
         with self._lock:
-            self._residency.cancel(reserved - size)  # a hint that was too large
+            held = self._residency.resident + self._residency.reserved
+            self._residency.resize(max(self._residency.kept, held - flight.reserved))
+            self._shrinks += 1
+        self._freed()
+
+    def _publish(self, flight: Flight[K, V], value: V, seconds: float) -> Entry[K, V]:
+        size = self._size_of(value)
+        assert size <= flight.reserved, f"{flight.key} takes {size} bytes, {flight.reserved} were announced"
+        with self._lock:
+            held = self._residency
+            held.cancel(flight.reserved - size)
+            flight.reserved = 0
             self._loaded_bytes += size
-            self._load_seconds += seconds
-            self._slowest_load = max(self._slowest_load, seconds)
-            del self._flights[lease.key]
+            held.counts(flight.group).loads.add(seconds)
+            self.load_seconds += (_SMOOTHING if self.load_seconds else 1.0) * (seconds - self.load_seconds)
+            if flight.speculation is not None:
+                flight.speculation.size, flight.speculation.seconds = size, seconds
+                held.speculation.bytes += size
+            del self._flights[flight.key]
+            entry = flight.entry = held.publish(flight.key, value, size, flight.users, flight.speculation)
             self._notify()
-            entry = flight.entry = self._residency.publish(lease.key, value, size, flight.users)
             return entry
 
-    def _reserve(self, key: K, size: int, *, entry_size: int | None = None) -> None:
-        """Wait until `size` bytes are promised to this load. Raises BudgetTooSmall."""
-        entry_size = size if entry_size is None else entry_size
+    def _reserve(self, flight: Flight[K, V]) -> None:
+        """Wait until the bytes of a load are promised. Raises BudgetTooSmall."""
+        key, room = flight.key, self._room_of(flight.key)
         with self._room:
             deadline = time.monotonic() + self._wait
-            while not self._residency.reserve(key, size):
+            while not self._residency.reserve(key, room):
                 budget, left = self._residency.budget, deadline - time.monotonic()
-                if entry_size > budget:
-                    raise BudgetTooSmall(f"RAM tier, {key}", budget=budget, needed=entry_size)
+                if room > budget:
+                    raise BudgetTooSmall(f"{self.name} tier, {key}", budget=budget, needed=room)
                 if left <= 0:
-                    needed = self._residency.kept + size
-                    raise BudgetTooSmall(f"RAM tier, {key} beside all that is in use", budget=budget, needed=needed)
+                    needed = self._residency.kept + room
+                    raise BudgetTooSmall(
+                        f"{self.name} tier, {key} beside all that is in use", budget=budget, needed=needed
+                    )
                 self._waiting += 1
                 try:
                     self._room.wait(left)
                 finally:
                     self._waiting -= 1
+            flight.reserved = room
 
     def _notify(self) -> None:
         """Inside the lock."""
         if self._waiting:
             self._room.notify_all()
-
-
-class Lease(Generic[K, V]):
-    """One use of one entry, as a context manager that gives the value. Not to be entered twice at a time."""
-
-    __slots__ = ("_entry", "_tier", "key", "load", "size", "size_hint")
-
-    def __init__(
-        self,
-        tier: RamTier[K, V],
-        key: K,
-        load: Callable[[], V] | None,
-        size: Callable[[V], int] | None,
-        size_hint: int | None,
-        entry: Entry[K, V] | None = None,
-    ) -> None:
-        self._tier = tier
-        self._entry = entry
-        self.key = key
-        self.load = load
-        self.size = size
-        self.size_hint = size_hint
-
-    def __enter__(self) -> V:
-        """Raises BudgetTooSmall, and whatever `load` or `size` raises."""
-        entry = self._entry
-        if entry is None:
-            tier = self._tier
-            with tier._lock:  # a hit takes this one step: it happens top_k times per layer and token
-                entry = tier._residency.acquire(self.key)
-            if entry is None:
-                entry = tier._acquire(self)
-            self._entry = entry
-        return entry.value
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        entry, self._entry = self._entry, None
-        assert entry is not None, "left without having been entered"
-        tier = self._tier
-        with tier._lock:
-            if tier._residency.release(entry):
-                tier._notify()

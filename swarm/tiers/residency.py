@@ -7,11 +7,12 @@ bytes resident and reserved stay within the budget; what is in use or pinned sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from .policy import Policy
+from .policy import Policy, Uses, choose_victims
+from .stats import Counts, SpeculationCounts
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -23,93 +24,144 @@ class EntryFacts(Generic[K]):
 
     key: K
     size: int  # bytes
-    uses: int  # leases since it was loaded
     in_use: int  # leases now
     pinned: bool
 
 
-class Counts:
-    """Hits and misses of one group; changed in place on the hot path."""
+@dataclass(slots=True)
+class Speculation:
+    """Something that was loaded before anybody needed it, and what became of it."""
 
-    __slots__ = ("hits", "misses")
-
-    def __init__(self) -> None:
-        self.hits = 0
-        self.misses = 0
+    rank: int  # its place among the guesses
+    size: int = 0  # bytes
+    seconds: float = 0.0  # of loading
+    used: bool | None = None  # None: not known yet
+    hidden: float = 0.0  # seconds of loading that nobody waited for
 
 
 class Entry(Generic[K, V]):
     """One resident value. Whoever changes it holds the tier's lock."""
 
-    __slots__ = ("counts", "in_use", "key", "size", "uses", "value")
+    __slots__ = ("in_use", "key", "size", "speculation", "value")
 
-    def __init__(self, key: K, value: V, size: int, in_use: int, counts: Counts) -> None:
+    def __init__(self, key: K, value: V, size: int, in_use: int, speculation: Speculation | None) -> None:
         self.key = key
         self.value = value
         self.size = size
         self.in_use = in_use
-        self.uses = in_use
-        self.counts = counts
+        self.speculation = speculation  # until the first use
 
 
 class Residency(Generic[K, V]):
     """Entries and reservations within `budget` bytes. Not thread-safe."""
 
-    def __init__(self, budget: int, policy: Policy[K], group: Callable[[K], int] | None = None) -> None:
+    def __init__(self, budget: int, policy: Policy[K]) -> None:
         self.budget = budget
         self.entries: dict[K, Entry[K, V]] = {}
+        self.sizes: dict[K, int] = {}  # of the entries
         self.groups: dict[int, Counts] = {}
+        self.speculation = SpeculationCounts()
+        self.outcomes: list[Speculation] = []  # whose fate became known since somebody took them
         self.resident = 0  # bytes
         self.reserved = 0  # bytes promised to loads in flight
         self.evictions = 0
-        self._policy = policy
-        self._group = group
+        self.policy = policy
         self._pinned: set[K] = set()
+        self._wanted: dict[K, None] = {}  # about to be used, in the order of use
+        self._noted: dict[int, Iterable[K]] = {}  # layer: what it wanted last
 
     # --- uses -----------------------------------------------------------------------------------------------------
 
+    def note(self, uses: Uses[K], *, want: bool = True) -> list[K]:
+        """Count what a layer's call is about to use; returns what is absent. The hot path.
+
+        Where something is absent, with `want` all of it is spared, where anything else can leave, until it was used.
+        """
+        self.policy.step(uses)
+        layer, entries = uses.layer, self.entries
+        if layer in self._noted:
+            self._unwant(self._noted.pop(layer))
+        missing = [key for key in uses.rows if key not in entries]
+        counts = self.counts(layer)
+        counts.steps += 1
+        counts.hits += len(uses.rows) - len(missing)
+        if missing:
+            counts.misses += len(missing)
+            if want:
+                self.want(layer, uses.rows)
+        else:
+            counts.clean_steps += 1
+        if self.speculation.pending:
+            self._settle_hits(uses, counts)
+        return missing
+
+    def want(self, layer: int, keys: Iterable[K]) -> None:
+        """Spare these, where anything else can leave, until they were used or the next call of `layer` is noted."""
+        if layer in self._noted:
+            self._unwant(self._noted[layer])
+        self._noted[layer] = keys
+        self._wanted.update(dict.fromkeys(keys))
+
     def acquire(self, key: K) -> Entry[K, V] | None:
-        """Use a resident entry; None where it is absent, which is not counted as a miss yet."""
+        """Use a resident entry; None where it is absent. The hot path."""
         entry = self.entries.get(key)
         if entry is not None:
             entry.in_use += 1
-            entry.uses += 1
-            entry.counts.hits += 1
-            self._policy.hit(key)
+            if entry.speculation is not None:
+                self._settle_use(entry)
         return entry
 
     def release(self, entry: Entry[K, V]) -> bool:
         """End one use; whether the entry can be evicted now. Also shrinks to a budget that was lowered meanwhile."""
         entry.in_use -= 1
         assert entry.in_use >= 0, f"{entry.key} was released more often than it was leased"
+        if self._wanted:
+            self._wanted.pop(entry.key, None)
         if entry.in_use == 0 and self.resident + self.reserved > self.budget:
             self._trim()
         return entry.in_use == 0
-
-    def missed(self, key: K) -> None:
-        """Count a use that has to wait for a load."""
-        self._counts(key).misses += 1
 
     # --- loads ----------------------------------------------------------------------------------------------------
 
     def reserve(self, key: K, size: int) -> bool:
         """Promise `size` bytes to a load of `key`, evicting for it; False, and no change, where too much is in use."""
-        if not self._make_room(key, self.resident + self.reserved + size - self.budget):
-            return False
+        need = self.resident + self.reserved + size - self.budget
+        if need > 0:
+            victims = choose_victims(self.policy, key, need, sizes=self.sizes, wanted=self._wanted, keep=self._keep)
+            if victims is None:
+                return False
+            self._drop_all(victims)
+        self.reserved += size
+        return True
+
+    def reserve_spare(self, key: K, size: int, *, chance: float | None = None) -> bool:
+        """`reserve`, but nothing that is wanted leaves, and with a `chance` nothing that is worth more."""
+        need = self.resident + self.reserved + size - self.budget
+        if need > 0:
+            wanted = self._wanted
+            victims = self.policy.victims(key, need, lambda k: k in wanted or self._keep(k), chance=chance)
+            if victims is None:
+                return False
+            self._drop_all(victims)
         self.reserved += size
         return True
 
     def cancel(self, size: int) -> None:
-        """Take a promise back: the load failed, or turned out to have another size."""
+        """Take a promise back: the load failed, or needs less from now on."""
         self.reserved -= size
 
-    def publish(self, key: K, value: V, size: int, users: int) -> Entry[K, V]:
+    def publish(self, key: K, value: V, size: int, users: int, speculation: Speculation | None = None) -> Entry[K, V]:
         """Turn a promise of exactly `size` bytes into an entry that `users` leases use already."""
         assert key not in self.entries, f"{key} was loaded twice"
         self.reserved -= size
         self.resident += size
-        entry = self.entries[key] = Entry(key, value, size, users, self._counts(key))
-        self._policy.loaded(key, size)
+        entry = self.entries[key] = Entry(key, value, size, users, None if users else speculation)
+        self.sizes[key] = size
+        self.policy.loaded(key, size)
+        if entry.speculation is not None:
+            self.speculation.pending += 1
+        if not users:  # the budget may have been lowered meanwhile
+            self._trim()
         return entry
 
     # --- orders ---------------------------------------------------------------------------------------------------
@@ -137,39 +189,77 @@ class Residency(Generic[K, V]):
 
     def facts(self) -> Sequence[EntryFacts[K]]:
         """Every entry."""
-        return [EntryFacts(e.key, e.size, e.uses, e.in_use, e.key in self._pinned) for e in self.entries.values()]
+        return [EntryFacts(e.key, e.size, e.in_use, e.key in self._pinned) for e in self.entries.values()]
 
     @property
     def kept(self) -> int:
         """Bytes that cannot be evicted now: in use, pinned or promised."""
         return self.reserved + sum(entry.size for key, entry in self.entries.items() if self._keep(key))
 
+    def counts(self, group: int) -> Counts:
+        """The counters of a group."""
+        counts = self.groups.get(group)
+        if counts is None:
+            counts = self.groups[group] = Counts()
+        return counts
+
+    def settle(self, speculation: Speculation, *, used: bool, hidden: float = 0.0) -> None:
+        """The fate of something that was loaded on suspicion is known."""
+        speculation.used, speculation.hidden = used, hidden
+        counts = self.speculation
+        if used:
+            counts.used += 1
+            counts.used_bytes += speculation.size
+            counts.hidden_seconds += hidden
+        else:
+            counts.wasted += 1
+            counts.wasted_bytes += speculation.size
+        self.outcomes.append(speculation)
+
     # --- parts ----------------------------------------------------------------------------------------------------
 
-    def _make_room(self, incoming: K | None, need: int) -> bool:
-        if need <= 0:
-            return True
-        victims = self._policy.victims(incoming, need, self._keep)
-        for victim in victims or ():
-            assert not self._keep(victim), f"the policy chose {victim}, which is in use or pinned"
-            self._drop(victim)
-        return victims is not None
+    def _settle_hits(self, uses: Uses[K], counts: Counts) -> None:
+        """Of what a call uses, see what was loaded for it on suspicion."""
+        for key in uses.rows:
+            entry = self.entries.get(key)
+            if entry is not None and entry.speculation is not None:
+                counts.saved += 1
+                self._settle_use(entry)
+
+    def _settle_use(self, entry: Entry[K, V]) -> None:
+        assert entry.speculation is not None
+        self.speculation.pending -= 1
+        self.settle(entry.speculation, used=True, hidden=entry.speculation.seconds)
+        entry.speculation = None
+
+    def _unwant(self, keys: Iterable[K]) -> None:
+        for key in keys:
+            self._wanted.pop(key, None)
 
     def _trim(self) -> None:
-        """Get as close to the budget as what is in use allows, oldest first."""
+        """Get as close to the budget as what is in use allows."""
         excess = self.resident + self.reserved - self.budget
         evictable = self.resident + self.reserved - self.kept if excess > 0 else 0
-        self._make_room(None, min(excess, evictable))
+        if excess > 0 and evictable > 0:
+            victims = self.policy.victims(None, min(excess, evictable), self._keep)
+            assert victims is not None
+            self._drop_all(victims)
 
     def _keep(self, key: K) -> bool:
         return self.entries[key].in_use > 0 or key in self._pinned
 
+    def _drop_all(self, victims: Iterable[K]) -> None:
+        for victim in victims:
+            assert not self._keep(victim), f"the policy chose {victim}, which is in use or pinned"
+            self._drop(victim)
+
     def _drop(self, key: K) -> None:
         entry = self.entries.pop(key)
+        del self.sizes[key]
         self.resident -= entry.size
         self.evictions += 1
-        self._policy.evicted(key)
+        self.policy.evicted(key)
+        if entry.speculation is not None:
+            self.speculation.pending -= 1
+            self.settle(entry.speculation, used=False)
         del entry.value  # now, not when the last thread that released it has left its frame
-
-    def _counts(self, key: K) -> Counts:
-        return self.groups.setdefault(0 if self._group is None else self._group(key), Counts())

@@ -7,7 +7,7 @@ import pytest
 
 from moehive.protocol.ids import public_key_of
 
-COMMANDS = ("demo", "convert", "inspect", "node", "publish", "fetch", "generate", "id", "paths", "store")
+COMMANDS = ("demo", "convert", "inspect", "node", "publish", "fetch", "generate", "id", "paths", "store", "trace")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)])

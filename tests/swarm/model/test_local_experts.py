@@ -12,11 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from moehive.protocol.errors import CorruptShard, ExpertUnavailable, ManifestError
+from moehive.kernels.expert_ffn import ExpertWeights
+from moehive.protocol.errors import BudgetTooSmall, CorruptShard, ExpertUnavailable, ManifestError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import MANIFEST_NAME, REPORT_NAME, ExpertFfn, Gate, Manifest
 from moehive.swarm import open_local, routing_statistics
-from moehive.swarm.model.backend import ExpertLoader, ExpertsBackend, LocalExperts, spec_of, weights_tier
+from moehive.swarm.model.backend import (
+    ExpertLoader,
+    ExpertsBackend,
+    LocalExperts,
+    is_out_of_memory,
+    spec_of,
+    weights_tier,
+)
+from moehive.swarm.model.buffers import SMALLEST
 from moehive.swarm.model.seats import attach_backend
 from moehive.swarm.store.base import NotHeld
 from moehive.swarm.store.directory import ConvertedDirectory
@@ -42,19 +51,22 @@ class CountingLoader(ExpertLoader):
         return super().load(key, dtype)
 
 
-def test_a_budget_of_three_experts_changes_the_reads_and_not_the_result(converted: Path, prompt: Tensor) -> None:
+def test_a_budget_of_the_floor_changes_the_reads_and_not_the_result(converted: Path, prompt: Tensor) -> None:
     directory = ConvertedDirectory(converted)
     model = directory.manifest.model
     loader = CountingLoader(directory.manifest, directory)
-    one = loader.load(ExpertKey(model.moe_layers[0], 0), torch.bfloat16).nbytes
-    assert loader.nbytes(torch.bfloat16) == one
-    answers, loads = [], []
-    for budget in (3 * one, 1 << 30):
+    floor = (2 * model.top_k + 1) * loader.largest_room(torch.bfloat16)
+    answers, loads, peaks = [], [], []
+    for budget in (floor, 1 << 30):
         loader.loads = 0
-        backend = LocalExperts(directory.manifest, directory, weights_tier(budget), loader=loader)
+        backend = LocalExperts(loader, weights_tier(loader, budget))
         served, _ = open_local(converted, backend=backend)
         answers.append((logits(served, prompt), generate(served, prompt)))
         loads.append(loader.loads)
+        peaks.append(backend.tier.stats)
+        assert backend.tier.resident_bytes <= budget
+    assert peaks[0].evictions > 0
+    assert peaks[1].evictions == 0
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
     all_experts = len(model.moe_layers) * model.num_experts
     assert loads[1] <= all_experts  # each is read at most once where there is room
@@ -73,6 +85,67 @@ def test_two_swapped_experts_change_the_logits(own_copy: Path, converted: Path, 
     (own_copy / REPORT_NAME).unlink()
     wrong, right = (logits(open_local(path, dtype=torch.float32)[0], prompt) for path in (own_copy, converted))
     assert (wrong - right).abs().max() > 0.1
+
+
+def test_a_budget_below_the_floor_is_refused_before_anything_is_computed(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = ConvertedDirectory(converted)
+    loader = ExpertLoader(directory.manifest, directory)
+    needed = (2 * loader.top_k + 1) * loader.largest_room(torch.bfloat16)
+    monkeypatch.setattr("moehive.swarm.model.plugin.default_ram_budget", lambda: needed - 1)
+    with pytest.raises(BudgetTooSmall) as caught:
+        open_local(converted)
+    assert (caught.value.budget, caught.value.needed) == (needed - 1, needed)
+    monkeypatch.setattr("moehive.swarm.model.plugin.default_ram_budget", lambda: needed)
+    open_local(converted)
+
+
+@pytest.mark.parametrize(
+    ("error", "matters"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (OSError("Cannot allocate memory"), False),
+    ],
+)
+def test_what_says_that_memory_ran_out(error: Exception, matters: bool) -> None:
+    assert is_out_of_memory(error) == matters
+
+
+def test_where_memory_runs_out_generation_goes_on_with_less(converted: Path, prompt: Tensor) -> None:
+    directory = ConvertedDirectory(converted)
+    loader, wanted = ExpertLoader(directory.manifest, directory), generate(open_local(converted)[0], prompt)
+    fail_at, loads = 9, 0
+
+    def load(key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
+        nonlocal loads
+        loads += 1
+        if loads == fail_at:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return loader.load(key, dtype)
+
+    backend = LocalExperts(loader, weights_tier(loader, 1 << 30, load=load))
+    assert torch.equal(generate(open_local(converted, backend=backend)[0], prompt), wanted)
+    stats = backend.tier.stats
+    assert stats.shrinks == 1
+    assert stats.resident_bytes <= stats.budget_bytes < 1 << 30
+
+
+def test_buffers_are_used_again_and_no_weight_changes_by_it(converted: Path, prompt: Tensor) -> None:
+    directory = ConvertedDirectory(converted)
+    loader = ExpertLoader(directory.manifest, directory)
+    monkey = loader.buffers
+    backend = LocalExperts(loader, weights_tier(loader, 6 * loader.largest_room(torch.bfloat16)))
+    key = ExpertKey(directory.manifest.model.moe_layers[0], 0)
+    kept = loader.load(key, torch.bfloat16)
+    before = [tensor.clone() for tensor in kept.tensors]
+    generate(open_local(converted, backend=backend)[0], prompt)
+    if loader.largest_room(torch.bfloat16) >= SMALLEST:
+        assert monkey.reused > monkey.fresh
+    assert all(torch.equal(a, b) for a, b in zip(kept.tensors, before, strict=True))
 
 
 def test_threads_may_share_a_model(converted: Path) -> None:
@@ -98,11 +171,16 @@ class Failing:
         return self.backend.run(layer, hidden, top_k_index, top_k_weights)
 
 
+def backend_of(directory: ConvertedDirectory) -> LocalExperts:
+    loader = ExpertLoader(directory.manifest, directory)
+    return LocalExperts(loader, weights_tier(loader, 1 << 30))
+
+
 def test_an_error_leaves_generate_and_the_model_goes_on(converted: Path, prompt: Tensor) -> None:
     directory = ConvertedDirectory(converted)
     model, _ = open_local(converted)
     wanted = generate(model, prompt)
-    attach_backend(model, Failing(LocalExperts(directory.manifest, directory, weights_tier(1 << 30)), at=8))
+    attach_backend(model, Failing(backend_of(directory), at=8))
     with pytest.raises(ExpertUnavailable, match=r"layer 1: no live peer for expert\(s\) 3"):
         generate(model, prompt)
     assert torch.equal(generate(model, prompt), wanted)

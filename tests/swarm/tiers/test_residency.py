@@ -1,85 +1,113 @@
-"""Simulated threads, interleaved as Hypothesis likes: the rules hold whatever the order."""
+"""Simulated threads, interleaved as Hypothesis likes: the rules hold whatever the order, under every policy."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moehive.swarm.tiers.policy import Lru
-from moehive.swarm.tiers.residency import Entry, Residency
+from moehive.swarm.tiers.baselines import Lfu
+from moehive.swarm.tiers.lfru import Lfru
+from moehive.swarm.tiers.policy import Lru, Policy, Uses
+from moehive.swarm.tiers.residency import Entry, Residency, Speculation
 
 KEYS = st.integers(0, 7)
 SIZES = {key: 1 + key % 4 for key in range(8)}
+POLICIES: dict[str, Callable[[], Policy[int]]] = {
+    "lru": Lru,
+    "lfu": Lfu,
+    "lfru": lambda: Lfru(lambda key: (key % 2, key // 2), top_k=1),
+}
 
 
 @dataclass
 class Load:
     key: int
     reserved: int
-    users: int = 1
+    users: int
+    speculation: Speculation | None = None
+
+
+@dataclass
+class Running:
+    """A call: what it did not use yet, and the entries that it uses."""
+
+    left: list[int]
+    entries: list[Entry[int, str]] = field(default_factory=list)
 
 
 class ManyThreads(RuleBasedStateMachine):
-    @initialize(budget=st.integers(1, 16))
-    def begin(self, budget: int) -> None:
-        self.held = Residency[int, str](budget, Lru(), group=lambda key: key % 2)
-        self.leases: list[Entry[int, str]] = []
+    @initialize(budget=st.integers(1, 16), policy=st.sampled_from(sorted(POLICIES)))
+    def begin(self, budget: int, policy: str) -> None:
+        self.held = Residency[int, str](budget, POLICIES[policy]())
+        self.steps: list[Running] = []
         self.loads: dict[int, Load] = {}
         self.pinned: set[int] = set()
-        self.shrunk = False  # a budget was lowered, or a hint too small: over it until enough is released
         self.uses = [0, 0]
 
-    @rule(key=KEYS, hint=st.booleans())
-    def lease(self, key: int, hint: bool) -> None:
-        resident = key in self.held.entries
+    @rule(keys=st.lists(KEYS, min_size=1, max_size=4, unique=True), want=st.booleans())
+    def note(self, keys: list[int], want: bool) -> None:
+        missing = self.held.note(Uses(keys[0] % 2, dict.fromkeys(keys, 1)), want=want)
+        assert missing == [key for key in keys if key not in self.held.entries]
+        self.uses[0] += len(keys) - len(missing)
+        self.uses[1] += len(missing)
+        self.steps.append(Running(list(keys)))
+
+    @precondition(lambda self: self.steps)
+    @rule(data=st.data())
+    def need(self, data: st.DataObject) -> None:
+        """A call asks for what it uses next."""
+        running = self.steps[data.draw(st.integers(0, len(self.steps) - 1))]
+        if not running.left:
+            return
+        key = running.left[0]
         entry = self.held.acquire(key)
-        assert (entry is not None) == resident
         if entry is not None:
-            self.uses[0] += 1
-            self.leases.append(entry)
+            running.entries.append(entry)
+            del running.left[0]
         elif key in self.loads:
-            self.held.missed(key)
-            self.uses[1] += 1
-            self.loads[key].users += 1
+            return  # it waits; end_load gives the entry to nobody, so a later turn acquires it
         else:
             before = set(self.held.entries), self.held.resident, self.held.reserved
-            size = SIZES[key] if hint else 0
-            if self.held.reserve(key, size):
-                self.held.missed(key)
-                self.uses[1] += 1
-                self.loads[key] = Load(key, size)
+            if self.held.reserve(key, SIZES[key]):
+                self.loads[key] = Load(key, SIZES[key], 0)
             else:
                 assert (set(self.held.entries), self.held.resident, self.held.reserved) == before
-                assert self.held.kept + size > self.held.budget, "there was room"
+                assert self.held.kept + SIZES[key] > self.held.budget, "there was room"
+
+    @rule(key=KEYS, chance=st.floats(0, 1))
+    def suspect(self, key: int, chance: float) -> None:
+        self.held.want(key % 2, [key])
+        if key in self.held.entries or key in self.loads:
+            return
+        if self.held.reserve_spare(key, SIZES[key], chance=chance):
+            self.loads[key] = Load(key, SIZES[key], 0, Speculation(0, SIZES[key]))
 
     @precondition(lambda self: self.loads)
     @rule(data=st.data(), fails=st.booleans())
     def end_load(self, data: st.DataObject, fails: bool) -> None:
-        load = self.loads[data.draw(st.sampled_from(sorted(self.loads)))]
-        size = SIZES[load.key]
-        if not fails and not self.held.reserve(load.key, size - load.reserved):
-            return  # it waits for room
+        load = self.loads.pop(data.draw(st.sampled_from(sorted(self.loads))))
         if fails:
             self.held.cancel(load.reserved)
             assert load.key not in self.held.entries
         else:
-            entry = self.held.publish(load.key, f"value {load.key}", size, load.users)
-            self.leases += [entry] * load.users
-        del self.loads[load.key]
+            self.held.publish(load.key, f"value {load.key}", load.reserved, load.users, load.speculation)
 
-    @precondition(lambda self: self.leases)
+    @precondition(lambda self: self.steps)
     @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        entry = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
-        assert self.held.release(entry) == (entry not in self.leases)
+    def end_step(self, data: st.DataObject) -> None:
+        running = self.steps.pop(data.draw(st.integers(0, len(self.steps) - 1)))
+        for at, entry in enumerate(running.entries):
+            others = [other for step in self.steps for other in step.entries] + running.entries[at + 1 :]
+            assert self.held.release(entry) == (entry not in others)
 
     @rule(key=KEYS)
     def evict(self, key: int) -> None:
-        may = key in self.held.entries and key not in self.pinned and all(e.key != key for e in self.leases)
+        used = any(entry.key == key for step in self.steps for entry in step.entries)
+        may = key in self.held.entries and key not in self.pinned and not used
         assert self.held.evict(key) == may
-        assert (key in self.held.entries) <= (not may)
 
     @rule(key=KEYS)
     def pin(self, key: int) -> None:
@@ -103,42 +131,40 @@ class ManyThreads(RuleBasedStateMachine):
 
     @invariant()
     def what_is_in_use_or_pinned_and_resident_stays(self) -> None:
-        for entry in self.leases:
+        entries = [entry for step in self.steps for entry in step.entries]
+        for entry in entries:
             assert self.held.entries[entry.key] is entry
             assert entry.value == f"value {entry.key}"
         assert {fact.key: fact.in_use for fact in self.held.facts() if fact.in_use} == {
-            key: sum(entry.key == key for entry in self.leases) for key in {entry.key for entry in self.leases}
+            entry.key: sum(other.key == entry.key for other in entries) for entry in entries
         }
 
     @invariant()
     def the_sums_are_right(self) -> None:
-        assert self.held.resident == sum(SIZES[key] for key in self.held.entries)
+        assert self.held.sizes == {key: SIZES[key] for key in self.held.entries}
+        assert self.held.resident == sum(self.held.sizes.values())
         assert self.held.reserved == sum(load.reserved for load in self.loads.values())
         assert not self.held.entries.keys() & self.loads.keys(), "a load that is not over left a trace"
         counts = self.held.groups.values()
         assert [sum(c.hits for c in counts), sum(c.misses for c in counts)] == self.uses
+        speculation = self.held.speculation
+        assert len(self.held.outcomes) == speculation.used + speculation.wasted
+        assert speculation.pending == sum(entry.speculation is not None for entry in self.held.entries.values())
 
 
 ManyThreads.TestCase.settings = settings(stateful_step_count=40)
 TestManyThreads = ManyThreads.TestCase
 
 
-def test_without_orders_the_budget_is_never_exceeded() -> None:
-    held = Residency[int, str](10, Lru())
-    assert held.reserve(1, 6)
-    assert not held.reserve(2, 5)
-    entry = held.publish(1, "one", 6, 1)
-    assert not held.reserve(2, 5)
-    held.release(entry)
-    assert held.reserve(2, 5)
-    assert list(held.entries) == []
+def take(held: Residency[int, str], key: int, size: int) -> Entry[int, str]:
+    held.note(Uses(0, {key: 1}))
+    assert held.reserve(key, size)
+    return held.publish(key, "", size, 1, None)
 
 
 def test_a_lowered_budget_takes_effect_when_entries_are_released() -> None:
     held = Residency[int, str](10, Lru())
-    for key in (1, 2):
-        held.reserve(key, 5)
-    first, second = (held.publish(key, "", 5, 1) for key in (1, 2))
+    first, second = take(held, 1, 5), take(held, 2, 5)
     held.resize(5)
     assert held.resident == 10
     held.release(first)
@@ -148,9 +174,8 @@ def test_a_lowered_budget_takes_effect_when_entries_are_released() -> None:
 
 
 def test_what_is_evicted_is_freed_at_once() -> None:
-    held = Residency[int, list[int]](10, Lru())
-    held.reserve(1, 1)
-    entry = held.publish(1, [], 1, 1)
+    held = Residency[int, str](10, Lru())
+    entry = take(held, 1, 1)
     held.release(entry)
     assert held.evict(1)
     assert not hasattr(entry, "value"), "whoever still has the entry would keep its memory"
@@ -158,8 +183,7 @@ def test_what_is_evicted_is_freed_at_once() -> None:
 
 def test_a_release_too_many_is_our_bug() -> None:
     held = Residency[int, str](10, Lru())
-    held.reserve(1, 1)
-    entry = held.publish(1, "", 1, 1)
+    entry = take(held, 1, 1)
     held.release(entry)
     with pytest.raises(AssertionError, match="released more often"):
         held.release(entry)

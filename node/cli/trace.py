@@ -1,0 +1,183 @@
+"""`moehive trace`: record which experts a model uses, and see what memory policies would make of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter, validators
+
+from moehive.protocol.errors import ConfigError
+from moehive.protocol.manifest import MANIFEST_NAME
+
+from .arguments import Flag, NotNegative, Positive
+from .generate import quiet_libraries
+from .output import say, say_json, table
+from .trace_fit import fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moehive.swarm.tiers.replay import Replay
+    from moehive.swarm.trace.routing import RoutingTrace
+    from moehive.swarm.trace.scoring import Scores
+
+_POLICIES = {"lru": "LRU", "lfu": "LFU", "lfru": "moehive", "belady": "Belady (knows the future)"}
+
+Percent = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=100), metavar="PERCENT")]
+
+
+def record(
+    model: Path,
+    file: Path,
+    /,
+    *prompts: str,
+    max_tokens: Positive = 128,
+    temperature: NotNegative | None = None,
+    seed: int = 0,
+    samples: Annotated[int, Parameter(validator=validators.Number(gte=0), metavar="N")] = 0,
+    json: Flag = False,
+) -> None:
+    """Continue prompts with a model, and write which experts every token used to a file.
+
+    Parameters
+    ----------
+    model:
+        A directory that `moehive convert` wrote, or a checkpoint's directory that transformers can load.
+    file:
+        The trace to write. A file of this name is replaced.
+    prompts:
+        The texts to continue, each for itself. Different kinds of text make a better trace.
+    max_tokens:
+        Most tokens to generate for each prompt.
+    temperature:
+        As for `moehive generate`.
+    seed:
+        Makes what is generated repeatable.
+    samples:
+        For how many tokens hidden states are kept too; predictors are fitted to them. They take 4 bytes for each
+        layer and hidden dimension of a token.
+    json:
+        Print one JSON object instead of text.
+    """
+    if not prompts:
+        raise ConfigError('there is no prompt: moehive trace record MODEL FILE "Once upon a time" "def main():"')
+    quiet_libraries()
+    import torch
+
+    from moehive.swarm.trace.files import write_trace
+    from moehive.swarm.trace.recording import Recorder
+
+    from .generation import Sampling, continue_text
+
+    sampling = Sampling(max_tokens, seed, temperature)
+    loaded, tokenizer = load_model(model)
+    recorder = Recorder(loaded, samples=samples)
+    with recorder.listening(), torch.inference_mode():
+        for prompt in prompts:
+            recorder.start_session()
+            continue_text(loaded, tokenizer, prompt, sampling, lambda _: None)
+    trace = recorder.trace(model.resolve().name)
+    write_trace(trace, file)
+    size = file.stat().st_size
+    if json:
+        say_json(_trace_json(trace) | {"file": str(file), "bytes": size})
+    else:
+        say(f"{_describe(trace)}; {size:,} bytes in {file}")
+
+
+def replay(file: Path, /, *, resident: tuple[Percent, ...] = (25.0, 50.0), json: Flag = False) -> None:
+    """Show how often experts would have been in memory, under several policies and budgets.
+
+    LRU evicts what was used longest ago, LFU what was used least often. Belady's policy knows the future: no policy
+    that loads on demand does better. Of the rest, `layers` is the share of layer calls that found all their experts.
+
+    Parameters
+    ----------
+    file:
+        A trace that `moehive trace record` wrote.
+    resident:
+        Percent of the experts that fit into memory; may be given several times.
+    json:
+        Print one JSON object instead of a table.
+    """
+    from moehive.swarm.trace.files import read_trace
+    from moehive.swarm.trace.scoring import score, slots_of
+
+    trace = read_trace(file)
+    scores = {percent: score(trace, slots_of(trace, percent / 100)) for percent in resident}
+    if json:
+        say_json(_trace_json(trace) | {"scores": [_score_json(percent, found) for percent, found in scores.items()]})
+        return
+    say(_describe(trace))
+    for percent, found in scores.items():
+        say(f"\n{percent:g} % resident: {found.slots} of {_experts(trace)} experts; moehive's policy closes "
+            f"{100 * found.closed:.0f} % of the gap from LRU to Belady")  # fmt: skip
+        rows = [(name, *_row(getattr(found, policy))) for policy, name in _POLICIES.items()]
+        say(table(("policy", "hits", "layers", "loads", "evictions"), rows))
+
+
+def trace_app(sort_key: int) -> App:
+    """The commands of `moehive trace`; `sort_key` is their place among the others."""
+    app = App(
+        name="trace",
+        help="Record which experts a model uses, and see what memory policies would make of it.",
+        help_format="markdown",
+        sort_key=sort_key,
+    )
+    for command in (record, replay, fit):
+        app.command(command)
+    return app
+
+
+def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A model and its tokenizer from a converted directory or a checkpoint. Raises ConfigError for neither."""
+    if (directory / MANIFEST_NAME).is_file():
+        from moehive.swarm import open_local
+
+        return open_local(directory)
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"{directory} is neither a converted directory nor a checkpoint")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    return model, AutoTokenizer.from_pretrained(directory)
+
+
+def _experts(trace: RoutingTrace) -> int:
+    return len(trace.layers) * trace.num_experts
+
+
+def _describe(trace: RoutingTrace) -> str:
+    return (
+        f"{trace.model}: {trace.count:,} tokens in {int(trace.starts.sum())} sessions, {len(trace.layers)} layers of "
+        f"{trace.num_experts} experts, {trace.top_k} used per token"
+    )
+
+
+def _row(found: Replay) -> tuple[str, str, str, str]:
+    rates = (f"{100 * found.hit_rate:.1f} %", f"{100 * found.clean_share:.1f} %")
+    return *rates, f"{found.misses:,}", f"{found.evictions:,}"
+
+
+def _trace_json(trace: RoutingTrace) -> dict[str, Any]:
+    return {
+        "model": trace.model,
+        "tokens": trace.count,
+        "sessions": int(trace.starts.sum()),
+        "layers": list(trace.layers),
+        "experts": trace.num_experts,
+        "topK": trace.top_k,
+        "samples": 0 if trace.samples is None else len(trace.samples.rows),
+    }
+
+
+def _score_json(percent: float, scores: Scores) -> dict[str, Any]:
+    policies = {policy: _replay_json(getattr(scores, policy)) for policy in _POLICIES}
+    return {"residentPercent": percent, "slots": scores.slots, "gapClosed": round(scores.closed, 4)} | policies
+
+
+def _replay_json(found: Replay) -> dict[str, Any]:
+    rates = {"hitRate": round(found.hit_rate, 4), "cleanShare": round(found.clean_share, 4)}
+    return rates | {name.replace("clean_steps", "cleanSteps"): value for name, value in asdict(found).items()}

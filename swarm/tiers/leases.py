@@ -1,0 +1,67 @@
+"""What threads hold of a memory tier: a use of an entry, and a load that is under way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from .residency import Entry, Speculation
+
+if TYPE_CHECKING:
+    from .ram import RamTier
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class Flight(Generic[K, V]):
+    """One load that is under way or about to be. Changed under the tier's lock; `done` is set afterwards."""
+
+    __slots__ = ("done", "entry", "error", "future", "group", "key", "reserved", "speculation", "users")
+
+    def __init__(self, key: K, group: int, reserved: int, users: int, speculation: Speculation | None = None) -> None:
+        self.key = key
+        self.group = group
+        self.reserved = reserved  # bytes
+        self.users = users  # leases that wait for it
+        self.speculation = speculation
+        self.done = threading.Event()
+        self.future: Future[None] | None = None  # of the loader thread; None: who needs it loads it
+        self.entry: Entry[K, V] | None = None
+        self.error: BaseException | None = None
+
+
+class Lease(Generic[K, V]):
+    """One use of one entry, as a context manager that gives the value. Not to be entered twice at a time."""
+
+    __slots__ = ("_entry", "_key", "_tier")
+
+    def __init__(self, tier: RamTier[K, V], key: K, entry: Entry[K, V] | None) -> None:
+        self._tier = tier
+        self._key = key
+        self._entry = entry
+
+    def __enter__(self) -> V:
+        """Raises what RamTier.lease says."""
+        entry = self._entry
+        if entry is None:
+            tier = self._tier
+            with tier._lock:  # a hit takes this one step: it happens top_k times per layer and token
+                entry = tier._residency.acquire(self._key)
+            if entry is None:
+                entry = tier._obtain(self._key)
+            self._entry = entry
+        return entry.value
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        entry, self._entry = self._entry, None
+        assert entry is not None, "left without having been entered"
+        tier = self._tier
+        with tier._lock:
+            if tier._residency.release(entry):
+                tier._notify()

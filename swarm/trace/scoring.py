@@ -1,0 +1,67 @@
+"""How well a policy does on a trace, beside those that everybody knows.
+
+The measure is the share of uses that found their expert resident (and of layer calls that found all of theirs), under a
+budget of so many experts. LRU is one list over all layers, in the order of use, as published curves have it (Liang et
+al., "Not all models suit expert offloading", arXiv 2505.16056, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moehive.protocol.ids import ExpertKey
+from moehive.swarm.tiers.baselines import Belady, Lfu
+from moehive.swarm.tiers.lfru import Lfru
+from moehive.swarm.tiers.policy import Lru, Policy
+from moehive.swarm.tiers.replay import Replay, replay
+
+from .routing import RoutingTrace
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One trace under one budget."""
+
+    slots: int  # experts that fit
+    lru: Replay
+    lfu: Replay
+    belady: Replay
+    lfru: Replay
+
+    @property
+    def closed(self) -> float:
+        """Which share of the way from LRU to Belady's optimum the policy goes; 0 where there is no way."""
+        gap = self.belady.hit_rate - self.lru.hit_rate
+        return (self.lfru.hit_rate - self.lru.hit_rate) / gap if gap > 0 else 0.0
+
+
+def slots_of(trace: RoutingTrace, resident: float) -> int:
+    """How many experts are the share `resident` of the model."""
+    return max(1, round(resident * len(trace.layers) * trace.num_experts))
+
+
+def score(trace: RoutingTrace, slots: int) -> Scores:
+    """Replay a trace with room for `slots` experts under every policy."""
+    steps = list(trace.steps())
+    policies: dict[str, Callable[[], Policy[ExpertKey]]] = {
+        "lru": Lru,
+        "lfu": Lfu,
+        "belady": lambda: Belady(steps),
+        "lfru": lambda: policy_for(trace.top_k),
+    }
+    results = {name: replay(make(), steps, _one, slots) for name, make in policies.items()}
+    return Scores(slots, **results)
+
+
+def policy_for(top_k: int) -> Lfru[ExpertKey]:
+    """The tiers' policy for keys that are experts."""
+    return Lfru(_place, top_k=top_k)
+
+
+def _place(key: ExpertKey) -> tuple[int, int]:
+    return key.layer, key.expert
+
+
+def _one(_: ExpertKey) -> int:
+    return 1
