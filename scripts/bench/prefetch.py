@@ -80,7 +80,7 @@ def record(directory: Path, text: str, fit_tokens: int, tokens: int) -> Recorded
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     cut = text.index("\n", int(len(text) * 0.9)) + 1
-    name = "demo" if directory == DEMO else directory.name
+    name = "demo" if directory.resolve() == DEMO.resolve() else directory.name
     seen, held_out = (_ids(tokenizer, part, count) for part, count in ((text[:cut], fit_tokens), (text[cut:], tokens)))
     fitted_to, _, trace = _run(model, seen)
     states, experts, _ = _run(model, held_out)

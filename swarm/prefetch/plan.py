@@ -3,7 +3,8 @@
 A guess says of some experts how likely they are used. Loading one that is used saves the seconds by which the load
 started earlier; loading one that is not costs the seconds for which it is in the way of what is needed. Both follow
 from the time that a load takes and from the lead, the time from the guess to the layer's call, which are measured. So a
-link that is slow against the lead makes only sure guesses pay, and a slower one none.
+link that is slow against the lead makes only sure guesses pay, and a slower one none: then loads are all that takes
+time, and more of them than needed make it worse.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ class Economy:
     load: float  # that one load takes
     lead: float  # from the guess to the layer's call
     contention: float = 0.05  # share of a load in vain by which needed ones come later, besides what is seen below
+    displaced: float = 0.05  # loads that one on a guess causes, because it takes the place of what is needed later
 
     def gain(self, chance: float, position: float = 0.0) -> float:
         """Seconds that one load saves on average, with `position` others before it on the same link."""
         lead = max(self.lead - position * self.load, 0.0)
         in_the_way = max(self.load - lead, 0.0) + self.contention * self.load
-        return chance * min(self.load, lead) - (1 - chance) * in_the_way
+        return chance * min(self.load, lead) - (1 - chance) * in_the_way - self.displaced * self.load
 
 
 def grade(margin: float) -> int:

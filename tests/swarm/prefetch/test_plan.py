@@ -19,7 +19,7 @@ from moehive.swarm.prefetch.plan import (
 )
 from moehive.swarm.prefetch.predictors import Point
 
-FAST = Economy(load=0.5, lead=1.0)
+FAST = Economy(load=0.5, lead=1.0, displaced=0.0)
 BOUNDS = Bounds(width=4)
 SURE, POOR = GRADES - 1, GRADES - 3
 
@@ -53,11 +53,16 @@ def test_old_guesses_are_forgotten() -> None:
 
 def test_a_sure_guess_in_time_saves_the_whole_load() -> None:
     assert FAST.gain(1.0) == FAST.load
-    assert Economy(load=4.0, lead=1.0).gain(1.0) == 1.0
+    assert Economy(load=4.0, lead=1.0, displaced=0.0).gain(1.0) == 1.0
 
 
 def test_a_wrong_guess_costs_what_is_left_of_it_when_the_layer_begins() -> None:
-    assert Economy(load=4.0, lead=1.0, contention=0.0).gain(0.0) == -3.0
+    assert Economy(load=4.0, lead=1.0, contention=0.0, displaced=0.0).gain(0.0) == -3.0
+
+
+def test_what_a_load_displaces_counts_however_right_the_guess_is() -> None:
+    assert Economy(load=4.0, lead=1.0, displaced=0.1).gain(1.0) == pytest.approx(0.6)
+    assert Economy(load=40.0, lead=1.0).gain(1.0) < 0
 
 
 def test_a_load_behind_others_has_less_time() -> None:

@@ -10,7 +10,7 @@ import pytest
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.prefetch.control import Limits, Mode
 from moehive.swarm.prefetch.fitting import States
-from moehive.swarm.prefetch.plan import Economy, make_plan
+from moehive.swarm.prefetch.plan import make_plan
 from moehive.swarm.prefetch.predictors import LinearMap, Point, Predictor, ranking, unit
 from moehive.swarm.prefetch.prefetcher import Fate, Prefetcher
 from moehive.swarm.prefetch.replay import Machine, Outcome, SimulatedTier, replay
@@ -161,4 +161,3 @@ def test_a_load_that_is_under_way_is_waited_for_and_counted_as_hidden_in_part() 
     (fate,) = tier.outcomes()
     assert fate.used
     assert fate.hidden == pytest.approx(0.25)
-    assert Economy(1.0, 0.25).gain(1.0) == pytest.approx(0.25)
