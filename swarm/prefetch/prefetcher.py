@@ -125,37 +125,41 @@ class Prefetcher:
 
     def entering(self, layer: int, rows: Floats) -> None:
         """`rows` [T, H] float32 enter the decoder layer `layer`, divided by their root mean squares."""
-        if layer not in self._column or self._broken:
-            return
-        if layer == self._layers[0]:
-            self._begin_token(len(rows))
-        if self._single and self.active:
-            self._supervise(lambda: self._guess(Point.ENTRY, layer, rows[0], self._history(True, layer, rows)))
-        self._remember(True, layer, rows)
+        if layer in self._column:
+            self._supervise(lambda: self._enter(layer, rows))
 
     def computing(self, layer: int, rows: Floats, used: Sequence[int]) -> None:
         """The experts of `layer` are about to compute with `rows` [T, H] float32; `used` are those that they use."""
+        self._supervise(lambda: self._compute(layer, rows, frozenset(used)))
+
+    def _supervise(self, act: Callable[[], None]) -> None:
+        """The supervision point: what goes wrong with a guess is no error of the generation. It ends the guessing."""
         if self._broken:
             return
-        if not self._single or len(rows) != 1:
-            self._guesses.clear()
-        else:
-            self._settle(layer, frozenset(used))
-            if self.active:
-                self._supervise(lambda: self._look_ahead(layer, rows))
-        self._remember(False, layer, rows)
-
-    # --- guessing -------------------------------------------------------------------------------------------------
-
-    def _supervise(self, guess: Callable[[], None]) -> None:
-        """The supervision point: what goes wrong with a guess is no error of the generation. It ends the guessing."""
         try:
-            guess()
+            act()
         except Exception as error:  # noqa: BLE001 - supervision point, see above
             self._broken = True
             self.usefulness.failed_guesses += 1
-            self._guesses.clear()
             _log.warning("prefetch is off, because a guess failed", reason=repr(error))
+
+    def _enter(self, layer: int, rows: Floats) -> None:
+        if layer == self._layers[0]:
+            self._begin_token(len(rows))
+        if self._single and self.active:
+            self._guess(Point.ENTRY, layer, rows[0], self._history(True, layer, rows))
+        self._remember(True, layer, rows)
+
+    def _compute(self, layer: int, rows: Floats, used: frozenset[int]) -> None:
+        if not self._single or len(rows) != 1:
+            self._guesses.clear()
+        else:
+            self._settle(layer, used)
+            if self.active:
+                self._look_ahead(layer, rows)
+        self._remember(False, layer, rows)
+
+    # --- guessing -------------------------------------------------------------------------------------------------
 
     def _look_ahead(self, layer: int, rows: Floats) -> None:
         history = self._history(False, layer, rows)
@@ -174,28 +178,30 @@ class Prefetcher:
         ranked = ranking(scores, self.bounds.width).tolist()
         beyond = margins(scores, self._predictor.top_k)[ranked]
         grades = [grade(margin) for margin in beyond.tolist()]
-        profile = self.profiles[point]
-        chances = [profile.chance(number) for number in grades]
+        chances = [self.profiles[point].chance(number) for number in grades]
         missing = self._shelf.absent(layer, ranked)
         absent = [index for index, is_missing in enumerate(missing) if is_missing]
-        least = self.plan.least[point] if self.state.loading else 1.0
-        width = sum(1 for chance in chances if chance >= least) if self.state.loading else self._predictor.top_k
-        most = 0
+        width = self._predictor.top_k
         if self.state.loading:
-            economy = self._economy(point)
-            most = choose([chances[index] for index in absent], least, economy, self.bounds.width)
-            started = self._start(layer, ranked, chances, width, most)
-            self._window_loads += started
-            self.usefulness.loads += started
+            width = self._load(point, layer, ranked, chances, absent)
         guess = _Guess(
             point, ranked, width, [ranked[i] for i in absent], [grades[i] for i in absent], self._working_time()
         )
         self._guesses.setdefault(layer, []).append(guess)
 
-    def _start(self, layer: int, ranked: Sequence[int], chances: Sequence[float], width: int, most: int) -> int:
-        if not width:
-            return 0
-        return self._shelf.prefetch(layer, list(zip(ranked[:width], chances[:width], strict=True)), most)
+    def _load(
+        self, point: Point, layer: int, ranked: Sequence[int], chances: Sequence[float], absent: Sequence[int]
+    ) -> int:
+        """Begin to load what is worth it; returns how many of the ranked are wanted, whether resident or not."""
+        least, economy = self.plan.least[point], self._economy(point)
+        width = sum(1 for chance in chances if chance >= least)
+        most = choose([chances[index] for index in absent], least, economy, self.bounds.width)
+        if width:
+            wanted = list(zip(ranked[:width], chances[:width], strict=True))
+            started = self._shelf.prefetch(layer, wanted, most)
+            self._window_loads += started
+            self.usefulness.loads += started
+        return width
 
     def _settle(self, layer: int, used: frozenset[int]) -> None:
         """What the guesses of this layer were worth."""
