@@ -17,6 +17,7 @@ from torch import Tensor
 from .formats import E2M1_MAGNITUDES, E8M0_BIAS, INT4_ZERO, MXFP4_GROUP, WeightFormat, WeightMatrix
 
 _BAND: Final = 1 << 18  # elements: 1 MiB of fp32, a core's second-level cache
+_ROWS: Final = 64  # of which a band has a multiple, where it has as many: products are slower with ragged bands
 
 # E4M3 has the bits s eeee mmm. Shifted by 4, sign kept, they are a bf16 number whose exponent lacks the difference of
 # the biases, 127 - 7.
@@ -45,6 +46,8 @@ def row_bands(matrix: WeightMatrix, elements: int) -> Iterator[tuple[int, int]]:
     rows, columns = matrix.shape
     height = max(matrix.block[0], 1)
     step = max(elements // max(columns, 1) // height, 1) * height
+    if height == 1 and step > _ROWS:
+        step -= step % _ROWS
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moehive.kernels.combine import add_weighted
+from moehive.kernels.cpu.experts import expert_rows_fast
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
 from moehive.protocol.messages import RunExperts
 from moehive.swarm.dispatch.request import parse_request
@@ -131,7 +132,7 @@ class BatchRun:
                 torch.split(token, self._slice_rows), torch.split(row_weights, self._slice_rows), strict=True
             ):
                 with self._lease(layer, expert, dtype) as weights:
-                    add_weighted(total, part, expert_ffn(hidden[part], weights, self._spec), weight)
+                    add_weighted(total, part, expert_rows_fast(hidden[part], weights, self._spec), weight)
                 yield part.shape[0]
         self._outputs |= zip(merged, torch.split(total.to(dtype), tokens), strict=True)
 

@@ -18,7 +18,7 @@ from moehive.swarm.dispatch.request import DTYPES
 from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
 from moehive.swarm.memory import default_ram_budget
-from moehive.swarm.model.backend import ExpertLoader, check_budget, weights_tier
+from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.direct import DirectServer
 from moehive.swarm.rpc.server import Inbox, stream_handler
@@ -34,6 +34,7 @@ from .holdings import Holdings
 from .publishing import watch_copies
 from .services import ExpertService, PeerService, ShardService
 from .settings import NodeSettings
+from .status import NodeFacts, StatusFile
 from .worker import ComputeWorker
 
 _log = get_logger(__name__)
@@ -52,7 +53,6 @@ class Serving:
         self._loader = ExpertLoader(manifest, source)
         ram_budget = settings.ram if settings.ram is not None else default_ram_budget()
         dtype = DTYPES[manifest.model.dtype]
-        check_budget(self._loader, ram_budget, dtype, experts=1)
         self._tier = weights_tier(self._loader, ram_budget, load=self._load)
         self._acquisition = Acquisition(
             settings,
@@ -94,6 +94,9 @@ class Serving:
         await self._serve()
         async with task_group() as tasks:
             tasks.create_task(self._announcer.run(), name="announce")
+            if self._settings.status is not None:
+                status = StatusFile(self._settings.status, self._member.transport.peer, self._status)
+                tasks.create_task(status.run(), name="status")
             left = await self._acquisition.first_pass()
             if not await self._announcer.announce():
                 _log.warning("no peer stored the first announcement; others find this node only later")
@@ -103,6 +106,24 @@ class Serving:
                 tasks.create_task(watch, name="copies")
             tasks.create_task(self._acquisition.keep_trying(left), name="fetch the rest")
             tasks.create_task(self._acquisition.verify_all(), name="verify the rest")
+
+    def _status(self) -> NodeFacts:
+        holdings, member = self.holdings, self._member
+        return NodeFacts(
+            model=holdings.manifest.model_id,
+            model_name=holdings.manifest.model.name,
+            held=len(holdings.experts),
+            experts=len(holdings.manifest.experts),
+            tier=self._tier.stats,
+            queue=self._worker.facts,
+            requests=self._worker.requests_done,
+            rows=self._worker.rows_done,
+            latencies=self._worker.latencies,
+            uploads=self._uploads.facts,
+            received=member.downloads.stats.received,
+            sending=dict(member.downloads.sending),
+            peers=len(member.directory(holdings.manifest.model_id).holders.inventories),
+        )
 
     def _claim(self) -> None:
         holdings = self.holdings

@@ -46,6 +46,7 @@ class NodeSettings:
     publish: Publishing | None = None  # supply all of a converted directory, verified first, rather than hold experts
     threads: int | None = None  # of torch; None: torch's own choice
     drain_timeout: float = 10.0  # seconds that requests in progress get on leaving
+    status: Path | None = None  # directory for what `moehive top` reads; None: nothing is written
     queue: QueueLimits = field(default_factory=QueueLimits)
 
 

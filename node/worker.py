@@ -19,6 +19,7 @@ from moehive.protocol.errors import LocalError, RefusalCode
 from moehive.protocol.ids import PeerId
 from moehive.swarm.log import get_logger
 from moehive.swarm.rpc.server import Refusal
+from moehive.swarm.telemetry.histogram import Histogram, Latencies
 
 from .compute import BatchRun, LeaseExpert, NoteUses, Work
 from .scheduler import QueueFacts, QueueLimits, Waiting, admit, arrived, computed, next_batch
@@ -95,6 +96,12 @@ class ComputeWorker:
         self.rows_done = 0
         self.batches_done = 0
         self.requests_done = 0
+        self._latency = Histogram()  # from a request's arrival to its answer
+
+    @property
+    def latencies(self) -> Latencies:
+        """Of the requests that were answered, from arrival to answer, the network apart."""
+        return self._latency.latencies
 
     @property
     def facts(self) -> QueueFacts:
@@ -193,6 +200,7 @@ class ComputeWorker:
         self._count(len(batch.requests), batch.rows, batch.seconds)
         for queued, output in zip(batch.requests, batch.run.outputs, strict=True):
             if not queued.done.done():
+                self._latency.add(self._clock() - queued.since)
                 queued.done.set_result(Result(output, batch.started - queued.since, batch.seconds))
 
     def _fail(self, batch: Sequence[_Queued], error: LocalError) -> None:

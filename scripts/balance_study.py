@@ -1,22 +1,26 @@
 """What each balancing scheme does to a small model: load-balance coefficient, dropped tokens, held-out loss.
 
+    python scripts/balance_study.py --text shakespeare.txt --out build/balance --tune
     python scripts/balance_study.py --text shakespeare.txt --out build/balance [--steps 600] [--seeds 0 1 2]
     python scripts/balance_study.py --out build/balance --report docs
 
-The first command trains one model per scheme and seed, each from the same initial weights on the same batches, and
-keeps the numbers of each run in a file of its own, so it can be stopped and continued. The second writes balance.md
-and balance.svg from those files. The model is the bundled demo model's architecture, smaller.
+The first command trains one model per candidate of the two coefficients that were chosen by hand, with a seed that the
+second does not use. The second trains one model per scheme and seed, each from the same initial weights on the same
+batches. Both keep the numbers of each run in a file of its own, so they can be stopped and continued. The third writes
+balance.md and balance.svg from those files. The model is the bundled demo model's architecture, smaller.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from demo_training.balance_report import write_report
+from demo_training.measure import Evaluation
 from demo_training.model import Trainee, layer_config, model_config
 from demo_training.text import load_corpus
 from demo_training.training import Options, train
@@ -26,6 +30,9 @@ from moehive.kernels.nn import Balance, MoEConfig
 
 AUXILIARY_COEFFICIENT = 0.02
 BIAS_UPDATE_RATE = 0.003  # the paper's 0.001 is for runs a hundred times as long
+TUNED_AUXILIARY = (0.005, 0.02, 0.05)  # candidates for the two
+TUNED_RATES = (0.001, 0.003, 0.01)
+TUNING_SEED = 9
 
 
 def study_config() -> Qwen3MoeConfig:
@@ -51,6 +58,17 @@ def schemes(config: Qwen3MoeConfig) -> dict[str, MoEConfig]:
     }
 
 
+def tuning(config: Qwen3MoeConfig) -> dict[str, MoEConfig]:
+    """The candidates, and no balancing to compare with."""
+    all_schemes = schemes(config)
+    auxiliary, loss_free = all_schemes["auxiliary"], all_schemes["loss-free"]
+    return {
+        "none": all_schemes["none"],
+        **{f"auxiliary {value:g}": replace(auxiliary, balance_coefficient=value) for value in TUNED_AUXILIARY},
+        **{f"loss-free {value:g}": replace(loss_free, bias_update_rate=value) for value in TUNED_RATES},
+    }
+
+
 def run(layer: MoEConfig, options: Options) -> dict[str, object]:
     """Train one model; the numbers of the run."""
     set_seed(options.seed)
@@ -58,20 +76,47 @@ def run(layer: MoEConfig, options: Options) -> dict[str, object]:
     trainee = Trainee(Qwen3MoeForCausalLM(study_config()), layer)
     set_seed(options.seed)  # jitter draws the same numbers whatever the initialisation drew
     record = train(trainee, corpus, options)
-    history = [
-        {"step": step, "loss": found.loss, "balance": found.balance, "dropped": found.dropped}
-        for step, found in record.history
-    ]
-    settings = {"balance_coefficient": layer.balance_coefficient, "bias_update_rate": layer.bias_update_rate,
-                "top_k": layer.top_k, "capacity_factor": layer.capacity_factor}  # fmt: skip
     return {
         "seed": options.seed,
         "steps": record.steps,
         "seconds": record.seconds,
-        "settings": settings,
+        "settings": asdict(layer) | {"balance": layer.balance.value},
         "training_dropped": trainee.dropped / trainee.tokens,
-        "history": history,
+        "history": [{"step": step, **figures(found)} for step, found in record.history],
     }
+
+
+def figures(found: Evaluation) -> dict[str, object]:
+    """What is kept of an evaluation."""
+    return {
+        "loss": found.loss,
+        "balance": found.balance,
+        "dropped": found.dropped,
+        "over_capacity": found.over_capacity,
+    }
+
+
+def train_missing(layers: Mapping[str, MoEConfig], folder: Path, seed: int, arguments: argparse.Namespace) -> None:
+    """One run per layer, but for those that `folder` has already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, layer in layers.items():
+        target = folder / f"{name}-{seed}.json"
+        if target.exists():
+            continue
+        print(f"--- {name}, seed {seed}", flush=True)
+        options = Options(
+            text=arguments.text,
+            out=folder,
+            steps=arguments.steps,
+            minutes=None,
+            learning_rate=3e-3,
+            weight_decay=0.1,
+            patience=arguments.steps,  # never stops early
+            eval_every=arguments.eval_every,
+            seed=seed,
+            threads=1,
+        )
+        target.write_text(json.dumps(run(layer, options), indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,8 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--schemes", nargs="+", default=list(schemes(study_config())))
-    parser.add_argument("--auxiliary", type=float, help="another coefficient of the auxiliary loss")
-    parser.add_argument("--rate", type=float, help="another rate of the loss-free bias")
+    parser.add_argument("--tune", action="store_true", help="train the candidates instead")
     arguments = parser.parse_args()
     if arguments.report is None and arguments.text is None:
         parser.error("--text is needed to train")
@@ -95,29 +139,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Train what is missing, or write the report."""
     arguments = parse_arguments()
+    config = study_config()
     if arguments.report is not None:
-        write_report(arguments.out, arguments.report, study_config(), arguments.schemes)
+        write_report(arguments.out, arguments.report, config, arguments.schemes)
         return
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    layers = schemes(study_config())
+    if arguments.tune:
+        train_missing(tuning(config), arguments.out / "tuning", TUNING_SEED, arguments)
+        return
+    layers = {name: layer for name, layer in schemes(config).items() if name in arguments.schemes}
     for seed in arguments.seeds:
-        for name in arguments.schemes:
-            layer = layers[name]
-            if arguments.auxiliary is not None and layer.balance_coefficient:
-                layer = replace(layer, balance_coefficient=arguments.auxiliary)
-            if arguments.rate is not None and layer.bias_update_rate:
-                layer = replace(layer, bias_update_rate=arguments.rate)
-            target = arguments.out / f"{name}-{seed}.json"
-            if target.exists():
-                continue
-            print(f"--- {name}, seed {seed}", flush=True)
-            options = Options(
-                arguments.text, arguments.out, arguments.steps, None, 3e-3, 0.1, arguments.steps,
-                arguments.eval_every, seed, 1,
-            )  # fmt: skip
-            target.write_text(json.dumps(run(layer, options), indent=1) + "\n")
+        train_missing(layers, arguments.out, seed, arguments)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .model.kv.options import KvMode, KvOptions
+    from .tiers.stats import TierStats
 
 AnswerForm = Literal["sum", "rows"]
 DEFAULT_DISK_BUDGET = 64 << 30  # bytes for the dense parts of models; a client keeps no experts
@@ -174,6 +175,11 @@ class Swarm:
     def stats(self, model_id: str) -> DispatchStats:
         """Who computed how much for this client so far, of a model that was loaded."""
         return self._loaded(model_id).caller.stats
+
+    def tier_stats(self, model_id: str) -> TierStats | None:
+        """What the memory for experts has counted, of a model that was loaded with `ram`; None without."""
+        resident = self._loaded(model_id).resident
+        return None if resident is None else resident.tier_stats
 
     def liars(self, model_id: str) -> Sequence[LiarReport]:
         """Peers that were shown to have computed wrongly, with the forward passes that used their answers."""

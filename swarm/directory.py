@@ -75,6 +75,7 @@ class Directory:
         model: ModelId,
         standings: Standings,
         *,
+        on_announcement: Callable[[PeerId], None] = lambda peer: None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._transport = transport
@@ -82,6 +83,7 @@ class Directory:
         self._tag = swarm_tag(secret)
         self.model = model
         self._standings = standings
+        self._on_announcement = on_announcement  # of each newer one of a peer that offers something
         self._wall_clock = wall_clock
         self._lookup: asyncio.Task[None] | None = None
         self._known: dict[PeerId, Inventory] = {}
@@ -130,13 +132,15 @@ class Directory:
         known = self._known.get(inventory.peer)
         if known is None or known.issued < inventory.issued:
             self._known[inventory.peer] = inventory
+            if _offers(inventory):
+                self._on_announcement(inventory.peer)
 
     def _publish(self) -> None:
         now = self._wall_clock()
         self._known = {peer: inventory for peer, inventory in self._known.items() if inventory.expires > now}
         self._refuted = {peer: refuted for peer, refuted in self._refuted.items() if peer in self._known}
         # An announcement of nothing is a farewell; it is remembered, so that an older one does not come back.
-        offering = {peer: i for peer, i in self._known.items() if i.held or i.skeleton or i.complete or i.loading}
+        offering = {peer: inventory for peer, inventory in self._known.items() if _offers(inventory)}
         usable = {peer: i for peer, i in offering.items() if not self._standings.banned(peer)}
         if usable != self.holders.inventories:
             self.holders = Holders(usable)
@@ -157,3 +161,8 @@ class Directory:
         before.update(dict.fromkeys(untrue, known.issued))
         self._known[peer] = replace(known, held=known.held - untrue)
         self._publish()
+
+
+def _offers(inventory: Inventory) -> bool:
+    """Whether it is more than a farewell."""
+    return bool(inventory.held or inventory.skeleton or inventory.complete or inventory.loading)

@@ -6,6 +6,7 @@ The public functions of `moehive.swarm` that load something. None of them uses a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,9 @@ from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import Manifest, ShardEntry, ShardType
 
 from .log import get_logger
-from .model.backend import ExpertsBackend, LocalExperts
+from .model.backend import BACKEND, ExpertsBackend, LocalExperts, local_experts
 from .model.reading import read_tensors, verify_files
-from .model.seats import attach_backend, backend_of, check_active
+from .model.seats import backend_of, check_active
 from .store.directory import ConvertedDirectory
 
 if TYPE_CHECKING:
@@ -68,29 +69,32 @@ def open_local(
     *,
     dtype: torch.dtype | None = None,
     backend: ExpertsBackend | None = None,
+    ram: int | None = None,
     kv: KvMode | KvOptions = "full",
     prefetch: bool | Path = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model and the tokenizer of a converted directory; None where it has no tokenizer.
 
     `dtype` is that of the computation, the checkpoint's own by default. `backend` computes the routed experts; by
-    default they are read from `directory`, through a RAM tier with a budget taken from this machine's memory. `kv` is
-    how `generate` keeps keys and values: see KvOptions; by default as transformers does. `prefetch` says whether local
-    experts are loaded before they are needed, where not all of them fit into memory; a file that `moehive trace fit`
-    wrote makes for better guesses than the model's own routers.
+    default they are read from `directory`, through a RAM tier of `ram` bytes, by default a part of this machine's
+    memory. `kv` is how `generate` keeps keys and values: see KvOptions; by default as transformers does.
+    `prefetch` says whether local experts are loaded before they are needed, where not all of them fit into memory; a
+    file that `moehive trace fit` wrote makes for better guesses than the model's own routers.
 
-    Raises ManifestError, StorageError, CorruptShard, UnsupportedModel, ConfigError, BudgetTooSmall; TraceError for
-    another model's `prefetch`.
+    Raises ManifestError, StorageError, CorruptShard, UnsupportedModel, ConfigError; BudgetTooSmall where `ram` does not
+    hold what one token needs; TraceError for another model's `prefetch`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     manifest = ConvertedDirectory(Path(directory)).manifest
     # The quantizer verifies all that is loaded, but transformers parses config.json before it asks for a quantizer.
     verify_files(Path(directory), manifest.of_type(ShardType.ASSET))
-    model = AutoModelForCausalLM.from_pretrained(str(directory), dtype="auto" if dtype is None else dtype)
+    chosen = BACKEND.set(partial(local_experts, ram=ram) if backend is None else lambda *_: backend)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(directory), dtype="auto" if dtype is None else dtype)
+    finally:
+        BACKEND.reset(chosen)
     check_active(model)
-    if backend is not None:
-        attach_backend(model, backend)
     if kv != "full":
         from .model.kv.default import use_kv
 

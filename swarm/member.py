@@ -106,10 +106,15 @@ class Member:
         """Who holds what of a model; from the first call on it is kept fresh in the background."""
         directory = self._directories.get(model)
         if directory is None:
-            directory = Directory(self.transport, self.secret, model, self.standings)
+            directory = Directory(self.transport, self.secret, model, self.standings, on_announcement=self._announced)
             self._directories[model] = directory
             self.start(directory.run(), name="directory")
         return directory
+
+    def _announced(self, peer: PeerId) -> None:
+        self.standings.returned(peer)
+        for pool in (self.peers, self.shards, self.experts):
+            pool.dial_at_once(peer)
 
     async def wait_for_peers(self, model: ModelId, *, timeout: float) -> Directory:
         """The directory once somebody announces the model.

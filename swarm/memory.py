@@ -1,59 +1,93 @@
-"""How much memory this process may use: what the machine has, and what its control groups allow.
+"""How much memory this process may use: what the machine and its accelerators have, and what control groups allow.
 
-Detection reads files and psutil; the budget is a pure function of what was found.
+Reads files, psutil and, for accelerators, torch; what follows from it is decided in policy/budgets.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import psutil
 
+from .policy.budgets import DeviceFacts, DiskFacts, MemoryFacts, disk_budget, ram_budget
+
 _UNLIMITED = 1 << 60  # version 1 says "no limit" with a number near 2**63
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryFacts:
-    """Bytes. `available` is what can be taken without swapping."""
-
-    total: int
-    available: int
-    limit: int | None = None  # of the control group with the least room, this process' own or one above it
-    limit_used: int = 0  # what counts against that limit, without page cache that the kernel would give back
-
-    @property
-    def room(self) -> int:
-        """Bytes this process can still take before it swaps or is killed."""
-        if self.limit is None:
-            return self.available
-        return min(self.available, max(0, self.limit - self.limit_used))
+def default_ram_budget() -> int:
+    """Bytes for the RAM tier where the user names none: see `ram_budget`."""
+    return ram_budget(detect_memory()).bytes
 
 
-def default_ram_budget(facts: MemoryFacts | None = None) -> int:
-    """Bytes for the RAM tier where the user names none: half of the room there is (None: on this machine, now).
+def default_disk_budget(store: Path) -> int:
+    """Bytes for the store at `store` where the user names none: see `disk_budget`."""
+    return disk_budget(detect_disk(store)).bytes
 
-    The other half is for the dense part, the KV cache, activations and the page cache that reading shards lives on;
-    none of them is known yet when the tier is made. A pure function of `facts`.
+
+def detect_memory(
+    root: Path = Path("/"), *, machine: tuple[int, int] | None = None, devices: Sequence[DeviceFacts] = ()
+) -> MemoryFacts:
+    """The facts now, with the accelerators as given: looking at them is slow (`detect_devices`).
+
+    `root` stands for /, `machine` for psutil's total and available bytes.
     """
-    return (detect_memory() if facts is None else facts).room // 2
-
-
-def detect_memory(root: Path = Path("/"), *, machine: tuple[int, int] | None = None) -> MemoryFacts:
-    """The facts now. `root` stands for /, `machine` for psutil's total and available bytes."""
     if machine is None:
         memory = psutil.virtual_memory()
         machine = int(memory.total), int(memory.available)
+    facts = MemoryFacts(*machine, far=_far(root), devices=devices)
     limits = list(_limits(root))
     if not limits:
-        return MemoryFacts(*machine)
-    limit, used = min(limits, key=lambda pair: pair[0] - pair[1])
-    return MemoryFacts(*machine, limit=limit, limit_used=used)
+        return facts
+    limit, used, group = min(limits, key=lambda one: one[0] - one[1])
+    return replace(facts, limit=limit, limit_used=used, limit_group="/" + str(group.relative_to(root)))
 
 
-def _limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use of each limited control group that this process is in, upwards to the root."""
+def detect_devices() -> Sequence[DeviceFacts]:
+    """The accelerators that torch can use, which it imports."""
+    import torch
+
+    devices = [_cuda_device(index) for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        total = torch.mps.recommended_max_memory()
+        free = max(0, total - torch.mps.driver_allocated_memory())
+        devices.append(DeviceFacts("mps", total, free, unified=True))
+    return devices
+
+
+def detect_disk(store: Path) -> DiskFacts:
+    """Of the place of a store, which need not exist yet. Raises OSError where it cannot be looked at."""
+    existing = next(path for path in (store, *store.absolute().parents) if path.exists())
+    held = sum(file.stat().st_blocks * 512 for file in store.rglob("*") if file.is_file())
+    return DiskFacts(shutil.disk_usage(existing).free, held)
+
+
+def _cuda_device(index: int) -> DeviceFacts:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    return DeviceFacts(f"cuda:{index} {properties.name}", total, free, unified=bool(properties.is_integrated))
+
+
+def _far(root: Path) -> int:
+    """Free bytes in NUMA nodes without processors."""
+    nodes = (root / "sys/devices/system/node").glob("node[0-9]*")
+    return sum(_free_of(node) for node in nodes if (node / "cpulist").exists() and not _read(node / "cpulist").strip())
+
+
+def _free_of(node: Path) -> int:
+    for line in _read(node / "meminfo").splitlines():  # "Node 1 MemFree:  123 kB"
+        fields = line.split()
+        if len(fields) > 3 and fields[2] == "MemFree:" and fields[3].isdigit():
+            return int(fields[3]) << 10
+    return 0
+
+
+def _limits(root: Path) -> Iterator[tuple[int, int, Path]]:
+    """Limit, use and directory of each limited control group that this process is in, upwards to the root."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, own = rest.partition(":")
@@ -69,7 +103,7 @@ def _limits(root: Path) -> Iterator[tuple[int, int]]:
             group = mount / str(path).lstrip("/")
             limit, used = _number(group / names[0]), _number(group / names[1])
             if limit is not None and used is not None and limit < _UNLIMITED:
-                yield limit, max(0, used - _field(group / "memory.stat", names[2]))
+                yield limit, max(0, used - _field(group / "memory.stat", names[2])), group
 
 
 def _read(path: Path) -> str:

@@ -46,6 +46,11 @@ class Paths:
         """Objects fetched from the swarm."""
         return self.cache / "store"
 
+    @property
+    def nodes(self) -> Path:
+        """What the nodes that run now say about themselves."""
+        return self.cache / "nodes"
+
     def skeleton(self, model: ModelId) -> Path:
         """A fetched model's dense part and tokenizer, as a Hugging Face directory."""
         return self.cache / "models" / model

@@ -17,7 +17,16 @@ from moehive.protocol.errors import (
 from moehive.protocol.ids import PeerId
 
 from .log import get_logger
-from .policy.standing import Offence, Standing, after_offence, after_success, is_avoided, is_banned, least_needed
+from .policy.standing import (
+    Offence,
+    Standing,
+    after_offence,
+    after_return,
+    after_success,
+    is_avoided,
+    is_banned,
+    least_needed,
+)
 
 MAX_KNOWN = 4096  # peers; ids cost nothing, so whoever makes up new ones must not cost us memory either
 _log = get_logger(__name__)
@@ -58,6 +67,12 @@ class Standings:
         standing = self._known.get(peer)
         if standing is not None:
             self._known[peer] = after_success(standing, self._clock())
+
+    def returned(self, peer: PeerId) -> None:
+        """A peer announces itself anew: it may be tried at once."""
+        standing = self._known.get(peer)
+        if standing is not None:
+            self._known[peer] = after_return(standing, self._clock())
 
     def usable(self, peers: Iterable[PeerId]) -> list[PeerId]:
         """Those that are not avoided now."""

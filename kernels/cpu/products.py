@@ -6,6 +6,7 @@ scripts/bench/cpu_experts.py.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final, TypeAlias
 
 import torch
@@ -19,8 +20,9 @@ from .packed import PackedMatrix, packed_product
 
 Matrix: TypeAlias = WeightMatrix | PackedMatrix
 
-_BAND: Final = 1 << 18  # elements widened at a time: they stay in a core's second-level cache
-_ONEDNN_FP32: Final = 1 << 20  # elements from which oneDNN multiplies fp32 faster than MKL, for two rows and more
+_BAND: Final = 1 << 20  # elements widened at a time: 4 MiB of fp32, which stay in the last-level cache
+_ONEDNN_FP32: Final = 1 << 20  # elements from which oneDNN multiplies fp32 faster than MKL, for one row, too
+_DOT_ROWS: Final = 5  # up to which half-precision dot products are faster than widening, where those are all there is
 _INT8_ROWS: Final = 4  # up to which torch's product over int8 weights is faster than widening them
 _INT8_STEP: Final = 32  # rows and columns it needs multiples of
 
@@ -28,31 +30,62 @@ _INT8_STEP: Final = 32  # rows and columns it needs multiples of
 def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor) -> None:
     """out = x @ matrix.T + bias, for x [R, K] and a contiguous out [R, N] of its dtype.
 
-    Sums are fp32. Weights of another dtype or format are widened to x's, each value rounded once.
+    Sums are fp32. Weights of another dtype or format are widened to x's or to fp32, each value rounded once at most.
     """
     if isinstance(matrix, PackedMatrix):
         out.copy_(packed_product(x, matrix, bias))
         return
-    if matrix.format is WeightFormat.PLAIN and matrix.data.dtype == x.dtype:
-        _multiply_plain(x, matrix.data, out)
-    elif _has_int8_kernel(x, matrix):
+    if _has_int8_kernel(x, matrix):
         _multiply_int8(x, matrix, out)
+    elif matrix.format is not WeightFormat.PLAIN or matrix.data.dtype != x.dtype or _is_slow(x):
+        _multiply_widened(x, matrix, out)
+    elif _uses_onednn(x, matrix.data):
+        out.copy_(_onednn(x, matrix.data))
     else:
-        for start, stop in row_bands(matrix, _BAND):
-            band = dequantize(matrix.rows(start, stop), x.dtype)  # [n, K]
-            out[:, start:stop] = F.linear(x, band)
+        torch.mm(x, matrix.data.t(), out=out)
     if bias is not None:
         out.add_(bias)
 
 
-def _multiply_plain(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    many = x.shape[0] > 1 and weight.numel() >= _ONEDNN_FP32
-    if many and x.dtype == torch.float32 and weight.is_contiguous() and _mkl_competes():
-        out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
-    else:
-        torch.mm(x, weight.t(), out=out)
+def _multiply_widened(x: Tensor, matrix: WeightMatrix, out: Tensor) -> None:
+    """Band by band, in x's dtype or, where the machine has no fast products of that, in fp32."""
+    dtype = x.dtype if _is_fast(x.dtype) else torch.float32
+    x = x.to(dtype)
+    bands = list(row_bands(matrix, _BAND))
+    height = bands[0][1] if bands else 0
+    memory = torch.empty(height, matrix.shape[1], dtype=dtype)  # the same for all bands: it stays in the cache
+    for start, stop in bands:
+        band = dequantize(matrix.rows(start, stop), dtype, out=memory[: stop - start])  # [n, K]
+        out[:, start:stop] = _onednn(x, band) if _uses_onednn(x, band) else F.linear(x, band)
 
 
+def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    large = weight.numel() >= _ONEDNN_FP32
+    return large and x.dtype == torch.float32 and x.shape[0] > 0 and weight.is_contiguous() and _mkl_competes()
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return y
+
+
+def _is_slow(x: Tensor) -> bool:
+    """Whether torch would multiply half-precision numbers one dot product at a time, and often enough to matter."""
+    return x.shape[0] > _DOT_ROWS and not _is_fast(x.dtype)
+
+
+@lru_cache(maxsize=8)
+def _is_fast(dtype: torch.dtype) -> bool:
+    """Whether products of matrices of `dtype` are blocked: of bf16 and fp16 only with oneDNN, on newer processors."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    ops = torch.ops.mkldnn
+    return bool(ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported())
+
+
+@lru_cache(maxsize=1)
 def _mkl_competes() -> bool:
     """Whether torch would use MKL for fp32 although oneDNN is there."""
     mkl, onednn = torch.backends.mkl, torch.backends.mkldnn

@@ -1,7 +1,8 @@
 """Routing on the GPU: one kernel for every way in which a family chooses experts, and one for capacities.
 
 `route_kernel` is `kernels/router.py` again, one warp for a few tokens. Scores, choices and weights stay in registers.
-Ids are always those of experts: NaN among the logits gives NaN weights, never an id that would be read as an address.
+What decides a choice is compared as integers, because a GPU's maximum passes over NaN: so NaN is the greatest here as
+it is in torch, its weight is NaN, and ids are always those of different experts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ TOP_K_SOFTMAX = tl.constexpr(1)
 SIGMOID = tl.constexpr(2)
 SPARSEMIXER = tl.constexpr(3)
 NEVER = tl.constexpr(float("-inf"))
+TAKEN = tl.constexpr(-(2**31))  # below the order of every number
+NAN = tl.constexpr(0x7FC00000)  # above that of infinity
 
 _SCORES = {
     Score.SOFTMAX: SOFTMAX.value,
@@ -33,44 +36,54 @@ _CAPACITY_TOKENS, _CAPACITY_EXPERTS = 64, 32  # tile of one step of the capacity
 
 
 @triton.jit
-def take_best(key, free, column, COLUMNS: tl.constexpr):
-    """Of each row of key [R, C] the greatest element that is free: (value [R, 1], column [R, 1]), ties to the lowest.
-
-    `free` decides, not a special value of key: -inf is a legal logit. Where all are NaN the last column is named.
-    """
-    candidates = tl.where(free, key, NEVER)
-    value = tl.max(candidates, 1)[:, None]
-    found = tl.min(tl.where(free & (candidates == value), column, COLUMNS), 1)[:, None]
-    return value, tl.minimum(found, COLUMNS - 1)
+def order_of(value):
+    """fp32 values as int32 in the same order; NaN is greatest, both zeros are equal, and none is TAKEN."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 is 0
+    return tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), NAN)
 
 
 @triton.jit
-def best_groups(key, exists, R: tl.constexpr, G: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
-                TOP_GROUPS: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
-    """Which of key [R, G * S] lie in the best groups. G, S: number and size of groups, padded to powers of two."""
-    grouped = tl.reshape(tl.where(exists, key, NEVER), (R, G, S))
+def value_of(order):
+    """The fp32 values of an order; TAKEN is NaN."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def take_best(order, column, COLUMNS: tl.constexpr):
+    """Of each row of order [R, C] the greatest element: (it [R, 1], its column [R, 1]), ties to the lowest."""
+    greatest = tl.max(order, 1)[:, None]
+    return greatest, tl.min(tl.where(order == greatest, column, COLUMNS), 1)[:, None]
+
+
+@triton.jit
+def keep_best_groups(order, R: tl.constexpr, G: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
+                     TOP_GROUPS: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+    """order [R, G * S] where all but the best groups are TAKEN. G, S: number and size of groups, padded to powers of
+    two; padding is TAKEN before."""
+    grouped = tl.reshape(order, (R, G, S))
     worth = tl.max(grouped, 2)  # [R, G]
     if SUM:
         member = tl.arange(0, S)[None, None, :]
         first = tl.min(tl.where(grouped == worth[:, :, None], member, S), 2)
-        worth += tl.max(tl.where(member == first[:, :, None], NEVER, grouped), 2)
+        second = tl.max(tl.where(member == first[:, :, None], TAKEN, grouped), 2)
+        worth = order_of(value_of(worth) + value_of(second))
     group = tl.arange(0, G)[None, :]
-    free = (group < GROUPS) & (worth == worth)  # [R, G]; a group with NaN is no group to choose from
+    worth = tl.where(group < GROUPS, worth, TAKEN)
     chosen = tl.zeros((R, G), tl.int32)
     for _ in tl.static_range(TOP_GROUPS):
-        _, at = take_best(worth, free, group, G)
+        _, at = take_best(worth, group, G)
         chosen = tl.where(group == at, 1, chosen)
-        free = free & (group != at)
-    wide = tl.broadcast_to(chosen[:, :, None], (R, G, S))
-    return exists & (tl.reshape(wide, (R, G * S)) == 1)
+        worth = tl.where(group == at, TAKEN, worth)
+    wide = tl.reshape(tl.broadcast_to(chosen[:, :, None], (R, G, S)), (R, G * S))
+    return tl.where(wide == 1, order, TAKEN)
 
 
 @triton.jit
-def sparsemixer_weight(logit, free, top, at, column, THRESHOLD: tl.constexpr, ROUND_TO: tl.constexpr):
-    """The weight [R, 1] of the logit `top` at column `at`: softmax over those that are free and come near it."""
+def sparsemixer_weight(logit, order, top, at, column, THRESHOLD: tl.constexpr, ROUND_TO: tl.constexpr):
+    """The weight [R, 1] of the logit `top` at column `at`: softmax over those that are not taken and come near it."""
     distance = rounded(top - logit, ROUND_TO)
     far = rounded(tl.div_rn(distance, tl.maximum(tl.abs(logit), top)), ROUND_TO) > THRESHOLD
-    share = tl.where(free & (far == 0), tl.exp(logit - top), 0.0)
+    share = tl.where((order != TAKEN) & (far == 0), tl.exp(logit - top), 0.0)
     return tl.sum(tl.where(column == at, share, 0.0), 1)[:, None] / tl.sum(share, 1)[:, None]
 
 
@@ -91,7 +104,6 @@ def route_kernel(logits, bias, weights, experts, tokens, stride,
     expert = column // S * (E // GROUPS) + column % S
     exists = (column // S < GROUPS) & (column % S < E // GROUPS)
     logit = tl.load(logits + token * stride + expert, mask=(token < tokens) & exists, other=0.0).to(tl.float32)
-    exists = tl.broadcast_to(exists, (BLOCK, G * S))
     logit = tl.where(exists, logit, NEVER)
     score = logit
     if SCORE == SOFTMAX:
@@ -101,28 +113,29 @@ def route_kernel(logits, bias, weights, experts, tokens, stride,
         score = tl.sigmoid(logit)
     key = logit if BY_LOGITS else score
     if HAS_BIAS:
-        key += tl.load(bias + expert, mask=column // S < GROUPS, other=0.0)
-    free = exists
+        key += tl.load(bias + expert, mask=exists, other=0.0)
+    order = tl.where(exists, order_of(key), TAKEN)
     if TOP_GROUPS < GROUPS:
-        free = best_groups(key, exists, BLOCK, G, S, GROUPS, TOP_GROUPS, GROUP_SUM)
+        order = keep_best_groups(order, BLOCK, G, S, GROUPS, TOP_GROUPS, GROUP_SUM)
     place = tl.arange(0, K)[None, :]  # [1, K]
     weight = tl.zeros((BLOCK, K), tl.float32)
     chosen = tl.zeros((BLOCK, K), tl.int32)
     for j in tl.static_range(TOP_K):
-        top, at = take_best(key, free, column, G * S)
+        top, at = take_best(order, column, G * S)
         if SCORE == SPARSEMIXER:
-            one = sparsemixer_weight(logit, free, top, at, column, THRESHOLD, logits.dtype.element_ty)
+            one = sparsemixer_weight(logit, order, value_of(top), at, column, THRESHOLD, logits.dtype.element_ty)
         else:
             one = tl.sum(tl.where(column == at, score, 0.0), 1)[:, None]
         weight = tl.where(place == j, one, weight)
-        chosen = tl.where(place == j, tl.minimum(at // S * (E // GROUPS) + at % S, E - 1), chosen)
-        free = free & (column != at)
+        chosen = tl.where(place == j, at // S * (E // GROUPS) + at % S, chosen)
+        order = tl.where(column == at, TAKEN, order)
     if SCORE == TOP_K_SOFTMAX:
         weight = tl.where(place < TOP_K, weight, NEVER)
         weight = tl.exp(weight - tl.max(weight, 1)[:, None])
         weight = weight / tl.sum(weight, 1)[:, None]
     if NORMALIZE:
-        weight = weight / (tl.maximum(tl.sum(weight, 1), FLOOR)[:, None] + EPS)
+        total = tl.sum(weight, 1)[:, None]
+        weight = weight / (tl.where(total < FLOOR, FLOOR, total) + EPS)  # a maximum would pass over NaN
     weight = rounded(weight * SCALE, weights.dtype.element_ty).to(weights.dtype.element_ty)
     inside = (token < tokens) & (place < TOP_K)
     tl.store(weights + token * TOP_K + place, weight, mask=inside)

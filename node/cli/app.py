@@ -15,9 +15,11 @@ from cyclopts import App, Parameter
 
 from moehive.swarm.paths import Paths
 
+from .bench import bench_app
 from .config import config_sources
 from .convert import convert
 from .demo import demo
+from .doctor import doctor
 from .errors import exit_code
 from .fetch import fetch
 from .generate import generate
@@ -26,6 +28,7 @@ from .node import node
 from .places import show_id, show_paths
 from .publish import publish
 from .store import store_app
+from .top import top
 from .trace import trace_app
 
 _COMMANDS: Mapping[str, Callable[..., int | None]] = {
@@ -36,6 +39,8 @@ _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "publish": publish,
     "fetch": fetch,
     "generate": generate,
+    "top": top,
+    "doctor": doctor,
     "id": show_id,
     "paths": show_paths,
 }
@@ -72,6 +77,7 @@ def build_app(environment: Mapping[str, str]) -> App:
         app.command(command, name=name, sort_key=position)
     app.command(store_app(sort_key=len(_COMMANDS)))
     app.command(trace_app(sort_key=len(_COMMANDS) + 1))
+    app.command(bench_app(sort_key=len(_COMMANDS) + 2))
 
     @app.meta.default
     def launch(
@@ -80,7 +86,8 @@ def build_app(environment: Mapping[str, str]) -> App:
             Path | None, Parameter(help="Configuration file to read instead of the one that `moehive paths` names.")
         ] = None,
     ) -> int | None:
-        app.config = config_sources(config, Paths.of(environment).settings, commands=(*_COMMANDS, "store", "trace"))
+        commands = (*_COMMANDS, "store", "trace", "bench")
+        app.config = config_sources(config, Paths.of(environment).settings, commands=commands)
         code: int | None = app(arguments)
         return code
 

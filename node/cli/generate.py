@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from moehive.node.logs import configure_logs
 from moehive.protocol.errors import ConfigError
 from moehive.protocol.ids import is_hash
 from moehive.protocol.ticket import Ticket
+from moehive.swarm.telemetry.report import tier_json, tier_lines
 
 from .arguments import Flag, NotNegative, Positive, Size, TicketText
 from .drafting import check_draft, drafting
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moehive.swarm.dispatch.stats import DispatchStats
+    from moehive.swarm.tiers.stats import TierStats
 
     from .generation import Generated
 
-    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None, DispatchStats | None]
+    Tier = tuple[TierStats, str]  # memory for experts, and where its misses came from
 
 _MAX_SEED = (1 << 32) - 1
 
@@ -69,8 +71,9 @@ class GenerateOptions:
     order (bit for bit its result)."""
 
     ram: Size | None = None
-    """Memory for experts that are fetched in the background, where that pays, and then computed here. By default none
-    are kept. Only with --join."""
+    """Memory for experts. With --join for those that are fetched in the background, where that pays, and then computed
+    here; by default none are kept. Without it for those that are read from --model; by default half of what is
+    free."""
 
     prefetch: Annotated[str, Parameter(metavar="auto|off|FILE")] = "auto"
     """Experts that are read from disk before they are needed, where not all of them fit into memory: as the model's own
@@ -97,7 +100,8 @@ def generate(
 ) -> None:
     """Continue a prompt; the text appears on stdout while it is made.
 
-    Then a summary on stderr: tokens per second, which peer computed how much, where keys and values were.
+    Then a summary on stderr: tokens per second, which peer computed how much, which experts were in memory, where keys
+    and values were.
 
     Parameters
     ----------
@@ -117,19 +121,27 @@ def generate(
     sampling = Sampling(options.max_tokens, seed, options.temperature, options.top_k)
     sampling.arguments()  # a contradiction is refused before anything is loaded
     _set_threads(options.threads)
-    with _loaded(options) as (model, tokenizer, stats):
+    with _loaded(options) as loaded:
         write = _silent if json else _write
         try:
-            drafts = drafting(model, options.draft, options.draft_tokens)
+            drafts = drafting(loaded.model, options.draft, options.draft_tokens)
             result = continue_text(
-                model, tokenizer, prompt, sampling, write, chat=options.chat, drafts=drafts, kv=options.kv.options
+                loaded.model,
+                loaded.tokenizer,
+                prompt,
+                sampling,
+                write,
+                chat=options.chat,
+                drafts=drafts,
+                kv=options.kv.options,
             )
+            tier = loaded.tier()
         finally:
             write("\n")  # also before an error message
     if json:
-        say_json(result_json(result, seed, stats))
+        say_json(result_json(result, seed, loaded.stats, tier))
     elif not quiet:
-        note(summary(result, seed, stats))
+        note(summary(result, seed, loaded.stats, tier))
 
 
 def _read_prompt() -> str:
@@ -154,7 +166,7 @@ def check_options(options: GenerateOptions) -> None:
 # --- what it prints -------------------------------------------------------------------------------------------------
 
 
-def summary(result: Generated, seed: int, stats: DispatchStats | None) -> str:
+def summary(result: Generated, seed: int, stats: DispatchStats | None, tier: Tier | None = None) -> str:
     """For people."""
     lines = [
         f"{len(result.tokens)} tokens in {result.seconds:.1f} s ({result.tokens_per_second:.1f} tokens/s), "
@@ -165,6 +177,8 @@ def summary(result: Generated, seed: int, stats: DispatchStats | None) -> str:
         lines.append(f"  {stats.round_trips / max(len(result.tokens), 1):.1f} round trips per token")
         lines += [f"  {stats.retries} requests were repeated at another peer"] * bool(stats.retries)
         lines += [f"  {stats.hedges} late requests were asked of a second peer too"] * bool(stats.hedges)
+    if tier is not None:
+        lines += tier_lines(*tier)
     if result.kv is not None:
         lines += kv_lines(result.kv, result.kv_error)
     return "\n".join(lines)
@@ -180,7 +194,7 @@ def peer_table(stats: DispatchStats) -> str:
     return table(("peer", "rows", "share", "latency", "failures"), rows)
 
 
-def result_json(result: Generated, seed: int, stats: DispatchStats | None) -> dict[str, Any]:
+def result_json(result: Generated, seed: int, stats: DispatchStats | None, tier: Tier | None = None) -> dict[str, Any]:
     """For programs. Seconds and bytes."""
     return {
         "text": result.text,
@@ -191,6 +205,7 @@ def result_json(result: Generated, seed: int, stats: DispatchStats | None) -> di
         "firstTokenSeconds": round(result.first_token_seconds, 4),
         "tokensPerSecond": round(result.tokens_per_second, 2),
         "swarm": None if stats is None else _stats_json(stats, len(result.tokens)),
+        "experts": None if tier is None else tier_json(*tier),
         "kv": None if result.kv is None else kv_json(result.kv, result.kv_error),
     }
 
@@ -238,14 +253,24 @@ def _prefetch(text: str) -> bool | Path:
     return Path(text) if text not in ("auto", "off") else text == "auto"
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    stats: DispatchStats | None  # of the swarm
+    tier: Callable[[], Tier | None]
+
+
 @contextmanager
-def _loaded(options: GenerateOptions) -> Iterator[Loaded]:
+def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
     dtype = _torch_dtype(options.dtype)
     if options.join is None:
         from moehive.swarm import open_local
+        from moehive.swarm.model.seats import tier_statistics
 
-        model, tokenizer = open_local(options.model, dtype=dtype, prefetch=_prefetch(options.prefetch))
-        yield model, tokenizer, None
+        prefetch = _prefetch(options.prefetch)
+        model, tokenizer = open_local(options.model, dtype=dtype, ram=options.ram, prefetch=prefetch)
+        yield _Loaded(model, tokenizer, None, lambda: _tier(tier_statistics(model), "disk"))
         return
     from moehive.swarm.client import join
     from moehive.swarm.store.directory import ConvertedDirectory
@@ -258,9 +283,14 @@ def _loaded(options: GenerateOptions) -> Iterator[Loaded]:
                 options.model,
                 dtype=dtype,
                 answers=options.answers,
+                ram=options.ram or 0,
                 observer=(lambda seen: move(seen.verified, seen.total)) if move else None,
             )
-        yield model, tokenizer, swarm.stats(model_id)
+        yield _Loaded(model, tokenizer, swarm.stats(model_id), lambda: _tier(swarm.tier_stats(model_id), "swarm"))
+
+
+def _tier(stats: TierStats | None, source: str) -> Tier | None:
+    return None if stats is None else (stats, source)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -21,6 +21,7 @@ from moehive.protocol.ids import is_hash
 from moehive.protocol.manifest import MANIFEST_NAME
 from moehive.protocol.ticket import Ticket
 from moehive.protocol.units import format_size
+from moehive.swarm.memory import default_disk_budget
 from moehive.swarm.paths import Paths
 from moehive.swarm.seeds.base import parse_seed
 
@@ -33,7 +34,6 @@ from .arguments import (
     Rate,
     SeedNames,
     Size,
-    SizeWithDefault,
     TicketText,
 )
 from .errors import INTERRUPTED
@@ -86,10 +86,10 @@ class NodeOptions:
     """Files' chunks that are sent at the same time; further requests take turns."""
 
     ram: Size | None = None
-    """Memory for experts, such as 4GiB. By default a part of what is free."""
+    """Memory for experts, such as 4GiB. By default half of what is free; `moehive doctor` shows how much that is."""
 
-    disk: SizeWithDefault = 20 << 30
-    """Disk space for experts fetched from the swarm."""
+    disk: Size | None = None
+    """Disk space for experts fetched from the swarm. By default 20 GiB, or less where the disk has less."""
 
     seed: SeedNames = ()
     """Where experts can be had that no peer holds: the checkpoint that the model was converted from, as a directory
@@ -157,10 +157,11 @@ def settings_of(model: str, options: NodeOptions, environment: Mapping[str, str]
         upload_rate=options.upload_rate,
         upload_slots=options.upload_slots,
         ram=options.ram,
-        disk=options.disk,
+        disk=default_disk_budget(paths.store) if options.disk is None else options.disk,
         seeds=tuple(parse_seed(text) for text in options.seed),
         skeleton=options.skeleton,
         threads=options.threads,
+        status=paths.nodes,
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cyclopts import App
@@ -157,6 +158,13 @@ def _store() -> ContentStore:
     from moehive.swarm.store.content import ContentStore
 
     return ContentStore(Paths.of(os.environ).store, _NO_BUDGET)
+
+
+def catalogue_of(root: Path) -> Catalogue:
+    """What the store below `root` holds. Raises StorageError."""
+    from moehive.swarm.store.content import ContentStore
+
+    return _catalogue(ContentStore(root, _NO_BUDGET))
 
 
 def _catalogue(store: ContentStore) -> Catalogue:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every benchmark, one after the other, and writes what docs/benchmarks.md shows: scripts/bench/all.sh [DIRECTORY]
-# Tables go to DIRECTORY/NAME.md (default: build/bench), numbers of those that give them to NAME.json. About 15 minutes on
+# Tables go to DIRECTORY/NAME.md (default: build/bench), numbers of those that give them to NAME.json. About 45 minutes on
 # 2 cores; nothing else should run meanwhile. PYTHON says which interpreter has moehive installed.
 set -uo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -21,9 +21,15 @@ bench demo --json "$out/demo.json"
 bench local --json "$out/local.json"
 bench telemetry --json "$out/telemetry.json"
 bench long_context --json "$out/long_context.json"
+bench tiers --json "$out/tiers.json" --plot "$out/tiers.svg"
+bench memory_limit --json "$out/memory_limit.json"
 bench transfer_sources --json "$out/transfer_sources.json"
 bench convert
 bench load --json "$out/load.json"
+bench scheduler --json "$out/scheduler.json"
+bench faults --json "$out/faults.json"
+bench hostile --json "$out/hostile.json"
+bench churn --json "$out/churn.json"
 bench wan --json "$out/wan.json"
 bench transfer --json "$out/transfer.json"
 

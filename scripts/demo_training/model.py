@@ -113,7 +113,7 @@ class Trainee:
     The layers' parameters have the names and start with the values of the blocks that they replace. A top-k layer
     without correction bias computes what the block computes, so `export` is the same network for transformers.
 
-    tokens: of all training steps, once for each layer. dropped: those that a layer left without any expert.
+    tokens: of all training steps, once for each layer. dropped: what the layers reported as dropped.
     """
 
     def __init__(self, model: Qwen3MoeForCausalLM, layer: MoEConfig) -> None:

@@ -24,8 +24,9 @@ from moehive.swarm.log import get_logger
 from moehive.swarm.model.backend import WeightsTier
 from moehive.swarm.policy.fetch_or_send import LayerFacts, experts_to_fetch
 from moehive.swarm.prefetch.session import PROMPT, begin_session
+from moehive.swarm.tiers.leases import Lease
 from moehive.swarm.tiers.policy import Uses
-from moehive.swarm.tiers.ram import Lease
+from moehive.swarm.tiers.stats import TierStats
 
 from .request import LayerInput, Part
 from .weights import SwarmWeights
@@ -72,6 +73,11 @@ class ResidentExperts:
         self._seconds_per_byte = 1.0 / FIRST_RATE
         self.fetched = 0  # experts
         self.fetched_bytes = 0
+
+    @property
+    def tier_stats(self) -> TierStats:
+        """Of the experts that are kept. A miss is a use that a peer computed; a load, an expert that was fetched."""
+        return self._tier.stats
 
     # --- the model's thread ---------------------------------------------------------------------------------------
 
@@ -158,10 +164,11 @@ class ResidentExperts:
         except SwarmError as error:
             _log.info("an expert could not be fetched in the background", expert=str(key), reason=str(error))
             return False
-        if not self._tier.put((key, dtype), weights):
+        seconds = self._clock() - started
+        if not self._tier.put((key, dtype), weights, seconds):
             _log.info("there is no room for an expert that was fetched in the background", expert=str(key))
             return False
-        measured = (self._clock() - started) / size
+        measured = seconds / size
         self._seconds_per_byte += (_SMOOTHING if self.fetched else 1.0) * (measured - self._seconds_per_byte)
         self.fetched += 1
         self.fetched_bytes += size

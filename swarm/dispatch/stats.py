@@ -10,6 +10,8 @@ from moehive.swarm.policy.speed import Speed, after_answer, after_silence
 
 from .planner import PeerFacts
 
+MAX_PEERS = 1024  # of whom counters are kept
+
 
 @dataclass(slots=True)
 class PeerStats:
@@ -63,8 +65,15 @@ class DispatchStats:
     hedges_won: int = 0  # of those, how many the second peer answered first
 
     def of(self, peer: PeerId) -> PeerStats:
-        """The counters of a peer."""
-        return self.peers.setdefault(peer, PeerStats())
+        """The counters of a peer. Of too many, the one met first that is not being asked is forgotten."""
+        known = self.peers.get(peer)
+        if known is None:
+            known = self.peers[peer] = PeerStats()
+            if len(self.peers) > MAX_PEERS:
+                idle = (other for other, stats in self.peers.items() if not stats.in_flight and other != peer)
+                if (forgotten := next(idle, None)) is not None:
+                    del self.peers[forgotten]
+        return known
 
     @property
     def facts(self) -> dict[PeerId, PeerFacts]:

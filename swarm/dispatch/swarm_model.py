@@ -7,14 +7,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from moehive.protocol.errors import BudgetTooSmall
 from moehive.protocol.manifest import Manifest, ShardEntry
-from moehive.swarm.model.backend import ExpertLoader, check_budget, weights_tier
+from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.tasks import task_group
 
 from .backend import SwarmExperts
 from .caller import CallSettings, ExpertCaller
-from .request import DTYPES, Part
+from .request import Part
 from .resident import ResidentExperts
 from .weights import SwarmWeights
 
@@ -47,7 +48,9 @@ class SwarmModel:
         )
         self.resident: ResidentExperts | None = None
         if ram:
-            check_budget(loader, ram, DTYPES[manifest.model.dtype], experts=1)
+            largest = max(shard.size for shard in manifest.experts.values())
+            if ram < largest:  # what is not kept is computed by peers: one is enough
+                raise BudgetTooSmall("experts kept by this client", budget=ram, needed=largest)
             self.resident = ResidentExperts(manifest, self.weights, weights_tier(loader, ram))
 
     async def run(self) -> None:

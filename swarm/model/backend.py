@@ -7,6 +7,7 @@ this machine's files through the RAM tier, results equal to transformers' eager 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Protocol, TypeAlias
 
 import torch
@@ -19,10 +20,13 @@ from moehive.kernels.routing import group_by_expert, order_of_token
 from moehive.protocol.errors import BudgetTooSmall, ManifestError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import ExpertFfn, Manifest
+from moehive.swarm.memory import default_ram_budget
+from moehive.swarm.policy.budgets import least_ram
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.tiers.lfru import Lfru
 from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.tiers.ram import RamTier
+from moehive.swarm.tiers.stats import TierStats
 
 from .buffers import HostBuffers
 from .reading import read_tensors, tensor_table
@@ -128,13 +132,6 @@ def weights_tier(
     )
 
 
-def check_budget(loader: ExpertLoader, budget_bytes: int, dtype: torch.dtype, *, experts: int) -> None:
-    """Raise BudgetTooSmall unless `experts` of the largest ones fit, with the smallest budget that works."""
-    needed = experts * loader.largest_room(dtype)
-    if budget_bytes < needed:
-        raise BudgetTooSmall(f"memory for {experts} experts at a time", budget=budget_bytes, needed=needed)
-
-
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the machine had no memory: as Python says it, as torch's allocators say it."""
     allocator = isinstance(error, RuntimeError) and (
@@ -179,6 +176,11 @@ class LocalExperts:
         """Whether all experts of the model have room at a time, computing in `dtype`."""
         return self._loader.total_room(dtype) <= self.tier.budget_bytes
 
+    @property
+    def tier_stats(self) -> TierStats:
+        """Of the RAM tier; its misses were read from this machine's disk."""
+        return self.tier.stats
+
     def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See ExpertsBackend. Raises what `ExpertLoader.load` and RamTier.lease raise."""
         out = torch.zeros_like(hidden)  # [T, H]
@@ -215,3 +217,28 @@ class LocalExperts:
 def _key(layer: int, expert: int, rows: Tensor) -> WeightsKey:
     """The rows say in which dtype the model computes: a tier may hold an expert in more than one."""
     return ExpertKey(layer, expert), rows.dtype
+
+
+def local_experts(manifest: Manifest, source: ObjectSource, dtype: torch.dtype, ram: int | None = None) -> LocalExperts:
+    """The experts of a model that computes in `dtype`, with `ram` bytes for them in memory (None: from this machine's).
+
+    Raises BudgetTooSmall where that is less than a token's experts need, and names the least that works.
+    """
+    loader = ExpertLoader(manifest, source)
+    budget = default_ram_budget() if ram is None else ram
+    check_ram(manifest, loader.largest_room(dtype), budget)
+    return LocalExperts(loader, weights_tier(loader, budget))
+
+
+def check_ram(manifest: Manifest, expert_bytes: int, budget: int) -> None:
+    """Raise BudgetTooSmall for a budget that cannot hold what one token needs. See `least_ram`."""
+    least = min(least_ram(expert_bytes, manifest.model.top_k), len(manifest.experts) * expert_bytes)
+    if budget < least:
+        raise BudgetTooSmall(f"memory for experts of {manifest.model.name}", budget=budget, needed=least)
+
+
+# Who computes the experts of a model that is being loaded in this context: from_pretrained carries no word to the
+# plug-in, which by then has to know whether this machine's memory matters.
+BACKEND: ContextVar[Callable[[Manifest, ObjectSource, torch.dtype], ExpertsBackend]] = ContextVar(
+    "backend", default=local_experts
+)

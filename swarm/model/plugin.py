@@ -25,10 +25,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moehive.protocol.errors import ManifestError, UnsupportedModel
 from moehive.protocol.manifest import Gate, ModelFacts, ShardType
-from moehive.swarm.memory import default_ram_budget
 from moehive.swarm.store.directory import ConvertedDirectory
 
-from .backend import ExpertLoader, LocalExperts, check_budget, spec_of, weights_tier
+from .backend import BACKEND, spec_of
 from .reading import verify_files
 from .seats import NAME, SEAT, Seat, attach_backend, check_active, experts_modules, strip
 
@@ -86,10 +85,8 @@ class MoehiveQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Give every experts module a backend over the directory's own files. Raises BudgetTooSmall."""
-        loader, budget = ExpertLoader(self._directory.manifest, self._directory), default_ram_budget()
-        check_budget(loader, budget, model.dtype, experts=2 * loader.top_k + 1)
-        attach_backend(model, LocalExperts(loader, weights_tier(loader, budget)))
+        """Give every experts module a backend: over the directory's own files, unless BACKEND says otherwise."""
+        attach_backend(model, BACKEND.get()(self._directory.manifest, self._directory, model.dtype))
         check_active(model)
         return model
 

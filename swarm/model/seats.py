@@ -15,8 +15,9 @@ from torch import nn
 
 from moehive.kernels.telemetry import LayerLoad, LoadStatistics
 from moehive.protocol.errors import UnsupportedModel
+from moehive.swarm.tiers.stats import TierStats
 
-from .backend import ExpertsBackend
+from .backend import ExpertsBackend, LocalExperts
 
 NAME: Final = "moehive"  # of the quantizer and of the experts implementation
 SEAT: Final = "moehive_seat"  # the attribute of an experts module
@@ -60,6 +61,12 @@ def check_active(model: nn.Module) -> None:
             f"moehive is not active in this model (experts implementation {implementation!r}, {len(holding)} modules "
             "with expert weights); import moehive.swarm before loading, and load a converted directory"
         )
+
+
+def tier_statistics(model: nn.Module) -> TierStats | None:
+    """What the RAM tier of a model's experts has counted, where they are computed from this machine's disk."""
+    backends = [seat.backend for seat in _seats(model)]
+    return backends[0].tier_stats if backends and isinstance(backends[0], LocalExperts) else None
 
 
 def routing_statistics(model: nn.Module) -> dict[int, LoadStatistics]:

@@ -15,6 +15,7 @@ _FEW_ROWS = 4  # rows for each expert up to which reading the weights is what ta
 _SMALL = 64 << 10  # bytes that no link spends noticeable time on
 _FEW_ANSWERS = 8
 _MIN_SECONDS = 1e-6
+_MOST_SILENCES = 16  # that are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Speed:
     computed: float = 0.0  # a typical request
     per_expert: float = 0.0  # computing an expert for few rows
     per_row: float = 0.0  # computing a row where there are many
+    silences: int = 0  # requests that were given up since the last answer
     late: tuple[float, ...] = ()  # measured over expected time of the last answers, oldest first
 
 
@@ -47,6 +49,7 @@ def after_answer(
         seconds_per_byte=per_byte,
         waited=_smooth(speed, speed.waited, waited),
         computed=_smooth(speed, speed.computed, computed),
+        silences=0,
         late=(*speed.late[-_WINDOW + 1 :], elapsed / expected) if speed.answers else (),
     )
     if rows <= _FEW_ROWS * experts:
@@ -55,9 +58,15 @@ def after_answer(
 
 
 def after_silence(speed: Speed, *, elapsed: float, experts: int, rows: int) -> Speed:
-    """What no answer for `elapsed` seconds tells: the peer's queue is at least so much longer than was expected."""
+    """What no answer for `elapsed` seconds tells: the peer's queue is at least so much longer than was expected.
+
+    One such moment counts little; in a row each counts twice as much as the one before, until all of it is believed:
+    a peer that never answers must not be preferred for longer than others can be asked instead.
+    """
     excess = elapsed - expected_seconds(speed, experts=experts, rows=rows)
-    return replace(speed, waited=speed.waited + _SMOOTHING * excess) if excess > 0 else speed
+    weight = min(_SMOOTHING * 2.0**speed.silences, 1.0)
+    waited = speed.waited + weight * max(excess, 0.0)
+    return replace(speed, waited=waited, silences=min(speed.silences + 1, _MOST_SILENCES))
 
 
 def after_probe(speed: Speed, *, elapsed: float, expected_wait: float) -> Speed:

@@ -2,8 +2,8 @@
 
 Rules: whatever is proven (a chunk that does not match its hash, a signature that is not true, an announced expert that
 is refused) bans the peer, doubling with each proof. Whatever may be the network's fault (timeouts, broken connections)
-never bans; the peer is passed over for a moment, doubling while it lasts, forgotten at the first success. A busy peer
-did nothing wrong: it is passed over for as long as it asked.
+never bans; the peer is passed over for a moment, doubling while it lasts, until it announces itself anew, and all is
+forgotten at the first success. A busy peer did nothing wrong: it is passed over for as long as it asked.
 """
 
 from __future__ import annotations
@@ -54,6 +54,17 @@ def after_offence(standing: Standing, offence: Offence, now: float, *, wait: flo
 def after_success(standing: Standing, now: float) -> Standing:
     """The standing after a good answer: failures are forgotten, lies and a running ban are not."""
     return standing if is_banned(standing, now) else Standing(lies=standing.lies)
+
+
+def after_return(standing: Standing, now: float) -> Standing:
+    """The standing of a peer that announces itself anew: it may be tried at once, wherever it was while it failed.
+
+    Its failures stay counted, so that it is tried with a cheap question first. What it asked for when it was busy, and
+    bans, stay as they are.
+    """
+    if not standing.failures or is_banned(standing, now):
+        return standing
+    return replace(standing, avoid_until=min(standing.avoid_until, now))
 
 
 def least_needed(standings: Mapping[PeerId, Standing], count: int) -> list[PeerId]:

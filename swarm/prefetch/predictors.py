@@ -84,7 +84,8 @@ class Predictor:
 def unit(hidden: Floats) -> Floats:
     """`hidden` [..., H] divided by the root mean square of each row."""
     mean = np.mean(np.square(hidden, dtype=np.float32), axis=-1, keepdims=True)
-    return (hidden / np.sqrt(mean + 1e-12)).astype(np.float32)
+    result: Floats = (hidden / np.sqrt(mean + 1e-12)).astype(np.float32)
+    return result
 
 
 def margins(scores: Floats, top_k: int) -> Floats:

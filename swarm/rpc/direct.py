@@ -2,15 +2,17 @@
 
 The peer is asked for an offer over its authenticated stream, as for bulk connections (transfer/tls): where to connect,
 which certificate to find there, and a token to show. The same frames and sessions then run over it. The server says
-nothing to who has not shown a token.
+nothing to who has not shown a token: until then a connection, its TLS handshake included, costs one of a few places and
+a few seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import socket
 import ssl
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -25,6 +27,7 @@ from moehive.protocol.session import ClientSession, ServerSession
 from moehive.swarm.log import get_logger
 from moehive.swarm.transfer.tls.certificate import Certificate, client_context, fingerprint_of
 from moehive.swarm.transfer.tls.tokens import LIFETIME, Tokens
+from moehive.swarm.transport.accepting import BACKLOG, accept_for_ever, open_accepted
 from moehive.swarm.transport.addresses import host_and_port, with_port
 from moehive.swarm.transport.serving import StreamHandlers
 from moehive.swarm.transport.socket_stream import READ_BUFFER, SocketStream
@@ -34,6 +37,7 @@ from .server import Inbox, Refusal, RequestHandler, ServedStream
 
 MAX_CONNECTIONS = 512
 MAX_PER_PEER = 4
+MAX_UNADMITTED = 64  # connections that have not shown a token; one more, and the oldest is ended
 DIAL_TIMEOUT = 5.0  # seconds for all addresses of an offer together
 _RETRY_AFTER = 1.0
 _log = get_logger(__name__)
@@ -65,18 +69,18 @@ class DirectServer:
         self._inbox = inbox or Inbox()
         self._certificate = Certificate()
         self._tokens = Tokens()
-        self._streams = StreamHandlers()  # for their supervision
+        self._tasks = StreamHandlers()  # for their supervision
         self._open: Counter[PeerId] = Counter()
-        self._unadmitted = 0
+        self._unadmitted: OrderedDict[socket.socket, asyncio.Task[None]] = OrderedDict()  # oldest first
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(self._streams.close)
             for host in self._hosts:
-                server = await self._listen(host)
-                stack.callback(server.close)
-                self._port = self._port or server.sockets[0].getsockname()[1]
+                listener = stack.enter_context(_listen(host, self._port))
+                self._port = self._port or listener.getsockname()[1]  # the same for all
+                self._tasks.spawn(accept_for_ever(listener, self._begin), name=f"accept {self._spec.name}")
+            stack.push_async_callback(self._tasks.close)
             self._stack = stack.pop_all()
         return self
 
@@ -98,53 +102,55 @@ class DirectServer:
             lifetime=LIFETIME,
         )
 
-    async def _listen(self, host: str) -> asyncio.Server:
-        try:
-            return await asyncio.start_server(
-                self._on_connection,
-                host,
-                self._port,
-                limit=READ_BUFFER,
-                ssl=self._certificate.context,
-                ssl_handshake_timeout=limits.HELLO_TIMEOUT,
-                ssl_shutdown_timeout=0.5,
-            )
-        except OSError as error:
-            raise TransportError(
-                f"cannot take direct connections at {host} port {self._port}: {error}; choose another --direct-port"
-            ) from error
+    def _begin(self, sock: socket.socket) -> None:
+        self._unadmitted[sock] = self._tasks.spawn(self._serve(sock), name=f"direct {self._spec.name}")
+        if len(self._unadmitted) > MAX_UNADMITTED:
+            self._unadmitted.popitem(last=False)[1].cancel()
 
-    def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._unadmitted >= limits.MAX_STREAMS_PER_PEER:
-            writer.transport.abort()
-            return
-        self._streams.spawn(self._serve(SocketStream(PeerId(""), reader, writer)), name=f"direct {self._spec.name}")
-
-    async def _serve(self, stream: SocketStream) -> None:
+    async def _serve(self, sock: socket.socket) -> None:
         """One connection, from its first byte to its last."""
         admitted: list[PeerId] = []
 
         def admit(peer: PeerId) -> bool:
             if self._open[peer] >= MAX_PER_PEER:
                 return False
-            self._unadmitted -= 1
+            self._unadmitted.pop(sock, None)
             self._open[peer] += 1
             admitted.append(peer)
             return True
 
-        session = ServerSession(self._spec, RedeemedToken(self._tokens.redeem), self._agent)
-        self._unadmitted += 1
         try:
-            await ServedStream(
+            context = self._certificate.context
+            reader, writer = await open_accepted(sock, tls=context, handshake_timeout=limits.HELLO_TIMEOUT)
+            stream = SocketStream(PeerId(""), reader, writer)
+            session = ServerSession(self._spec, RedeemedToken(self._tokens.redeem), self._agent)
+            served = ServedStream(
                 stream, session, self._handle, inbox=self._inbox, admit=admit, answers_strangers=False
-            ).run()
+            )
+            try:
+                await served.run()
+            finally:
+                await stream.close()
+        except OSError as error:  # of the handshake
+            _log.debug("direct connection not admitted", reason=str(error))
         finally:
+            self._unadmitted.pop(sock, None)
+            sock.close()
             if admitted:
                 self._open[admitted[0]] -= 1
                 self._open += Counter()  # forgets those at zero
-            else:
-                self._unadmitted -= 1
-            await stream.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise TransportError(
+            f"cannot take direct connections at {host} port {port}: {error}; choose another --direct-port"
+        ) from error
+    listener.setblocking(False)
+    return listener
 
 
 async def dial(connection: Connection, agent: str) -> Connection | None:

@@ -108,6 +108,10 @@ class ConnectionPool:
         finally:
             lock.release()
 
+    def dial_at_once(self, peer: PeerId) -> None:
+        """A peer that could not be reached announces itself anew: do not wait before dialling it again."""
+        self._backoff.pop(peer, None)
+
     async def _replace(
         self, peer: PeerId, old: Connection | None, addresses: Sequence[str], deadline: float
     ) -> Connection:
@@ -163,11 +167,10 @@ class ConnectionPool:
             await old.close()
 
     async def _close_surplus(self) -> None:
-        """Close what is broken or idle where there are too many."""
+        """Close what is broken, whose buffers would be held for ever, and what is idle where there are too many."""
         for peer, connection in tuple(self._open.items()):
-            if len(self._open) <= MAX_CONNECTIONS:
-                return
-            if not connection.in_flight and peer in self._open:
+            surplus = len(self._open) > MAX_CONNECTIONS and not connection.in_flight
+            if (surplus or connection.broken is not None) and self._open.get(peer) is connection:
                 del self._open[peer]
                 await connection.close()
 

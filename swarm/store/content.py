@@ -181,7 +181,7 @@ class ContentStore:
         with self._ledger.locked(change=True), storage_errors("quarantine", path):
             size = self._ledger.objects.pop(object_hash, None)
             if size is not None and object_hash in self._ledger.partials:
-                self._fs.unlink(path)
+                self._ledger.remove(path)
             elif size is not None:
                 self._fs.rename(path, partial)
                 self._ledger.partials[object_hash] = size
@@ -249,7 +249,7 @@ class ContentStore:
         """See partial.Home."""
         path = self._layout.partial(object_hash)
         with self._ledger.locked(change=True), storage_errors("delete", path):
-            self._fs.unlink(path)
+            self._ledger.remove(path)
             self._ledger.partials.pop(object_hash, None)
 
     # --- parts ----------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ class ContentStore:
     def _delete(self, object_hash: ShardHash) -> bool:
         """Inside the ledger's lock: whether there was one."""
         with storage_errors("delete", path := self._layout.object(object_hash)):
-            self._fs.unlink(path)
+            self._ledger.remove(path)
         self._reader.forget(object_hash)
         self._bad.discard(object_hash)
         return self._ledger.objects.pop(object_hash, None) is not None
@@ -286,7 +286,7 @@ class ContentStore:
             try:
                 if not fs.try_lock(fd):
                     return False
-                fs.unlink(path)
+                self._ledger.remove(path)
             finally:
                 fs.close(fd)
         self._ledger.partials.pop(object_hash, None)

@@ -54,6 +54,7 @@ class Ledger:
         self._mutex = threading.Lock()
         self._seen: int | None = None  # the counter at which the copies above were right
         self._durable: set[Path] = set()  # directories whose own entry this process has synced
+        self._removed_from: set[Path] = set()  # directories out of which something went that is not synced yet
 
     @contextmanager
     def locked(self, *, change: bool) -> Iterator[None]:
@@ -72,6 +73,7 @@ class Ledger:
                     self._refresh(fd, change)
                 try:
                     yield
+                    self._sync_removed()
                 except BaseException:
                     self._seen = None  # half a change: ask the files
                     raise
@@ -88,6 +90,14 @@ class Ledger:
             raise DiskBudgetFull(self._layout.root, what, needed=needed, used=used, budget=budget)
         self.partials[object_hash] = size
 
+    def remove(self, path: Path) -> None:
+        """Remove a file. Durable when `locked` ends, so that nobody fills room which a power cut would fill again.
+
+        Raises OSError.
+        """
+        self._fs.unlink(path)
+        self._removed_from.add(path.parent)
+
     def usage(self) -> Usage:
         """The sums."""
         objects, partials = self.objects, self.partials
@@ -101,6 +111,12 @@ class Ledger:
         layout = self._layout
         for directory in (layout.root, layout.objects, layout.partials, layout.pins, layout.uses):
             self._make_directory(directory)
+
+    def _sync_removed(self) -> None:
+        for directory in sorted(self._removed_from):
+            with storage_errors("sync", directory):
+                self._fs.fsync_dir(directory)
+            self._removed_from.discard(directory)
 
     def _make_directory(self, path: Path) -> None:
         """Create a directory and its parents, durably; once per process.

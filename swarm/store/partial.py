@@ -49,6 +49,8 @@ class PartialObject:
         self._home = home
         self._fs = fs
         self._lock = threading.Lock()
+        self._syncing = threading.Lock()  # the file stays open while it is held; taken inside `_lock`
+        self._unsynced = False
         self._verified: set[int] = set()
         self._final: Path | None = None
         self._path = Path()
@@ -99,6 +101,7 @@ class PartialObject:
                     self._fs.pwrite(fd, data, offset)
                     self._fs.start_writing(fd, offset, length)
                 self._verified.add(index)
+                self._unsynced = True
 
     def read_chunk(self, index: int) -> bytes | None:
         """A chunk, verified once more, for serving before the object is complete; None where it is missing.
@@ -117,6 +120,26 @@ class PartialObject:
                 return data
             self._verified.discard(index)  # the disk lost it: fetch it again
             return None
+
+    def sync(self) -> None:
+        """Make durable what was written so far, while writing goes on: less is left to `commit`, and to a power cut.
+
+        Raises StorageError, as `commit` does.
+        """
+        with self._lock:
+            fd = self._fd
+            if fd is None or not self._unsynced:
+                return
+            self._unsynced = False
+            self._syncing.acquire()
+        try:
+            with storage_errors("sync", self._path):
+                self._fs.fdatasync(fd)
+        except StorageError:
+            self._syncing.release()
+            self.discard()
+            raise
+        self._syncing.release()
 
     def commit(self) -> Path:
         """Make the object durable and visible; its final path. Every chunk must be there.
@@ -177,4 +200,5 @@ class PartialObject:
     def _close(self) -> None:
         if self._fd is not None:
             fd, self._fd = self._fd, None
-            self._fs.close(fd)
+            with self._syncing:
+                self._fs.close(fd)

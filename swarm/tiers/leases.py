@@ -20,7 +20,7 @@ V = TypeVar("V")
 class Flight(Generic[K, V]):
     """One load that is under way or about to be. Changed under the tier's lock; `done` is set afterwards."""
 
-    __slots__ = ("done", "entry", "error", "future", "group", "key", "reserved", "speculation", "users")
+    __slots__ = ("done", "entry", "error", "future", "group", "key", "reserved", "speculation", "users", "value")
 
     def __init__(self, key: K, group: int, reserved: int, users: int, speculation: Speculation | None = None) -> None:
         self.key = key
@@ -30,6 +30,7 @@ class Flight(Generic[K, V]):
         self.speculation = speculation
         self.done = threading.Event()
         self.future: Future[None] | None = None  # of the loader thread; None: who needs it loads it
+        self.value: V | None = None  # from its load until it is an entry
         self.entry: Entry[K, V] | None = None
         self.error: BaseException | None = None
 

@@ -61,6 +61,7 @@ class Lfru(Generic[K]):
         self._counts = np.zeros(0, dtype=np.int64)  # [R]: resident entries
         self._entries: dict[tuple[int, int], dict[K, int]] = {}  # cell: its resident keys and their bytes
         self._last = -1  # row of the newest step
+        self._known_worth: Floats | None = None  # as long as nothing that it depends on changes
         self._in_order = 1.0
 
     # --- events ---------------------------------------------------------------------------------------------------
@@ -90,6 +91,7 @@ class Lfru(Generic[K]):
         self._seen[row] = self._seen[row] * decay + gain
         self._told[row] = np.nan
         self._taken.pop(row, None)
+        self._known_worth = None
         if self._last >= 0:
             follows = self._turn[row] == (self._turn[self._last] + 1) % len(self._rows)
             self._in_order += _SMOOTHING * (float(follows) - self._in_order)
@@ -98,6 +100,7 @@ class Lfru(Generic[K]):
     def forecast(self, layer: int, chances: Chances) -> None:
         """See Policy."""
         self._catch_up()
+        self._known_worth = None
         row = self._row(layer, len(chances) - 1)
         self._told[row, : len(chances)] = chances
 
@@ -193,6 +196,8 @@ class Lfru(Generic[K]):
 
     def _worth(self) -> Floats:
         """What each expert is worth keeping [R, E]: the chance of its use at the next call, or at the one after it."""
+        if self._known_worth is not None:
+            return self._known_worth
         seen = np.maximum(self._seen, 1e-9)  # [R, F]
         usual = np.matmul((self._usual.weights / seen)[:, None], self._used)[:, 0]  # [R, E]
         np.clip(usual, 1e-6, 1, out=usual)
@@ -203,6 +208,7 @@ class Lfru(Generic[K]):
             informed = np.matmul((np.array(weights) / seen)[:, None], self._used)[:, 0] + told * self._told
             chance = np.where(np.isnan(self._told), usual, np.clip(informed, 1e-6, 1))
         worth: Floats = self._discount()[:, None] * (chance + (1 - chance) * LATENESS * usual)
+        self._known_worth = worth
         return worth
 
     def _discount(self) -> Floats:
@@ -237,6 +243,7 @@ class Lfru(Generic[K]):
 
     def _grow(self, rows: int, experts: int) -> None:
         """Add rows for new layers and cells for new experts. Happens while the first token is computed."""
+        self._known_worth = None
         self._used = np.pad(self._used, ((0, rows), (0, 0), (0, experts)))
         self._seen = np.pad(self._seen, ((0, rows), (0, 0)))
         self._told = np.pad(self._told, ((0, rows), (0, experts)), constant_values=np.nan)

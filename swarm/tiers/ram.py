@@ -18,11 +18,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Final, Generic, TypeVar
 
-from moehive.protocol.errors import BudgetTooSmall, MemoryExhausted
+from moehive.protocol.errors import MemoryExhausted
 
 from .leases import Flight, Lease
 from .policy import Chances, Lru, Policy, Uses
-from .residency import Entry, EntryFacts, Residency, Speculation
+from .residency import Entry, Residency, Speculation
 from .stats import TierStats
 
 K = TypeVar("K", bound=Hashable)
@@ -34,13 +34,13 @@ _WAIT: Final = 60.0  # seconds a miss waits for others to release, before it rep
 
 
 class RamTier(Generic[K, V]):
-    """A cache of values of type V under keys of type K, using at most `budget_bytes`.
+    """A cache of values of type V under keys of type K, using at most `budget_bytes`. `load` makes a value.
 
-    `load` makes a value. `room` is what loading it takes, in bytes, and `size` what it takes afterwards, which must not
-    be more. `group` sorts keys, such as by the layer of an expert. `out_of_memory` recognises a load's error that more
-    room could have avoided. `freed` is called when bytes were given up without being needed for a load. `wait` is how
-    many seconds a miss waits for others to release what is in use. A thread that leases several entries at once should
-    release before it asks for more than fits: two such threads can only wait for each other until `wait` ends.
+    `room` is what loading takes, in bytes, and `size` what the value takes afterwards, which must not be more. `group`
+    sorts keys, such as by the layer of an expert. `out_of_memory` recognises a load's error that more room could have
+    avoided. `freed` is called when bytes were given up without being needed for a load. `wait` is how many seconds a
+    miss waits for others to release what is in use. A thread that leases several entries at once should release before
+    it asks for more than fits: two such threads can only wait for each other until `wait` ends.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class RamTier(Generic[K, V]):
         self._room = threading.Condition(self._lock)  # notified when something became evictable or unreserved
         self._waiting = 0
         self._flights: dict[K, Flight[K, V]] = {}
+        self._failed: dict[K, Exception] = {}  # loads ahead that failed before anybody waited for them
         self._pool: ThreadPoolExecutor | None = None
         self._failed_loads = self._loaded_bytes = self._shrinks = 0
         self.load_seconds = 0.0  # that one load takes, smoothed; 0 before the first
@@ -95,6 +96,7 @@ class RamTier(Generic[K, V]):
         the others arrive meanwhile.
         """
         with self._lock:
+            self._failed.clear()
             missing = self._residency.note(uses, want=ahead)
             if missing and ahead:
                 self._drop_outdated(uses)
@@ -117,15 +119,15 @@ class RamTier(Generic[K, V]):
             entry = self._residency.acquire(key)
         return None if entry is None else Lease(self, key, entry)
 
-    def put(self, key: K, value: V) -> bool:
-        """Keep a value that somebody else loaded; whether there is room. One that is resident already stays."""
+    def put(self, key: K, value: V, seconds: float) -> bool:
+        """Keep a value that somebody else loaded, in `seconds`; whether there is room. A resident one stays."""
         size = self._size_of(value)
         with self._lock:
             if key in self._residency.entries or key in self._flights:
                 return True
             if not self._residency.reserve(key, size):
                 return False
-            self._loaded_bytes += size
+            self._count_load(self._group(key), size, seconds)
             self._residency.publish(key, value, size, 0)
             return True
 
@@ -189,17 +191,10 @@ class RamTier(Generic[K, V]):
                 self._residency.speculation.loads -= 1
                 self._residency.speculation.cancelled += 1
 
-    # --- looking and ordering -------------------------------------------------------------------------------------
-
     def keys(self) -> Sequence[K]:
         """What is resident now."""
         with self._lock:
             return list(self._residency.entries)
-
-    def facts(self) -> Sequence[EntryFacts[K]]:
-        """What is resident now, in detail."""
-        with self._lock:
-            return self._residency.facts()
 
     @property
     def resident_bytes(self) -> int:
@@ -256,8 +251,6 @@ class RamTier(Generic[K, V]):
                 groups={group: counts.copy() for group, counts in held.groups.items()},
             )
 
-    # --- what Lease asks ------------------------------------------------------------------------------------------
-
     def _obtain(self, key: K) -> Entry[K, V]:
         """A use of an entry that was absent a moment ago: loaded meanwhile, joined, or loaded here."""
         started = self._clock()
@@ -283,6 +276,8 @@ class RamTier(Generic[K, V]):
     def _find(self, key: K) -> tuple[Entry[K, V] | None, Flight[K, V] | None, bool]:
         """The entry, now used; or else the flight to wait for, and whether it is this thread that has to fly it."""
         with self._lock:
+            if (error := self._failed.pop(key, None)) is not None:
+                raise error
             # Looked up again: the flight that was waited for may have been another thread's failure.
             flight = self._flights.get(key)
             if flight is None:
@@ -317,7 +312,7 @@ class RamTier(Generic[K, V]):
         flight.future = self._pool.submit(self._fly_ahead, flight)
 
     def _fly_ahead(self, flight: Flight[K, V]) -> None:
-        """On a loader thread. An error is whoever's who waits; where nobody does, the next use tries again."""
+        """On a loader thread. An error is whoever's who waits for the entry, or who asks for it next."""
         with suppress(Exception):  # supervision point: it is kept in the flight
             self._fly(flight)
 
@@ -325,12 +320,14 @@ class RamTier(Generic[K, V]):
         try:
             if not flight.reserved:
                 self._reserve(flight)
-            value, seconds = self._load(flight)
-            return self._publish(flight, value, seconds)
+            flight.value, seconds = self._load(flight)
+            return self._publish(flight, seconds)
         except BaseException as error:
             flight.error = error
             with self._lock:
                 self._failed_loads += 1
+                if isinstance(error, Exception) and flight.speculation is None and not flight.users:
+                    self._failed[flight.key] = error
                 self._residency.cancel(flight.reserved)
                 del self._flights[flight.key]
                 self._notify()
@@ -342,17 +339,13 @@ class RamTier(Generic[K, V]):
         """The value and the seconds it took. Where memory runs out the budget shrinks, and it is tried once more."""
         started = self._clock()
         try:
-            value = self._load_value(flight.key)
+            return self._load_value(flight.key), self._clock() - started
         except Exception as error:
             if not self._out_of_memory(error):
                 raise
-            self._shrink(flight)
-            value = self._load_again(flight)
-        return value, self._clock() - started
-
-    def _load_again(self, flight: Flight[K, V]) -> V:
+        self._shrink(flight)  # outside the handler: the error's frames keep what was half loaded
         try:
-            return self._load_value(flight.key)
+            return self._load_value(flight.key), self._clock() - started
         except Exception as error:
             if not self._out_of_memory(error):
                 raise
@@ -369,23 +362,32 @@ class RamTier(Generic[K, V]):
             self._shrinks += 1
         self._freed()
 
-    def _publish(self, flight: Flight[K, V], value: V, seconds: float) -> Entry[K, V]:
-        size = self._size_of(value)
+    def _publish(self, flight: Flight[K, V], seconds: float) -> Entry[K, V]:
+        """Make the value of a flight an entry. No frame refers to it: it may be evicted as soon as the lock is free."""
+        assert flight.value is not None
+        size = self._size_of(flight.value)
         assert size <= flight.reserved, f"{flight.key} takes {size} bytes, {flight.reserved} were announced"
         with self._lock:
             held = self._residency
             held.cancel(flight.reserved - size)
             flight.reserved = 0
-            self._loaded_bytes += size
-            held.counts(flight.group).loads.add(seconds)
+            self._count_load(flight.group, size, seconds)
             self.load_seconds += (_SMOOTHING if self.load_seconds else 1.0) * (seconds - self.load_seconds)
             if flight.speculation is not None:
                 flight.speculation.size, flight.speculation.seconds = size, seconds
                 held.speculation.bytes += size
             del self._flights[flight.key]
-            entry = flight.entry = held.publish(flight.key, value, size, flight.users, flight.speculation)
+            entry = flight.entry = held.publish(flight.key, flight.value, size, flight.users, flight.speculation)
+            flight.value = None
             self._notify()
             return entry
+
+    def _count_load(self, group: int, size: int, seconds: float) -> None:
+        """Inside the lock."""
+        self._loaded_bytes += size
+        counts = self._residency.counts(group)
+        counts.loads.add(seconds)
+        counts.loaded_bytes += size
 
     def _reserve(self, flight: Flight[K, V]) -> None:
         """Wait until the bytes of a load are promised. Raises BudgetTooSmall."""
@@ -393,14 +395,9 @@ class RamTier(Generic[K, V]):
         with self._room:
             deadline = time.monotonic() + self._wait
             while not self._residency.reserve(key, room):
-                budget, left = self._residency.budget, deadline - time.monotonic()
-                if room > budget:
-                    raise BudgetTooSmall(f"{self.name} tier, {key}", budget=budget, needed=room)
-                if left <= 0:
-                    needed = self._residency.kept + room
-                    raise BudgetTooSmall(
-                        f"{self.name} tier, {key} beside all that is in use", budget=budget, needed=needed
-                    )
+                left = deadline - time.monotonic()
+                if left <= 0 or room > self._residency.budget:
+                    raise self._residency.refusal(f"{self.name} tier, {key}", room)
                 self._waiting += 1
                 try:
                     self._room.wait(left)

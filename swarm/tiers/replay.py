@@ -5,7 +5,7 @@ Pure but for the policy's own state. tests/swarm/tiers compares it with a real t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Generic
@@ -46,7 +46,7 @@ def replay(
     A forecast is a layer and the chances of its experts. Every entry must fit the budget alone.
     """
     tier = _Tier(policy, size, budget)
-    told = repeat(None) if forecasts is None else iter(forecasts)
+    told: Iterator[tuple[int, Chances] | None] = repeat(None) if forecasts is None else iter(forecasts)
     count = clean = 0
     for uses, forecast in zip(steps, told, strict=False):
         misses = tier.misses

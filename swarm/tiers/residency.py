@@ -7,25 +7,17 @@ bytes resident and reserved stay within the budget; what is in use or pinned sta
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from moehive.protocol.errors import BudgetTooSmall
 
 from .policy import Policy, Uses, choose_victims
 from .stats import Counts, SpeculationCounts
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
-
-
-@dataclass(frozen=True, slots=True)
-class EntryFacts(Generic[K]):
-    """One resident entry as others may see it."""
-
-    key: K
-    size: int  # bytes
-    in_use: int  # leases now
-    pinned: bool
 
 
 @dataclass(slots=True)
@@ -187,14 +179,16 @@ class Residency(Generic[K, V]):
         self.budget = budget
         self._trim()
 
-    def facts(self) -> Sequence[EntryFacts[K]]:
-        """Every entry."""
-        return [EntryFacts(e.key, e.size, e.in_use, e.key in self._pinned) for e in self.entries.values()]
-
     @property
     def kept(self) -> int:
         """Bytes that cannot be evicted now: in use, pinned or promised."""
         return self.reserved + sum(entry.size for key, entry in self.entries.items() if self._keep(key))
+
+    def refusal(self, what: str, size: int) -> BudgetTooSmall:
+        """Why `size` bytes cannot be had, and the budget that would do."""
+        if size > self.budget:
+            return BudgetTooSmall(what, budget=self.budget, needed=size)
+        return BudgetTooSmall(f"{what} beside all that is in use", budget=self.budget, needed=self.kept + size)
 
     def counts(self, group: int) -> Counts:
         """The counters of a group."""

@@ -59,10 +59,10 @@ def trace_bytes(trace: RoutingTrace) -> bytes:
 def trace_from_bytes(data: bytes, name: str = "trace") -> RoutingTrace:
     """The trace that `trace_bytes` gave. Raises TraceError."""
     facts, arrays = unpack(data, _FORMAT, _VERSION, name)
-    layers, experts = facts.get("layers"), facts.get("numExperts")
-    model = facts.get("model")
-    known = isinstance(model, str) and isinstance(layers, list) and isinstance(experts, int)
-    if not known or not 0 < experts <= _MAX_EXPERTS or not 0 < len(layers) <= _MAX_LAYERS:
+    model, layers, experts = (facts.get(fact) for fact in ("model", "layers", "numExperts"))
+    if not (isinstance(model, str) and isinstance(layers, list) and isinstance(experts, int)):
+        raise TraceError(f"{name}: its model, layers or number of experts cannot be")
+    if not 0 < experts <= _MAX_EXPERTS or not 0 < len(layers) <= _MAX_LAYERS:
         raise TraceError(f"{name}: its model, layers or number of experts cannot be")
     if not all(isinstance(layer, int) for layer in layers) or layers != sorted(set(layers)) or layers[0] < 0:
         raise TraceError(f"{name}: its layers are not ascending numbers")

@@ -56,12 +56,12 @@ class RoutingTrace:
     @property
     def top_k(self) -> int:
         """Experts per token and layer."""
-        return self.experts.shape[2]
+        return int(self.experts.shape[2])
 
     @property
     def count(self) -> int:
         """Tokens."""
-        return self.experts.shape[0]
+        return int(self.experts.shape[0])
 
     def steps(self) -> Iterator[Uses[ExpertKey]]:
         """Each layer's part of each call, in the order of computation."""

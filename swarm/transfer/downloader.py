@@ -21,13 +21,13 @@ from typing import Self
 from moehive.protocol.bits import Bits, full, indices
 from moehive.protocol.chunks import ChunkList, chunk_range
 from moehive.protocol.errors import ShardUnavailable
-from moehive.protocol.ids import ShardHash
+from moehive.protocol.ids import PeerId, ShardHash
 from moehive.swarm.policy.expectation import ItemKey
 from moehive.swarm.standings import Standings
 from moehive.swarm.store.base import PartialBusy
 from moehive.swarm.store.partial import PartialObject
 from moehive.swarm.tasks import task_group
-from moehive.swarm.threads import to_its_end
+from moehive.swarm.threads import entered, to_its_end
 
 from .channel import OpenChannel
 from .download import Download
@@ -39,6 +39,7 @@ from .sources import Wanted
 from .traffic import Counters
 
 OBJECTS_AT_ONCE = 16  # small ones then flow without a pause of a round trip for each
+SYNC_EVERY = 0.25  # seconds: often enough that little is left, seldom enough that it costs nothing
 LOOK_AGAIN = 0.25  # seconds between looks whether another process has finished an object
 
 OnDone = Callable[[Wanted, Path], None]
@@ -79,6 +80,11 @@ class Downloader:
     def stats(self) -> Counters:
         """Bytes received, and what was no use."""
         return self._engine.traffic.counters
+
+    @property
+    def sending(self) -> Mapping[PeerId, float]:
+        """Who is sending now, with bytes per second."""
+        return self._engine.traffic.sending()
 
     async def fetch(
         self, wanted: Wanted, store: ObjectStore, *, timeout: float = 60.0, observer: Observer | None = None
@@ -162,11 +168,12 @@ class Downloader:
         download = self._download(wanted, share, timeout=timeout)
         async with download.running():
             chunks = await download.chunk_list()
-            async with _opened(store.open_partial(wanted.hash, chunks)) as partial:
+            async with entered(store.open_partial(wanted.hash, chunks)) as partial:
                 missing = await asyncio.to_thread(missing_of, partial)
                 share.found(_size_of(full(len(chunks.hashes)) & ~missing, chunks))
                 with self.partials.offered(partial):
-                    await download.fetch(partial, missing)
+                    async with _kept_synced(partial):
+                        await download.fetch(partial, missing)
                     return await to_its_end(partial.commit)
 
 
@@ -175,9 +182,15 @@ def _size_of(present: Bits, chunks: ChunkList) -> int:
 
 
 @asynccontextmanager
-async def _opened(partial: PartialObject) -> AsyncIterator[PartialObject]:
-    """Enter and leave it in a thread. Leaving what was not entered does nothing."""
-    try:
-        yield await to_its_end(partial.__enter__)
-    finally:
-        await to_its_end(partial.__exit__, None, None, None)
+async def _kept_synced(partial: PartialObject) -> AsyncIterator[None]:
+    """Have the disk take what comes while more comes, so that it is not waited for at the end."""
+
+    async def keep() -> None:
+        while True:
+            await asyncio.sleep(SYNC_EVERY)
+            await to_its_end(partial.sync)
+
+    async with task_group() as tasks:
+        keeping = tasks.create_task(keep(), name=f"sync of {partial.object_hash}")
+        yield
+        keeping.cancel()

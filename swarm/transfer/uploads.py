@@ -55,6 +55,17 @@ class Turn:
     since: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class UploadFacts:
+    """Uploads at one moment."""
+
+    bytes_sent: int
+    running: int
+    waiting: int
+    rate: float | None  # bytes per second that may leave; None: as many as can
+    asking: int  # peers that asked for experts just now
+
+
 class Uploads:
     """Thread-safe. `run()` belongs on the event loop: it decides about the rate, and moves slow uploads out of the way.
 
@@ -87,6 +98,14 @@ class Uploads:
         self._priority = Priority()
         self._samples: deque[Sample] = deque(maxlen=_MAX_SAMPLES)
         self._active: OrderedDict[PeerId, float] = OrderedDict()  # when each peer last asked for experts
+
+    @property
+    def facts(self) -> UploadFacts:
+        """A snapshot."""
+        with self._lock:
+            now = self._clock()
+            asking = sum(now - asked < ACTIVE for asked in self._active.values())
+            return UploadFacts(self.bytes_sent, len(self._running), len(self._waiting), self.rate, asking)
 
     # --- turns ----------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from moehive.protocol.errors import ConfigError, PeerUnreachable, TransportError
 from moehive.protocol.ids import PeerId
 from moehive.swarm.identity import Identity
 
+from .accepting import BACKLOG, accept_for_ever
 from .engine import import_hivemind
 from .socket_stream import READ_BUFFER
 
@@ -63,7 +64,7 @@ class Daemon:
         announce: Sequence[str],
         dht_server: bool,
         relay: bool,
-        on_stream: Callable[[asyncio.StreamReader, asyncio.StreamWriter], None],
+        on_stream: Callable[[socket.socket], object],
     ) -> None:
         for address in listen:
             if "/udp/" in address:
@@ -101,10 +102,9 @@ class Daemon:
             stack.callback(shutil.rmtree, self._directory, ignore_errors=True)
             _check_ports_are_free(self._listen)
             await self._start(stack)
-            server = await asyncio.start_unix_server(
-                self._on_stream, self._directory / _STREAM_SOCKET, limit=READ_BUFFER
-            )
-            stack.callback(server.close)
+            listener = stack.enter_context(_listen(self._directory / _STREAM_SOCKET))
+            accepting = asyncio.create_task(accept_for_ever(listener, self._on_stream), name="accept streams")
+            stack.push_async_callback(_cancelled, accepting)
             self._stack = stack.pop_all()
         return self
 
@@ -160,7 +160,7 @@ class Daemon:
             options["noListenAddrs"] = 1
         if self._announce:
             options["announceAddrs"] = ",".join(self._announce)
-        return [str(_binary()), *(f"-{name}={value}" for name, value in options.items())]
+        return [str(daemon_binary()), *(f"-{name}={value}" for name, value in options.items())]
 
     async def _watch(self, process: asyncio.subprocess.Process, ready: asyncio.Future[None]) -> None:
         """Log what the daemon prints; learn that it is ready, or that it has stopped."""
@@ -333,6 +333,18 @@ def _private_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="moehive-", dir=parent if len(parent) < _MAX_DIRECTORY_CHARS else "/tmp"))  # noqa: S108
 
 
+def _listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(str(path))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
 def _check_ports_are_free(listen: Sequence[str]) -> None:
     """Raise TransportError for a port that is taken: the daemon would share it, and the connections that come to it."""
     for address in listen:
@@ -355,7 +367,8 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _binary() -> Path:
+def daemon_binary() -> Path:
+    """Where hivemind keeps the daemon. Raises TransportError where hivemind is not installed."""
     return Path(str(resources.files(import_hivemind()) / "hivemind_cli" / "p2pd"))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -18,6 +19,7 @@ from moehive.protocol.errors import PeerUnreachable, TransportError
 from moehive.protocol.ids import PeerId
 from moehive.swarm.identity import Identity
 
+from .accepting import open_accepted
 from .addresses import bootstrap_peers, dialable
 from .base import Handler, Record
 from .daemon import Daemon, read_stream_info
@@ -185,11 +187,12 @@ class HivemindTransport:
         except TimeoutError as error:
             raise PeerUnreachable(f"no connection within {self._connect_timeout:g} s", peer=peer) from error
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, sock: socket.socket) -> None:
         """The daemon hands over a stream that a peer opened."""
-        self._handlers.spawn(self._serve_stream(reader, writer), name="incoming stream")
+        self._handlers.spawn(self._serve_stream(sock), name="incoming stream")
 
-    async def _serve_stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve_stream(self, sock: socket.socket) -> None:
+        reader, writer = await open_accepted(sock)
         try:
             peer, protocol = await read_stream_info(reader)
         except BaseException:

@@ -61,11 +61,12 @@ class StreamHandlers:
         """`run` in a task that `close` ends."""
         self.spawn(self.run(protocol, stream), name=f"{protocol} from {stream.peer}")
 
-    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         """Run `work` in a supervised task that `close` ends."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._supervise)
+        return task
 
     async def close(self) -> None:
         """Accept nothing more, cancel the running handlers and wait until they have ended."""

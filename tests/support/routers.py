@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from support.families import build_model
-from torch import Tensor
+import torch.nn.functional as F
+import transformers
+from support.families import EXTRA_FAMILIES, FAMILIES, build_model
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeTopKRouter
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from moehive.kernels.router import RouterSpec, Routing, router_logits
 from moehive.kernels.router_families import router_spec
 
 _NAMES = ("TopKRouter", "TopkRouter", "TokenChoiceRouter")
+_ALONE = ("granitemoe", "llama4_text")  # made without a model around them
+ROUTER_FAMILIES: tuple[str, ...] = (*FAMILIES, *EXTRA_FAMILIES, *_ALONE)
 
 
 @dataclass(frozen=True)
@@ -34,17 +41,49 @@ class FamilyRouter:
     @torch.no_grad()
     def reference(self, hidden: Tensor) -> Routing:
         """What transformers chooses for hidden [T, H]."""
-        _, weights, experts = self.call(hidden)
-        return Routing(weights, experts)
+        return self._routing(self.call(hidden))
+
+    @torch.no_grad()
+    def settled(self, logits: Tensor) -> Routing:
+        """What transformers chooses for logits [T, E], were its linear layer to find them, with ties to the lowest."""
+        with _Settled(logits):
+            return self._routing(self.call(torch.zeros(logits.shape[0], self.weight.shape[1], dtype=self.weight.dtype)))
+
+    def _routing(self, found: Any) -> Routing:
+        if len(found) == 3:
+            return Routing(found[1], found[2])
+        scores, logits = found  # Llama-4: scores are [T, E], 0 where an expert is not chosen
+        experts = torch.topk(logits, self.spec.top_k, dim=1).indices
+        return Routing(scores.gather(1, experts), experts)
+
+
+class _Settled(TorchFunctionMode):
+    """Linear layers find the given logits, in the dtype that they compute in, and top-k takes the lowest of equals.
+
+    torch.topk leaves open which of equal elements it takes, and takes others in other sizes.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self._logits = logits
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return self._logits.to(args[0].dtype)
+        if func in (torch.topk, Tensor.topk):
+            count = args[1] if len(args) > 1 else kwargs["k"]
+            assert kwargs.get("dim", -1) in (-1, args[0].ndim - 1)
+            values, indices = args[0].sort(dim=-1, descending=True, stable=True)
+            return torch.return_types.topk((values[..., :count], indices[..., :count]))  # type: ignore[attr-defined]
+        return func(*args, **kwargs)
 
 
 def family_router(family: str, dtype: torch.dtype = torch.float32) -> FamilyRouter:
     """The router of one family's tiny model."""
-    model = build_model(family, dtype)
-    name, router = [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith(_NAMES)][-1]
-    owners = [router, model.get_submodule(name.rpartition(".")[0]), getattr(router, "moe_statics", None)]
-    biases = (getattr(owner, n, None) for owner in owners for n in ("e_score_correction_bias", "expert_bias"))
-    correction = next((bias for bias in biases if bias is not None), None)
+    config, router, correction = _lone_router(family, dtype) if family in _ALONE else _model_router(family, dtype)
 
     def call(hidden: Tensor) -> Any:
         takes_bias = len(inspect.signature(router.forward).parameters) == 2
@@ -55,8 +94,31 @@ def family_router(family: str, dtype: torch.dtype = torch.float32) -> FamilyRout
     flat = None if correction is None else correction.detach().view(-1)
     bias = getattr(linear, "bias", None)
     return FamilyRouter(
-        router_spec(model.config), linear.weight.detach(), None if bias is None else bias.detach(), flat, call
+        router_spec(config), linear.weight.detach(), None if bias is None else bias.detach(), flat, call
     )
+
+
+def _model_router(family: str, dtype: torch.dtype) -> tuple[Any, Any, Tensor | None]:
+    """The last router of the model, with the configuration and the correction bias."""
+    model = build_model(family, dtype)
+    name, router = [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith(_NAMES)][-1]
+    owners = [router, model.get_submodule(name.rpartition(".")[0]), getattr(router, "moe_statics", None)]
+    biases = (getattr(owner, n, None) for owner in owners for n in ("e_score_correction_bias", "expert_bias"))
+    return model.config, router, next((bias for bias in biases if bias is not None), None)
+
+
+def _lone_router(family: str, dtype: torch.dtype) -> tuple[Any, Any, None]:
+    config: Any
+    if family == "granitemoe":
+        config = transformers.GraniteMoeConfig(hidden_size=32, num_local_experts=8, num_experts_per_tok=3)
+        router: nn.Module = GraniteMoeTopKRouter(config)
+    else:
+        config = transformers.Llama4TextConfig(hidden_size=32, num_local_experts=8, num_experts_per_tok=1)
+        router = Llama4Router(config)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+    return config, router.to(dtype), None
 
 
 def by_expert(routing: Routing, num_experts: int) -> Tensor:

@@ -84,6 +84,19 @@ async def test_an_older_announcement_does_not_come_back() -> None:
     assert await world.seen() == {}
 
 
+async def test_each_newer_announcement_of_something_is_told_once() -> None:
+    world, told = World(), []
+    world.directory = Directory(
+        world.transport, SECRET, MODEL, world.standings, on_announcement=told.append, wall_clock=world.clock
+    )
+    for held, times in (([ONE], 1), ([ONE], 2), ([], 2)):
+        await announce(world.transport, A, held, clock=world.clock)
+        for _ in range(2):
+            await world.seen()
+        assert told == [A.peer] * times
+        world.clock.now += 1
+
+
 async def test_what_expires_is_forgotten() -> None:
     world = World()
     await world.file(A.peer, encode_inventory(claim(), A.sign))

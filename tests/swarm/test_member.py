@@ -6,14 +6,18 @@ import asyncio
 from collections.abc import Mapping
 
 import pytest
-from support.swarm_fakes import MODEL, announce, identity, member
+from support.swarm_fakes import MODEL, SECRET, announce, identity, member
+from support.toy_experts import tell_load
 
+from moehive.protocol.errors import PeerTimeout, PeerUnreachable
 from moehive.protocol.ids import ExpertKey, PeerId
 from moehive.protocol.manifest import ShardEntry
+from moehive.protocol.messages import PEER, GetLoad
 from moehive.swarm.member import agent_name
+from moehive.swarm.rpc.server import stream_handler
 from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.transport.base import Record
-from moehive.swarm.transport.memory import MemoryNetwork
+from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
 SEED, US = identity(1), identity(2)
 
@@ -37,6 +41,25 @@ async def test_sources_of_a_shard(mixtral: ConvertedDirectory) -> None:
         assert await partial(manifest.experts[ExpertKey(0, 3)]) == {three: False}
         assert await partial(manifest.skeleton[0]) == {two: False, three: True}
         assert directory is us.directory(manifest.model_id)
+
+
+async def test_a_peer_that_failed_and_announces_itself_anew_is_tried_at_once() -> None:
+    network = MemoryNetwork()
+    async with member(network, 2) as us:
+        for _ in range(5):
+            us.standings.blame(PeerTimeout("gone", peer=SEED.peer))
+        with pytest.raises(PeerUnreachable, match="no such peer"):
+            await us.peers.connection(SEED.peer)
+        async with MemoryTransport(network, SEED) as back:
+            with pytest.raises(PeerUnreachable, match="not dialled again yet"):
+                await us.peers.connection(SEED.peer)
+            assert us.standings.usable([SEED.peer]) == []
+            await back.serve(PEER.name, stream_handler(PEER, SECRET, SEED.peer, "seed", tell_load))
+            await announce(back, SEED, [ExpertKey(0, 1)])
+            await us.directory(MODEL).refresh()
+            assert us.standings.trusted_first([SEED.peer]) == [SEED.peer]
+            assert us.standings.suspected(SEED.peer)  # nobody has to wait for it before it was asked how it is
+            await (await us.peers.connection(SEED.peer)).ask(GetLoad(), timeout=10.0)
 
 
 async def test_an_error_inside_comes_out_as_itself() -> None:

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from moehive.swarm.memory import MemoryFacts, default_ram_budget, detect_memory
+from moehive.swarm.memory import default_disk_budget, default_ram_budget, detect_disk, detect_memory
+from moehive.swarm.policy.budgets import DeviceFacts, MemoryFacts
 
 GIB = 1 << 30
 MACHINE = (64 * GIB, 48 * GIB)
@@ -12,13 +13,6 @@ def write(root: Path, files: dict[str, object]) -> None:
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"{content}\n")
-
-
-def test_the_budget_is_half_of_the_room() -> None:
-    assert default_ram_budget(MemoryFacts(total=64, available=40)) == 20
-    assert default_ram_budget(MemoryFacts(total=64, available=40, limit=30, limit_used=10)) == 10
-    assert default_ram_budget(MemoryFacts(total=64, available=4, limit=30, limit_used=10)) == 2
-    assert default_ram_budget(MemoryFacts(total=64, available=40, limit=30, limit_used=31)) == 0
 
 
 def test_a_machine_without_control_groups_has_only_its_own_memory(tmp_path: Path) -> None:
@@ -37,7 +31,7 @@ def test_the_tightest_group_of_version_2_on_the_way_up_counts_without_page_cache
     }
     write(tmp_path, files)
     facts = detect_memory(tmp_path, machine=MACHINE)
-    assert facts == MemoryFacts(*MACHINE, limit=8 * GIB, limit_used=3 * GIB)
+    assert facts == MemoryFacts(*MACHINE, limit=8 * GIB, limit_used=3 * GIB, limit_group="/sys/fs/cgroup/user.slice")
     write(tmp_path, {f"{group}/memory.max": 4 * GIB})
     assert detect_memory(tmp_path, machine=MACHINE).limit == 4 * GIB
     assert detect_memory(tmp_path, machine=MACHINE).room == GIB
@@ -52,7 +46,9 @@ def test_version_1_inside_a_container(tmp_path: Path, own: str) -> None:
         "sys/fs/cgroup/memory/memory.stat": f"total_inactive_file {GIB // 4}",
     }
     write(tmp_path, files)
-    assert detect_memory(tmp_path, machine=MACHINE) == MemoryFacts(*MACHINE, limit=2 * GIB, limit_used=3 * GIB // 4)
+    facts = detect_memory(tmp_path, machine=MACHINE)
+    group = "/sys/fs/cgroup/memory"
+    assert facts == MemoryFacts(*MACHINE, limit=2 * GIB, limit_used=3 * GIB // 4, limit_group=group)
     write(tmp_path, {"sys/fs/cgroup/memory/memory.limit_in_bytes": 0x7FFFFFFFFFFFF000})
     assert detect_memory(tmp_path, machine=MACHINE).limit is None
 
@@ -61,3 +57,34 @@ def test_this_machine_has_memory() -> None:
     facts = detect_memory()
     assert 0 < facts.room <= facts.available <= facts.total
     assert default_ram_budget() > 0
+
+
+def test_memory_in_nodes_without_processors_is_not_ours(tmp_path: Path) -> None:
+    """As on a GH200, whose video memory is a NUMA node of the machine's memory."""
+    nodes = "sys/devices/system/node"
+    files = {
+        f"{nodes}/node0/cpulist": "0-71",
+        f"{nodes}/node0/meminfo": f"Node 0 MemTotal: {40 << 20} kB\nNode 0 MemFree: {30 << 20} kB",
+        f"{nodes}/node1/cpulist": "",
+        f"{nodes}/node1/meminfo": f"Node 1 MemTotal: {24 << 20} kB\nNode 1 MemFree: {18 << 20} kB",
+    }
+    write(tmp_path, files)
+    facts = detect_memory(tmp_path, machine=MACHINE)
+    assert facts.far == 18 * GIB
+    assert facts.room == 30 * GIB
+
+
+def test_accelerators_are_kept_as_given(tmp_path: Path) -> None:
+    device = DeviceFacts("cuda:0 Orin", 64 * GIB, 40 * GIB, unified=True)
+    assert detect_memory(tmp_path, machine=MACHINE, devices=[device]).unified
+
+
+def test_the_disk_of_a_store_that_does_not_exist_yet(tmp_path: Path) -> None:
+    store = tmp_path / "cache" / "store"
+    assert detect_disk(store).held == 0
+    store.mkdir(parents=True)
+    (store / "object").write_bytes(bytes(1 << 20))
+    facts = detect_disk(store)
+    assert facts.held >= 1 << 20
+    assert facts.free > 0
+    assert 0 < default_disk_budget(store) <= 20 * GIB

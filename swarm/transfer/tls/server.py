@@ -29,6 +29,7 @@ from moehive.swarm.rpc.server import Refusal
 from moehive.swarm.transfer.background import give_way, start_thread
 from moehive.swarm.transfer.supply import Shelf
 from moehive.swarm.transfer.uploads import Uploads
+from moehive.swarm.transport.accepting import AcceptPace
 from moehive.swarm.transport.addresses import host_and_port, with_port
 
 from .certificate import Certificate
@@ -143,6 +144,7 @@ class BulkServer:
         self._threads = {thread, *filter(threading.Thread.is_alive, self._threads)}
 
     def _accept(self, listener: socket.socket) -> None:
+        pace = AcceptPace()
         listener.settimeout(_LOOK_EVERY)
         while not self._closing:
             try:
@@ -160,6 +162,7 @@ class BulkServer:
             except (OSError, RuntimeError) as error:  # reset already, or no threads left
                 _log.warning("bulk connection not served", reason=str(error))
                 sock.close()
+            time.sleep(pace.after_one())
 
     def _begin(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -18,9 +18,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moehive.kernels.combine import add_sorted_rows
 from moehive.kernels.cpu import experts as module
-from moehive.kernels.cpu.experts import expert_outputs, run_experts
+from moehive.kernels.cpu.experts import expert_outputs, expert_rows_fast, run_experts
 from moehive.kernels.cpu.packed import can_pack, pack_expert
-from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec
+from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
 from moehive.kernels.routing import sort_rows
 
 EXACT = 1e-5
@@ -181,6 +181,17 @@ def test_the_hidden_size_of_gpt_oss() -> None:
     hidden, index, weights = routing(4, 2880, 3, 2, F32)
     found = run_experts(hidden, index, weights, [expert.matrices for expert in experts], CLAMPED)
     assert relative_error(found, layer_oracle(hidden, index, weights, experts, CLAMPED)) <= EXACT
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+@pytest.mark.parametrize("spec", [FfnSpec(), GPT_OSS], ids=["silu", "clamped"])
+def test_the_fast_way_agrees_with_the_exact_one(spec: FfnSpec, tokens: int) -> None:
+    for dtype, tolerance in ((F32, EXACT), (BF16, 2**-6)):
+        weights = weights_of(eager_module(spec, (96, 64, 1), dtype))[0]
+        rows = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+        found = expert_rows_fast(rows, weights, spec)
+        assert found.dtype == dtype
+        assert relative_error(found, expert_ffn(rows, weights, spec).double()) <= tolerance
 
 
 def test_partial_sums_of_two_holders_add_up() -> None:

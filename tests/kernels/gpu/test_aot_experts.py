@@ -5,14 +5,17 @@ A part of what scripts/bench/aot_table.py compiles: every format, few rows and m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 from support.aot import SHARED_LIMIT, Build, Report, compile_all
 from support.aot_experts import DEVICES, MODELS, Model, builds, finish
+from support.aot_route import BUILDS
 
 from moehive.kernels.formats import WeightFormat
 from moehive.kernels.gpu.configuration import shared_memory
@@ -21,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # compiling takes 10 
 
 BY_NAME = {model.name: model for model in MODELS}
 FEW, MANY = 1, 8192  # tokens
+SOURCES = Path(__file__).parents[3] / "kernels" / "gpu"
 # (tokens, architecture, models): a choice that has each format, tile and way of loading once
 CHOSEN = (
     (FEW, 90, ("Qwen3-30B-A3B bf16", "GPT-OSS bf16 [in, out]", "GPT-OSS mxfp4", "DeepSeek-V3 fp8", "Kimi-K2 int4 g32")),
@@ -41,7 +45,7 @@ def chosen() -> list[tuple[Build, Model, int]]:
 
 @lru_cache(maxsize=1)
 def reports() -> Mapping[str, Report]:
-    return compile_all([*(build for build, _, _ in chosen()), finish(4, 90)])
+    return compile_all([*(build for build, _, _ in chosen()), *(finish(4, sm) for sm in DEVICES)])
 
 
 DECODING = [
@@ -95,8 +99,26 @@ def test_decoding_leaves_the_memory_busy(build: Build, model: Model) -> None:
     assert rate > (0.45 if matrix.weight_bits == 4 else 1.0) * 4.3e12
 
 
-def test_what_finishes_a_split_sum() -> None:
-    report = reports()[finish(4, 90).name]
+@pytest.mark.parametrize("sm", DEVICES)
+def test_what_finishes_a_split_sum(sm: int) -> None:
+    report = reports()[finish(4, sm).name]
     assert report.stack == 0
     assert report.registers <= 128
     assert report.wide_loads >= 8, "gate and up of each split"
+
+
+@pytest.mark.parametrize("sm", DEVICES)
+def test_every_kernel_is_compiled_here_or_with_the_routers(sm: int) -> None:
+    """For both architectures: all that any of our code launches."""
+    texts = {path.stem: path.read_text() for path in SOURCES.glob("*.py")}
+    kernels = [
+        (module, name) for module, text in texts.items() for name in re.findall(r"@triton\.jit.*\ndef (\w+)\(", text)
+    ]
+    launched = {
+        f"moehive.kernels.gpu.{module}:{name}"
+        for module, name in kernels
+        if any(re.search(rf"\b{name}\[.*\]\(", text) for text in texts.values())
+    }
+    compiled = [*(build for build, _, _ in chosen()), finish(4, sm), *BUILDS]
+    assert len(launched) == 12
+    assert {build.kernel for build in compiled if build.sm == sm} == launched

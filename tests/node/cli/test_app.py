@@ -7,7 +7,10 @@ import pytest
 
 from moehive.protocol.ids import public_key_of
 
-COMMANDS = ("demo", "convert", "inspect", "node", "publish", "fetch", "generate", "id", "paths", "store", "trace")
+COMMANDS = (
+    "demo", "convert", "inspect", "node", "publish", "fetch", "generate", "top", "doctor", "id", "paths", "store",
+    "trace", "bench",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 
 import pytest
 import structlog
@@ -57,6 +58,35 @@ def test_json_holds_the_same_text_and_a_seed_repeats_it(moehive, converted, monk
     assert said["text"] == streamed.out.removesuffix("\n")
     assert (len(said["tokens"]), said["seed"], said["swarm"]) == (8, 5, None)
     assert said["seconds"] >= said["firstTokenSeconds"] > 0
+
+
+def test_a_small_memory_for_experts_changes_no_token_and_is_told(moehive, converted):
+    arguments = ("generate", "ROMEO:", "--model", converted, "--max-tokens", 12, "--temperature", 0)
+    enough, tight = (json.loads(moehive(*arguments, "--ram", ram, "--json").out) for ram in ("64MiB", "2MiB"))
+
+    assert tight["tokens"] == enough["tokens"]
+    ram, disk = tight["experts"]["tiers"]
+    assert (ram["tier"], disk["tier"]) == ("ram", "disk")
+    assert ram["residentBytes"] <= ram["budgetBytes"] == 2 << 20
+    assert ram["misses"] == disk["hits"] == sum(layer["misses"] for layer in tight["experts"]["layers"])
+    assert ram["misses"] > enough["experts"]["tiers"][0]["misses"]
+    assert disk["latency"]["count"] == disk["hits"]
+    assert 0 < tight["experts"]["layerCallsWithoutMiss"] < tight["experts"]["layerCalls"]
+    text = moehive(*arguments, "--ram", "2MiB").err
+    assert "found them in memory" in text
+    assert "came from disk" in text
+    assert "most misses: layer" in text
+
+
+def test_too_little_memory_for_a_token_is_refused_with_the_least_that_works(moehive, converted):
+    arguments = ("generate", "ROMEO:", "--model", converted, "--max-tokens", 2)
+    outcome = moehive(*arguments, "--ram", "1000")
+    found = re.search(r"at least (\d+)", outcome.err)
+
+    assert outcome.code == 1
+    assert found is not None
+    assert moehive(*arguments, "--ram", found[1]).code == 0
+    assert moehive(*arguments, "--ram", int(found[1]) - 1).code == 1
 
 
 @pytest.mark.parametrize("draft", ["lookup", "the model itself"])

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -15,7 +16,7 @@ from moehive.node.demo.processes import NodeGroup
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
 
 
-def test_a_client_generates_with_a_node_that_then_leaves_cleanly(converted, tmp_path, moehive):
+def test_a_client_generates_with_a_node_that_then_leaves_cleanly(converted, tmp_path, moehive, monkeypatch):
     model_id = json.loads(moehive("inspect", converted, "--no-verify", "--json").out)["modelId"]
     arguments = [sys.executable, "-P", "-m", "moehive.node.cli", "generate", "ROMEO:", "--model", model_id, "--json"]
     with NodeGroup(tmp_path, converted) as group:
@@ -23,6 +24,9 @@ def test_a_client_generates_with_a_node_that_then_leaves_cleanly(converted, tmp_
         ticket = str(node.wait_until_ready().ticket)
         environment = os.environ | {"MOEHIVE_GENERATE_JOIN": ticket, "MOEHIVE_GENERATE_MAX_TOKENS": "4"}
         client = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=90, check=False)
+        monkeypatch.setenv("MOEHIVE_HOME", str(node._home))  # from now on we look at it as its user does
+        seen = wait_for_requests(moehive)
+        shown = moehive("top", "--once")
         assert node._process is not None
         node._process.send_signal(signal.SIGINT)
         assert node._process.wait(30) == 0
@@ -32,3 +36,38 @@ def test_a_client_generates_with_a_node_that_then_leaves_cleanly(converted, tmp_
     assert len(said["tokens"]) == 4
     assert said["swarm"]["peers"][0]["rows"] > 0
     assert (said["swarm"]["localRows"], said["swarm"]["retries"]) == (0, 0)
+    check_status(seen, said)
+    assert shown.code == 0
+    assert all(part in shown.out for part in (seen["peer"], "demo: holds 48 of 48 experts", "answered", "loads"))
+    gone = moehive("top", "--once")
+    assert gone.code == 1
+    assert "no node runs here" in gone.err
+    assert list((tmp_path / "node-1").rglob("nodes/*")) == []
+
+
+def wait_for_requests(moehive):
+    """What `moehive top` says once it has heard of all that was asked: it is up to a second behind."""
+    pause, said = threading.Event(), {}
+    for _ in range(600):
+        outcome = moehive("top", "--json")
+        assert outcome.code == 0
+        (now,) = json.loads(outcome.out)["nodes"]
+        if now["requests"]["done"] and now["requests"] == said.get("requests"):
+            return now
+        said = now
+        pause.wait(0.1)
+    pytest.fail("the node says nothing of the requests that it answered")
+
+
+def check_status(seen, said):
+    """The node's own words against the client's."""
+    (peer,) = said["swarm"]["peers"]
+    ram, disk = seen["experts"]["tiers"]
+    assert seen["requests"]["rows"] == peer["rows"]
+    assert seen["requests"]["done"] == seen["requests"]["latency"]["count"] == peer["requests"]
+    assert 0 < seen["requests"]["latency"]["p50"] <= seen["requests"]["latency"]["p99"]
+    assert disk["hits"] == ram["misses"] == disk["latency"]["count"] > 0
+    assert 0 < ram["residentBytes"] <= ram["budgetBytes"] == 256 << 20
+    assert disk["movedBytes"] == ram["residentBytes"], "nothing had to leave"
+    assert 0 < seen["experts"]["layerCallsWithoutMiss"] < seen["experts"]["layerCalls"]
+    assert seen["transfers"]["sentBytes"] > 0, "the client fetched the dense part"

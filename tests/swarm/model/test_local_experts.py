@@ -87,18 +87,14 @@ def test_two_swapped_experts_change_the_logits(own_copy: Path, converted: Path, 
     assert (wrong - right).abs().max() > 0.1
 
 
-def test_a_budget_below_the_floor_is_refused_before_anything_is_computed(
-    converted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_budget_below_the_floor_is_refused_before_anything_is_computed(converted: Path) -> None:
     directory = ConvertedDirectory(converted)
     loader = ExpertLoader(directory.manifest, directory)
     needed = (2 * loader.top_k + 1) * loader.largest_room(torch.bfloat16)
-    monkeypatch.setattr("moehive.swarm.model.plugin.default_ram_budget", lambda: needed - 1)
     with pytest.raises(BudgetTooSmall) as caught:
-        open_local(converted)
+        open_local(converted, ram=needed - 1)
     assert (caught.value.budget, caught.value.needed) == (needed - 1, needed)
-    monkeypatch.setattr("moehive.swarm.model.plugin.default_ram_budget", lambda: needed)
-    open_local(converted)
+    open_local(converted, ram=needed)
 
 
 @pytest.mark.parametrize(

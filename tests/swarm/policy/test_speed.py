@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moehive.swarm.policy.speed import Speed, after_answer, expected_seconds, lateness
+from moehive.swarm.policy.speed import Speed, after_answer, after_silence, expected_seconds, lateness
 
 times = st.floats(0, 100)
 
@@ -80,3 +80,22 @@ def test_a_few_late_answers_move_the_quantile_and_one_does_not() -> None:
     for _ in range(5):
         speed = answered(answered(speed, 0.010, times=8), 0.200)
     assert lateness(speed) > 2
+
+
+def test_one_silence_counts_little_and_several_in_a_row_are_believed() -> None:
+    known = answered(Speed(), 0.010, times=30)
+
+    def expected(speed: Speed) -> float:
+        return expected_seconds(speed, experts=8, rows=8)
+
+    def silent(speed: Speed, times: int) -> Speed:
+        for _ in range(times):
+            speed = after_silence(speed, elapsed=0.050, experts=8, rows=8)
+        return speed
+
+    assert expected(silent(known, 1)) < 0.020
+    assert expected(silent(known, 4)) == pytest.approx(0.050)
+    assert expected(silent(known, 1000)) == pytest.approx(0.050)  # no more than what was seen
+    again = answered(silent(known, 4), 0.010)
+    assert expected(silent(again, 1)) - expected(again) < 0.010
+    assert silent(known, 2).waited < after_silence(silent(known, 2), elapsed=0.050, experts=8, rows=8).waited

@@ -17,6 +17,7 @@ from moehive.swarm.policy.standing import (
     Offence,
     Standing,
     after_offence,
+    after_return,
     after_success,
     is_avoided,
     is_banned,
@@ -49,6 +50,20 @@ def test_avoidance_ends(events: list[tuple[Offence | None, float]]) -> None:
     standing, now = after(events)
     assert standing.avoid_until <= now + max(MAX_BAN, MAX_PAUSE)
     assert not is_avoided(standing, standing.avoid_until)
+
+
+@given(events)
+def test_who_announces_itself_anew_may_be_tried_at_once_unless_it_lied_or_asked_to_be_left_alone(
+    events: list[tuple[Offence | None, float]],
+) -> None:
+    standing, now = after(events)
+    returned = after_return(standing, now)
+    assert (returned.lies, returned.failures) == (standing.lies, standing.failures)
+    assert is_banned(returned, now) == is_banned(standing, now)
+    if standing.failures and not is_banned(standing, now):
+        assert not is_avoided(returned, now)
+    else:
+        assert returned == standing
 
 
 @given(events)

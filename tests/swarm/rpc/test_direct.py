@@ -193,6 +193,33 @@ async def test_without_a_good_token_not_a_byte_is_said(token: str, monkeypatch: 
         writer.close()
 
 
+async def test_strangers_that_never_finish_the_handshake_make_room_for_each_other_and_for_members() -> None:
+    async with world() as here:
+        strangers = [await asyncio.open_connection(HOST, here.direct._port) for _ in range(module.MAX_UNADMITTED + 5)]
+        async with asyncio.timeout(20):
+            for reader, _ in strangers[:5]:  # the oldest
+                assert await reader.read() == b""
+        assert len(here.direct._unadmitted) == module.MAX_UNADMITTED
+        await ask(await here.upgraded())
+        assert (
+            len(here.direct._unadmitted) == module.MAX_UNADMITTED - 1
+        )  # the oldest made room, the member has moved on
+        for _, writer in strangers:
+            writer.transport.abort()
+        async with asyncio.timeout(20):
+            while here.direct._unadmitted:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.001)
+
+
+async def test_a_handshake_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world() as here:
+        monkeypatch.setattr(limits, "HELLO_TIMEOUT", 0.05)
+        reader, writer = await asyncio.open_connection(HOST, here.direct._port)
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+        assert not here.direct._unadmitted
+        writer.close()
+
+
 async def test_tls_1_2_is_refused() -> None:
     async with world() as here:
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

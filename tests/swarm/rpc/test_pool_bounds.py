@@ -48,6 +48,15 @@ async def test_idle_connections_give_way(pool: ConnectionPool, monkeypatch: pyte
     assert (await (await pool.connection(PEERS[0].peer)).ask(ASKED, timeout=10)).message == ChunkHashes(size=1)
 
 
+async def test_connections_to_peers_that_are_gone_are_not_kept(pool: ConnectionPool) -> None:
+    gone, stays, new = (key.peer for key in PEERS[:3])
+    connection = await pool.connection(gone)
+    await pool.connection(stays)
+    await connection.close()
+    await pool.connection(new)
+    assert list(pool._open) == [stays, new]
+
+
 async def test_locks_live_as_long_as_they_are_held(pool: ConnectionPool) -> None:
     for key in PEERS:
         await pool.connection(key.peer)

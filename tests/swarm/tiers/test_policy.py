@@ -170,15 +170,21 @@ def resident(policy: Lfru[ExpertKey]) -> set[ExpertKey]:
 
 
 def test_a_layer_takes_no_more_than_its_uploads_from_others() -> None:
-    """A prompt uses all of layer 0's experts; beyond two of them they take each other's places."""
-    decode = [step(layer, 0, 1) for _ in range(5) for layer in range(4)]
-    prompt = [step(0, *range(2, 16), tokens=64)]
-    left = []
-    for uploads in (None, 2):
-        policy = Lfru[ExpertKey](lambda key: (key.layer, key.expert), top_k=1, uploads=uploads)
-        replay(policy, decode + prompt, one, 12)
-        left.append(sum(key.layer > 0 for key in resident(policy)))
-    assert left == [6, 6]
+    """Layer 1's entries are worth nothing; still the third newcomer of one step takes a place of its own layer."""
+    policy = Lfru[ExpertKey](lambda key: (key.layer, key.expert), top_k=1, uploads=2)
+    policy.step(step(0, 0, 1, 2))
+    for key in [*(ExpertKey(1, expert) for expert in range(6)), *(ExpertKey(0, expert) for expert in range(3))]:
+        policy.loaded(key, 1)
+    policy.step(step(0, 0, 3, 4, 5))
+    leaving = []
+    for expert in (3, 4, 5):
+        [victim] = policy.victims(ExpertKey(0, expert), 1, never) or []
+        leaving.append(victim.layer)
+        policy.evicted(victim)
+        policy.loaded(ExpertKey(0, expert), 1)
+    policy.step(step(0, 6))
+    [victim] = policy.victims(ExpertKey(0, 6), 1, never) or []
+    assert [*leaving, victim.layer] == [1, 1, 0, 1]
 
 
 def test_a_forecast_decides_until_the_layers_next_step() -> None:

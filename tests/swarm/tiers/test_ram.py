@@ -125,7 +125,7 @@ def test_many_who_miss_share_one_load_and_its_value() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         results = [pool.submit(use) for _ in range(4)]
-        wait_until(lambda: tier.stats.total.misses == 4)
+        wait_until(lambda: joined(tier, "a") == 4)
         load.finish.set()
         values = [result.result(DEADLINE) for result in results]
     assert all(value is values[0] for value in values)
@@ -310,15 +310,15 @@ def test_threads_with_calls_that_do_not_fit_together_do_not_wait_for_each_other(
 def test_what_somebody_else_loaded_is_kept_where_there_is_room() -> None:
     load = Gate("")
     tier = make(20, load)
-    assert tier.put("a", "another a")
-    assert tier.put("a", "a third a")
+    assert tier.put("a", "another a", 0.5)
+    assert tier.put("a", "a third a", 0.5)
     assert leased(tier, "a") == "another a"
     lease = tier.try_lease("a")
     assert lease is not None
     with lease as value, tier.lease("b"):
         assert value == "another a"
-        assert not tier.put("c", "c"), "all is in use"
-    assert tier.put("c", "c")
+        assert not tier.put("c", "c", 0.5), "all is in use"
+    assert tier.put("c", "c", 0.5)
     assert tier.try_lease("d") is None
     assert load.calls == ["b"]
 
@@ -347,6 +347,24 @@ def test_an_error_on_a_loader_thread_is_whose_who_waits_and_else_tried_again() -
         assert isinstance(waiting.exception(DEADLINE), StorageError)
     assert take(tier, "a") == "value a"
     assert tier.stats.failed_loads == 1
+
+
+def test_an_error_of_a_load_ahead_is_told_to_who_needs_the_entry() -> None:
+    """It may say more than a second try would: a file that was found corrupt is gone by then."""
+    errors = [StorageError("corrupt")]
+
+    def load(key: str) -> str:
+        if key == "b" and errors:
+            raise errors.pop()
+        return value_of(key)
+
+    tier = make(40, load, loaders=1)
+    tier.note(uses("ab"))
+    wait_until(lambda: not errors and not tier._flights)
+    assert leased(tier, "a") == "value a"
+    with pytest.raises(StorageError, match="corrupt"):
+        leased(tier, "b")
+    assert leased(tier, "b") == "value b"
 
 
 def test_a_closed_tier_loads_without_threads() -> None:

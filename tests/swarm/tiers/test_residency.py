@@ -135,7 +135,7 @@ class ManyThreads(RuleBasedStateMachine):
         for entry in entries:
             assert self.held.entries[entry.key] is entry
             assert entry.value == f"value {entry.key}"
-        assert {fact.key: fact.in_use for fact in self.held.facts() if fact.in_use} == {
+        assert {entry.key: entry.in_use for entry in self.held.entries.values() if entry.in_use} == {
             entry.key: sum(other.key == entry.key for other in entries) for entry in entries
         }
 

@@ -16,7 +16,7 @@ from moehive.swarm.policy.priority import FLOOR, INTERVAL, MIN_SAMPLES, Interval
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.server import Refusal
 from moehive.swarm.transfer.supply import Answer
-from moehive.swarm.transfer.uploads import ACTIVE, SHARED_RATE, Turn, Uploads
+from moehive.swarm.transfer.uploads import ACTIVE, SHARED_RATE, Turn, UploadFacts, Uploads
 
 A, B, C = PeerId("A"), PeerId("B"), PeerId("C")
 LIMITS = UploadLimits(slots=1, slots_per_peer=1, waiting=2, waiting_per_peer=2, slot_seconds=5.0)
@@ -55,6 +55,17 @@ def test_one_after_the_other(uploads: Uploads) -> None:
     assert granted(second)
     uploads.end(second)
     assert not uploads.contended
+
+
+def test_what_is_going_on_is_told(uploads: Uploads, clock: Clock) -> None:
+    uploads.asked(A)
+    clock.now += ACTIVE / 2
+    uploads.asked(B)
+    uploads.ask(A)
+    uploads.ask(B)
+    assert uploads.facts == UploadFacts(bytes_sent=0, running=1, waiting=1, rate=None, asking=2)
+    clock.now += ACTIVE / 2
+    assert uploads.facts.asking == 1
 
 
 def test_too_many_are_refused_and_told_when_to_come_back(uploads: Uploads, clock: Clock) -> None:

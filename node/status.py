@@ -1,0 +1,149 @@
+"""What a running node says about itself to its own machine: one small JSON file, replaced as a whole every second.
+
+A file and not a socket: it needs nobody who listens, cannot be flooded, and is there for scripts too. Only this user
+can read it. It names the process, so that a file that a killed node has left is known for what it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from moehive.protocol.ids import ModelId, PeerId
+from moehive.swarm.log import get_logger
+from moehive.swarm.telemetry.histogram import Latencies
+from moehive.swarm.telemetry.report import latency_json, tier_json
+from moehive.swarm.tiers.stats import TierStats
+from moehive.swarm.transfer.uploads import UploadFacts
+
+from .scheduler import QueueFacts
+
+EVERY: Final = 1.0  # seconds between two files
+VERSION: Final = 1
+MAX_BYTES: Final = 4 << 20  # of a file that is read: thousands of layers would fit
+_SAME_START: Final = 1.0  # seconds by which the start of one process may be told differently
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """A node at one moment."""
+
+    model: ModelId
+    model_name: str
+    held: int  # experts
+    experts: int  # of the whole model
+    tier: TierStats
+    queue: QueueFacts
+    requests: int  # answered since the start
+    rows: int
+    latencies: Latencies  # of requests, from arrival to answer
+    uploads: UploadFacts
+    received: int  # bytes of objects
+    sending: Mapping[PeerId, float]  # who sends objects to us now: bytes per second
+    peers: int  # that announce the model
+
+    def to_json(self) -> dict[str, Any]:
+        """Seconds and bytes."""
+        return {
+            "modelId": self.model,
+            "modelName": self.model_name,
+            "expertsHeld": self.held,
+            "expertsTotal": self.experts,
+            "experts": tier_json(self.tier, "disk"),
+            "requests": {
+                "waiting": self.queue.requests,
+                "expectedWait": round(self.queue.expected_wait, 6),
+                "done": self.requests,
+                "rows": self.rows,
+                "latency": latency_json(self.latencies),
+            },
+            "peers": {"known": self.peers, "asking": self.uploads.asking},
+            "transfers": {
+                "sentBytes": self.uploads.bytes_sent,
+                "uploads": self.uploads.running,
+                "uploadsWaiting": self.uploads.waiting,
+                "uploadRate": self.uploads.rate,
+                "receivedBytes": self.received,
+                "downloading": {peer: round(rate) for peer, rate in self.sending.items()},
+            },
+        }
+
+
+class StatusFile:
+    """Writes `directory`/PEER.json. `run()` goes on until cancelled, and takes the file away."""
+
+    def __init__(
+        self, directory: Path, peer: PeerId, facts: Callable[[], NodeFacts], *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.path = directory / f"{peer}.json"
+        self._peer = peer
+        self._facts = facts
+        self._clock = clock
+        self._started = clock()
+        self._process = {"pid": os.getpid(), "processStarted": psutil.Process().create_time()}
+
+    async def run(self) -> None:
+        """Write for ever. A disk that refuses is logged once and tried again."""
+        troubled = False
+        try:
+            while True:
+                try:
+                    await asyncio.to_thread(self._write, self._content())
+                    troubled = False
+                except OSError as error:
+                    if not troubled:
+                        _log.warning("the status file cannot be written", file=str(self.path), reason=str(error))
+                    troubled = True
+                await asyncio.sleep(EVERY)
+        finally:
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
+
+    def _content(self) -> bytes:
+        facts = self._facts().to_json()
+        times = {"started": round(self._started, 3), "updated": round(self._clock(), 3)}
+        return json.dumps({"version": VERSION, "peer": self._peer, **self._process, **times, **facts}).encode()
+
+    def _write(self, content: bytes) -> None:
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".new")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        temporary.replace(self.path)  # a reader sees one or the other; nothing has to outlive a crash
+
+
+def read_statuses(directory: Path) -> Iterator[Mapping[str, Any]]:
+    """What the nodes that run now said last. Files of dead processes, and what is no status, are passed over."""
+    for path in sorted(directory.glob("*.json")) if directory.is_dir() else ():
+        status = _read(path)
+        if status is not None and _is_running(status):
+            yield status
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        with path.open("rb") as file:
+            status = json.loads(file.read(MAX_BYTES))
+    except (OSError, ValueError):  # it is gone, or somebody else's
+        return None
+    return status if isinstance(status, dict) and status.get("version") == VERSION else None
+
+
+def _is_running(status: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote it lives: not another one that has its number now."""
+    try:
+        started = psutil.Process(int(status["pid"])).create_time()
+        return abs(started - float(status["processStarted"])) < _SAME_START
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False

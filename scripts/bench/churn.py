@@ -1,0 +1,205 @@
+"""Nodes that come and go while a client generates without a pause: wrong tokens, hung tokens, and memory.
+
+    python scripts/bench/churn.py [--seconds 180] [--every 4] [--tokens 32] [--json FILE]
+
+Real `moehive node` processes with the bundled demo model. One stays and holds half of the experts; three others hold
+all of them and come and go: every few seconds one of those is ended, SIGTERM and SIGKILL in turn, as soon as its
+predecessor's successor is ready, so that two live at any time. A client without experts generates the same greedy text
+again and again in fp32 and compares its tokens with plain transformers'. A token hangs if it takes longer than two
+deadlines of one answer (10 s). Resident bytes of the client and of the node that stays, without their daemons, are read
+every second; the line through them, from a third of the time on, is printed. The exit code is 1 for a wrong token, an
+error, a hung token, or a line that rises by more than 8 MiB in a minute.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from _common import arguments, conditions, p50, p99, print_head, print_table, write_json
+from _swarms import NodeProcess, Nodes, Text, demo_text, loaded
+from transformers.utils import logging
+
+from moehive.protocol.errors import SwarmError
+from moehive.swarm.client import Swarm
+from moehive.swarm.dispatch.caller import CallSettings
+
+SETTINGS = CallSettings(answer_timeout=5.0, layer_timeout=60.0)
+HUNG = 2 * SETTINGS.answer_timeout
+COMING = 3
+MAX_SLOPE = 8.0  # MiB per minute
+MIB = 1 << 20
+
+
+@dataclass
+class Memory:
+    """Resident bytes of a process over time."""
+
+    process: psutil.Process
+    seconds: list[float] = field(default_factory=list)
+    mib: list[float] = field(default_factory=list)
+
+    def look(self, now: float) -> None:
+        """One sample."""
+        self.seconds.append(now)
+        self.mib.append(self.process.memory_info().rss / MIB)
+
+    @property
+    def slope(self) -> float:
+        """MiB per minute, of the line through the last two thirds."""
+        start = len(self.seconds) // 3
+        return 60 * statistics.linear_regression(self.seconds[start:], self.mib[start:]).slope
+
+
+@dataclass
+class Found:
+    """What came of it."""
+
+    texts: int = 0
+    wrong: int = 0  # texts with a wrong token
+    errors: list[str] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)  # seconds of each token
+    ended: dict[str, int] = field(default_factory=lambda: {"SIGTERM": 0, "SIGKILL": 0})  # nodes
+    started: int = 0
+
+    @property
+    def hung(self) -> int:
+        """Tokens that took too long."""
+        return sum(wait > HUNG for wait in self.waits)
+
+
+def main() -> int:
+    """Generate and churn, print."""
+    parser = arguments(__doc__, rounds=1)
+    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--every", type=float, default=4.0, help="seconds between two nodes that leave, at least")
+    parser.add_argument("--tokens", type=int, default=32, help="of each text")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    facts = conditions(work=f"{options.seconds:g} s of texts of {options.tokens} tokens of the demo model, fp32")
+    with tempfile.TemporaryDirectory() as directory, Nodes() as nodes:
+        text = demo_text(Path(directory), options.tokens)
+        found, memory, swarm_facts = run(nodes, text, Path(directory), options.seconds, options.every)
+    report(facts | swarm_facts, found, memory)
+    results = asdict(found) | {name: {"seconds": one.seconds, "mib": one.mib} for name, one in memory.items()}
+    write_json(options.json, facts, results)
+    slopes = [one.slope for one in memory.values()]
+    return 1 if found.wrong or found.errors or found.hung or max(slopes) > MAX_SLOPE else 0
+
+
+def run(
+    nodes: Nodes, text: Text, directory: Path, seconds: float, every: float
+) -> tuple[Found, dict[str, Memory], dict[str, object]]:
+    """One client for so many seconds."""
+    found, over = Found(), threading.Event()
+    staying = nodes.start(text.converted, "--experts", "*:0-3")
+    coming = [coming_node(nodes, text, staying) for _ in range(COMING)]
+    for node in coming:
+        node.ready()
+    memory = {"client": Memory(psutil.Process()), "node": Memory(psutil.Process(staying.pid))}
+    with loaded(staying, directory / "cache", SETTINGS, peers=COMING + 1) as (swarm, model, model_id):
+        text.generate(model)
+        threads = [
+            threading.Thread(target=churn, args=(nodes, text, staying, coming, found, every, over)),
+            threading.Thread(target=watch, args=(list(memory.values()), over)),
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            generate(text, model, found, seconds)
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+        return found, memory, summary(swarm, model_id)
+
+
+def generate(text: Text, model: Any, found: Found, seconds: float) -> None:
+    """Texts one after the other."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            made = text.generate(model)
+        except SwarmError as error:
+            found.errors.append(str(error))
+            continue
+        found.texts += 1
+        found.wrong += made.tokens != text.wanted
+        found.waits += made.waits
+
+
+def coming_node(nodes: Nodes, text: Text, staying: NodeProcess) -> NodeProcess:
+    """A node that will not stay."""
+    return nodes.start(text.converted, "--experts", "all", "--join", staying.ticket)
+
+
+def churn(
+    nodes: Nodes, text: Text, staying: NodeProcess, coming: list[NodeProcess], found: Found, every: float,
+    over: threading.Event,
+) -> None:  # fmt: skip
+    """End the oldest of those that come and go, start another, wait until it is ready."""
+    for how in itertools.cycle((signal.SIGTERM, signal.SIGKILL)):
+        if over.wait(every):
+            return
+        leaving = coming.pop(0)
+        os.kill(leaving.pid, how)
+        found.ended[how.name] += 1
+        successor = coming_node(nodes, text, staying)
+        leaving.wait()
+        successor.ready()
+        found.started += 1
+        coming.append(successor)
+
+
+def watch(memory: Sequence[Memory], over: threading.Event) -> None:
+    """Look every second."""
+    started = time.monotonic()
+    while not over.wait(1.0):
+        for one in memory:
+            one.look(time.monotonic() - started)
+
+
+def summary(swarm: Swarm, model_id: str) -> dict[str, object]:
+    """What the client did about it."""
+    stats = swarm.stats(model_id)
+    return {"client": f"{stats.retries} retries, {stats.hedges} hedges, {len(stats.peers)} peers met"}
+
+
+def report(facts: dict[str, object], found: Found, memory: dict[str, Memory]) -> None:
+    """The table."""
+    print_head("Churn", facts)
+    rows: list[tuple[object, ...]] = [
+        ("texts", found.texts),
+        ("tokens", len(found.waits)),
+        ("texts with a wrong token", found.wrong),
+        ("errors", len(found.errors)),
+        (f"tokens that took over {HUNG:g} s", found.hung),
+        ("token, p50 ms", 1e3 * p50(found.waits)),
+        ("token, p99 ms", 1e3 * p99(found.waits)),
+        ("token, longest ms", 1e3 * max(found.waits)),
+        *((f"nodes ended by {name}", count) for name, count in sorted(found.ended.items())),
+        ("nodes started meanwhile", found.started),
+    ]
+    for name, one in memory.items():
+        rows.append((f"{name}, first and last MiB", f"{one.mib[0]:.0f}, {one.mib[-1]:.0f}"))
+        rows.append((f"{name}, MiB per minute", f"{one.slope:+.2f}"))
+    print_table(("", ""), rows)
+    for error in found.errors:
+        print(error, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

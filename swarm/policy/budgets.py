@@ -1,0 +1,119 @@
+"""How many bytes each tier may use where nobody says: from what the machine has, what its control groups allow, and
+what is free. Pure; swarm/memory.py reads the facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from moehive.protocol.units import format_size
+
+MOST_DISK: Final = 20 << 30  # of fetched experts, unless somebody says more
+_SPARE_VIDEO: Final = 1 << 30  # activations, the libraries' own work space
+_FULL: Final = 0.9  # share of a place's free bytes that is taken at most
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """One accelerator's memory, in bytes."""
+
+    name: str
+    total: int
+    free: int
+    unified: bool = False  # it computes in the machine's own memory (Apple, Jetson, GB10): there is no copy to make
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFacts:
+    """Bytes. `available` is what can be taken without swapping."""
+
+    total: int
+    available: int
+    limit: int | None = None  # of the control group with the least room, this process' own or one above it
+    limit_used: int = 0  # what counts against that limit, without page cache that the kernel would give back
+    limit_group: str = ""  # that group's directory
+    far: int = 0  # of `available`, in NUMA nodes without processors: a GH200's video memory, or memory behind CXL
+    devices: Sequence[DeviceFacts] = ()
+
+    @property
+    def near(self) -> int:
+        """Bytes available next to the processors."""
+        return max(0, self.available - self.far)
+
+    @property
+    def room(self) -> int:
+        """Bytes this process can still take before it swaps or is killed."""
+        if self.limit is None:
+            return self.near
+        return min(self.near, max(0, self.limit - self.limit_used))
+
+    @property
+    def unified(self) -> bool:
+        """Whether an accelerator computes in the memory of the machine."""
+        return any(device.unified for device in self.devices)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFacts:
+    """Bytes of the place where fetched objects are kept."""
+
+    free: int
+    held: int = 0  # by the store already
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One tier's bytes, and why so many."""
+
+    tier: str
+    bytes: int
+    reason: str
+
+
+def plan_budgets(memory: MemoryFacts, disk: DiskFacts) -> tuple[Budget, ...]:
+    """Video memory of each accelerator, RAM, disk: from the fastest to the slowest."""
+    return (*(video_budget(device) for device in memory.devices), ram_budget(memory), disk_budget(disk))
+
+
+def video_budget(device: DeviceFacts) -> Budget:
+    """For experts on `device`, asked once the dense part is there: what is free but for activations."""
+    tier = f"vram {device.name}"
+    if device.unified:
+        return Budget(tier, 0, "shares the machine's memory: experts in the RAM tier need no copy here")
+    spare = max(_SPARE_VIDEO, round(device.free * (1 - _FULL)))
+    size = max(0, device.free - spare)
+    return Budget(tier, size, f"{format_size(device.free)} free, less {format_size(spare)} for activations")
+
+
+def ram_budget(memory: MemoryFacts) -> Budget:
+    """Half of the room there is.
+
+    The other half is for the dense part, the KV cache, activations and the page cache that reading shards lives on;
+    none of them is known yet when the tier is made.
+    """
+    if memory.limit is not None and memory.room < memory.near:
+        why = (
+            f"{format_size(memory.limit)} in control group {memory.limit_group}, {format_size(memory.room)} of it left"
+        )
+    else:
+        why = f"{format_size(memory.near)} of {format_size(memory.total)} are available"
+    if memory.far:
+        why += f", without {format_size(memory.far)} in nodes without processors"
+    if memory.unified:
+        why += ", shared with the accelerator"
+    return Budget("ram", memory.room // 2, f"half of the room: {why}; the rest for the dense part and the KV cache")
+
+
+def disk_budget(disk: DiskFacts) -> Budget:
+    """What the store holds and nine tenths of what is free, at most MOST_DISK."""
+    there = disk.held + int(disk.free * _FULL)
+    if there < MOST_DISK:
+        return Budget("disk", there, f"{format_size(disk.held)} are held, {format_size(disk.free)} free, a tenth stays")
+    return Budget("disk", MOST_DISK, f"the usual; {format_size(disk.free)} are free")
+
+
+def least_ram(expert_bytes: int, top_k: int) -> int:
+    """Bytes below which a tier would load a token's experts over and over: those of two layers, and one in flight."""
+    return (2 * top_k + 1) * expert_bytes

@@ -1,0 +1,106 @@
+"""Numbers of a tier for programs and for people. Names are those of `moehive generate --json` and of status files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moehive.protocol.units import format_size
+from moehive.swarm.tiers.stats import TierStats
+
+from .histogram import Latencies
+from .meter import LayerFacts
+
+
+def tier_json(stats: TierStats, source: str) -> dict[str, Any]:
+    """A RAM tier, and the tier `source` that its misses came from. Seconds and bytes."""
+    every = stats.meter.every
+    return {
+        "tiers": [
+            {
+                "tier": "ram",
+                "hits": stats.hits,
+                "misses": stats.misses,
+                "hitRate": round(stats.hit_rate, 5),
+                "budgetBytes": stats.budget_bytes,
+                "residentBytes": stats.resident_bytes,
+                "experts": stats.entries,
+                "evictions": stats.evictions,
+            },
+            {
+                "tier": source,
+                "hits": stats.loads - stats.failed_loads,
+                "failed": stats.failed_loads,
+                "movedBytes": stats.loaded_bytes,
+                "latency": latency_json(every.loads),
+            },
+        ],
+        "layerCalls": every.calls,
+        "layerCallsWithoutMiss": every.clean,
+        "layers": [_layer_json(layer, stats) for layer in sorted(stats.groups)],
+    }
+
+
+def _layer_json(layer: int, stats: TierStats) -> dict[str, Any]:
+    counts, facts = stats.groups[layer], stats.meter.layers.get(layer, LayerFacts())
+    return {
+        "layer": layer,
+        "hits": counts.hits,
+        "misses": counts.misses,
+        "calls": facts.calls,
+        "callsWithoutMiss": facts.clean,
+        "movedBytes": facts.loaded_bytes,
+        "latency": latency_json(facts.loads),
+    }
+
+
+def latency_json(latencies: Latencies) -> dict[str, Any]:
+    """Seconds."""
+    return {
+        "count": latencies.count,
+        "mean": round(latencies.mean, 7),
+        "p50": round(latencies.p50, 7),
+        "p99": round(latencies.p99, 7),
+        "slowest": round(latencies.slowest, 7),
+    }
+
+
+def tier_lines(stats: TierStats, source: str) -> list[str]:
+    """For people, after a run."""
+    uses, every = stats.hits + stats.misses, stats.meter.every
+    if not uses:
+        return []
+    used = f"{format_size(stats.resident_bytes)} of {format_size(stats.budget_bytes)}"
+    lines = [f"experts: {stats.hit_rate:.1%} of {uses:,} uses found them in memory ({used})"]
+    if every.calls:
+        lines[0] += f"; {every.clean_share:.1%} of layer calls missed none"
+    if stats.loads:
+        place = "the swarm" if source == "swarm" else source
+        moved = format_size(stats.loaded_bytes)
+        lines.append(f"  {stats.loads:,} came from {place}, {moved}: {latency_text(every.loads)}")
+    if worst := _worst(stats):
+        lines.append(f"  most misses: {', '.join(worst)}")
+    return lines
+
+
+def latency_text(latencies: Latencies) -> str:
+    """For people."""
+    if not latencies.count:
+        return "none yet"
+    return f"p50 {seconds_text(latencies.p50)}, p99 {seconds_text(latencies.p99)}"
+
+
+def seconds_text(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def _worst(stats: TierStats, most: int = 3) -> Sequence[str]:
+    """The layers that missed most, where layers differ."""
+    if stats.loads <= stats.entries:  # nothing was loaded twice: every layer's experts came once
+        return ()
+    order = sorted(stats.groups, key=lambda layer: (-stats.groups[layer].misses, layer))[:most]
+    return [f"layer {layer} {1 - stats.groups[layer].hit_rate:.0%}" for layer in order if stats.groups[layer].misses]

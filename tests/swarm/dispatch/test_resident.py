@@ -1,0 +1,57 @@
+"""What a client that keeps experts tells about them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from support.swarm_fakes import Clock
+
+from moehive.kernels.expert_ffn import ExpertWeights
+from moehive.kernels.routing import group_by_expert
+from moehive.protocol.ids import ExpertKey
+from moehive.swarm.dispatch.resident import ResidentExperts
+from moehive.swarm.dispatch.weights import SwarmWeights
+from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.store.directory import ConvertedDirectory
+
+KEY = ExpertKey(0, 1)
+
+
+class Weights:
+    """Every expert comes after a quarter of a second."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    async def load(self, key: ExpertKey, dtype: torch.dtype, deadline: float) -> ExpertWeights:
+        self._clock.now += 0.25
+        return ExpertWeights(torch.zeros(8, 4), torch.zeros(4, 4))
+
+
+async def test_a_use_that_a_peer_computes_is_a_miss_and_a_fetch_is_a_load(mixtral: ConvertedDirectory) -> None:
+    clock = Clock(0.0)
+    weights = cast(SwarmWeights, cast(Any, Weights(clock)))
+    resident = ResidentExperts(
+        mixtral.manifest, weights, weights_tier(ExpertLoader(mixtral.manifest, mixtral), 1 << 20), clock=clock
+    )
+
+    assignments = group_by_expert(torch.tensor([[KEY.expert]]), mixtral.manifest.model.num_experts)
+
+    def call() -> bool:
+        lease = resident.lease(*KEY, torch.float32)
+        if lease is not None:
+            with lease:
+                pass
+        resident.saw(KEY.layer, assignments, 1, torch.float32, 0.0)
+        return lease is not None
+
+    assert not call()
+    assert await resident._fetch(KEY)
+    assert all([call(), call()])
+    stats = resident.tier_stats
+    size = 4 * (8 * 4 + 4 * 4)  # bytes in memory
+    assert (stats.hits, stats.misses, stats.loads, stats.loaded_bytes) == (2, 1, 1, size)
+    assert (stats.groups[0].hits, stats.groups[0].misses) == (2, 1)
+    assert (stats.meter.every.calls, stats.meter.every.clean) == (3, 2)
+    assert stats.meter.every.loads.slowest == stats.slowest_load == 0.25

@@ -1,0 +1,62 @@
+"""What a tier counts layer by layer, and how it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moehive.swarm.telemetry.report import seconds_text, tier_json, tier_lines
+from moehive.swarm.tiers.policy import Uses
+from moehive.swarm.tiers.ram import RamTier
+
+
+def worked() -> RamTier[tuple[int, int], str]:
+    """Layers 0 and 1, two experts for a call, in a budget for three: layer 1 has to load one again and again."""
+    now = iter(range(1000))
+    tier = tier_of_weights(clock=lambda: float(next(now)))
+    for _ in range(3):
+        call(tier, 0, 0, 1)
+        call(tier, 1, 0)
+    call(tier, 1, 1)
+    return tier
+
+
+def tier_of_weights(clock: Callable[[], float] = float) -> RamTier[tuple[int, int], str]:
+    return RamTier(
+        30, lambda _: "weights", room=lambda _: 10, size=lambda _: 10, group=lambda key: key[0], loaders=0, clock=clock
+    )
+
+
+def call(tier: RamTier[tuple[int, int], str], layer: int, *experts: int) -> None:
+    tier.note(Uses(layer, {(layer, expert): 1 for expert in experts}))
+    for expert in experts:
+        with tier.lease((layer, expert)):
+            pass
+
+
+def test_a_tier_tells_its_layers_apart() -> None:
+    stats = worked().stats
+    assert (stats.hits, stats.misses, stats.loads) == (6, 4, 4)
+    assert [stats.meter.layers[layer].calls for layer in (0, 1)] == [3, 4]
+    assert [stats.meter.layers[layer].clean for layer in (0, 1)] == [2, 2]
+    assert stats.meter.every.loads.count == stats.loads
+    assert stats.meter.every.loaded_bytes == stats.loaded_bytes == 40
+
+
+def test_the_report_for_programs_adds_up() -> None:
+    said = tier_json(worked().stats, "disk")
+    ram, disk = said["tiers"]
+    assert (ram["hits"], ram["misses"], ram["hitRate"], disk["hits"]) == (6, 4, 0.6, 4)
+    assert (disk["tier"], disk["movedBytes"], disk["latency"]["count"]) == ("disk", 40, 4)
+    assert (said["layerCalls"], said["layerCallsWithoutMiss"]) == (7, 4)
+    assert [layer["layer"] for layer in said["layers"]] == [0, 1]
+    for name, whole in (("hits", 6), ("misses", 4), ("calls", 7), ("callsWithoutMiss", 4), ("movedBytes", 40)):
+        assert sum(layer[name] for layer in said["layers"]) == whole
+
+
+def test_the_report_for_people() -> None:
+    first, second, third = tier_lines(worked().stats, "disk")
+    assert first.startswith("experts: 60.0% of 10 uses found them in memory (30 B of 30 B); 57.1% of layer calls")
+    assert second == "  4 came from disk, 40 B: p50 1 s, p99 1 s"
+    assert third == "  most misses: layer 0 33%, layer 1 50%"
+    assert tier_lines(tier_of_weights().stats, "disk") == []
+    assert [seconds_text(value) for value in (2.0, 0.0123, 0.00000456)] == ["2 s", "12.3 ms", "4.56 us"]
