@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from demo_training.card import write_card
-from demo_training.model import Trainee, count_parameters, layer_config, model_config, save
+from demo_training.model import Shape, Trainee, count_parameters, layer_config, model_config, save
 from demo_training.text import load_corpus
 from demo_training.training import Options, train
 from transformers import Qwen3MoeForCausalLM, set_seed
@@ -41,6 +41,11 @@ def parse_options() -> Options:
     parser.add_argument("--eval-every", type=int, default=200, help="steps between held-out evaluations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="processor threads")
+    shape = parser.add_argument_group("shape", "of other models than the bundled one")
+    shape.add_argument("--layers", type=int, default=Shape.layers)
+    shape.add_argument("--experts", type=int, default=Shape.experts, help="of each layer")
+    shape.add_argument("--top-k", type=int, default=Shape.top_k, help="experts that a token uses in each layer")
+    shape.add_argument("--expert-hidden", type=int, default=Shape.expert_hidden, help="inner size of an expert")
     return Options(**vars(parser.parse_args()))
 
 
@@ -62,7 +67,7 @@ def main() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     set_seed(options.seed)
     tokenizer, corpus = load_corpus(options.text)
-    model = Qwen3MoeForCausalLM(model_config())
+    model = Qwen3MoeForCausalLM(model_config(options.shape))
     total, active = count_parameters(model)
     print(f"{total:,} parameters, {active:,} active per token; {len(corpus.train_ids):,} training tokens")
     trainee = Trainee(model, layer_config(model.config))

@@ -13,19 +13,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moehive.protocol.errors import ConfigError
+from moehive.protocol.errors import ConfigError, UnsupportedModel
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import Manifest, ShardEntry, ShardType
 
-from .model.backend import BACKEND, ExpertsBackend, local_experts
+from .log import get_logger
+from .model.backend import BACKEND, ExpertsBackend, LocalExperts, local_experts
 from .model.reading import read_tensors, verify_files
-from .model.seats import check_active
+from .model.seats import backend_of, check_active
 from .store.directory import ConvertedDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .model.kv.options import KvMode, KvOptions
+
+_log = get_logger(__name__)
 
 # Any of these among the assets means that AutoTokenizer finds a tokenizer.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model", "vocab.json")
@@ -68,15 +71,18 @@ def open_local(
     backend: ExpertsBackend | None = None,
     ram: int | None = None,
     kv: KvMode | KvOptions = "full",
+    prefetch: bool | Path = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model and the tokenizer of a converted directory; None where it has no tokenizer.
 
     `dtype` is that of the computation, the checkpoint's own by default. `backend` computes the routed experts; by
     default they are read from `directory`, through a RAM tier of `ram` bytes, by default a part of this machine's
     memory. `kv` is how `generate` keeps keys and values: see KvOptions; by default as transformers does.
+    `prefetch` says whether local experts are loaded before they are needed, where not all of them fit into memory; a
+    file that `moehive trace fit` wrote makes for better guesses than the model's own routers.
 
     Raises ManifestError, StorageError, CorruptShard, UnsupportedModel, ConfigError; BudgetTooSmall where `ram` does not
-    hold what one token needs.
+    hold what one token needs; TraceError for another model's `prefetch`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,7 +99,22 @@ def open_local(
         from .model.kv.default import use_kv
 
         use_kv(model, kv)
+    _use_prefetch(model, prefetch)
     return model, AutoTokenizer.from_pretrained(str(directory)) if _has_tokenizer(manifest) else None
+
+
+def _use_prefetch(model: PreTrainedModel, prefetch: bool | Path) -> None:
+    local = backend_of(model)
+    if prefetch is False or not isinstance(local, LocalExperts):
+        return
+    from .prefetch.wiring import attach_prefetch
+
+    try:
+        attach_prefetch(model, local, predictor=None if prefetch is True else prefetch)
+    except UnsupportedModel as error:
+        if prefetch is not True:
+            raise
+        _log.info("there is no prefetch for this model", reason=str(error))
 
 
 def _has_tokenizer(manifest: Manifest) -> bool:

@@ -75,6 +75,10 @@ class GenerateOptions:
     here; by default none are kept. Without it for those that are read from --model; by default half of what is
     free."""
 
+    prefetch: Annotated[str, Parameter(metavar="auto|off|FILE")] = "auto"
+    """Experts that are read from disk before they are needed, where not all of them fit into memory: as the model's own
+    routers guess them, or as a predictor does that `moehive trace fit` wrote to FILE. Only without --join."""
+
     threads: Positive | None = None
     """Threads that compute here. By default one for each core."""
 
@@ -245,6 +249,10 @@ def _silent(text: str) -> None:
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
+def _prefetch(text: str) -> bool | Path:
+    return Path(text) if text not in ("auto", "off") else text == "auto"
+
+
 @dataclass(frozen=True)
 class _Loaded:
     model: PreTrainedModel
@@ -260,7 +268,8 @@ def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
         from moehive.swarm import open_local
         from moehive.swarm.model.seats import tier_statistics
 
-        model, tokenizer = open_local(options.model, dtype=dtype, ram=options.ram)
+        prefetch = _prefetch(options.prefetch)
+        model, tokenizer = open_local(options.model, dtype=dtype, ram=options.ram, prefetch=prefetch)
         yield _Loaded(model, tokenizer, None, lambda: _tier(tier_statistics(model), "disk"))
         return
     from moehive.swarm.client import join

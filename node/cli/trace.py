@@ -14,6 +14,7 @@ from moehive.protocol.manifest import MANIFEST_NAME
 from .arguments import Flag, NotNegative, Positive
 from .generate import quiet_libraries
 from .output import say, say_json, table
+from .trace_fit import fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,7 +72,7 @@ def record(
     from .generation import Sampling, continue_text
 
     sampling = Sampling(max_tokens, seed, temperature)
-    loaded, tokenizer = _load(model)
+    loaded, tokenizer = load_model(model)
     recorder = Recorder(loaded, samples=samples)
     with recorder.listening(), torch.inference_mode():
         for prompt in prompts:
@@ -125,12 +126,13 @@ def trace_app(sort_key: int) -> App:
         help_format="markdown",
         sort_key=sort_key,
     )
-    for command in (record, replay):
+    for command in (record, replay, fit):
         app.command(command)
     return app
 
 
-def _load(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A model and its tokenizer from a converted directory or a checkpoint. Raises ConfigError for neither."""
     if (directory / MANIFEST_NAME).is_file():
         from moehive.swarm import open_local
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -33,20 +34,30 @@ BALANCE_COEFFICIENT = 0.02  # of a loss that is 1 at even load; transformers' lo
 INITIALIZER_RANGE = 0.06  # near 1 / sqrt(hidden size); with the usual 0.02 a model this small learns far more slowly
 
 
-def model_config() -> Qwen3MoeConfig:
-    """Return the architecture: 6 layers of 8 experts, of which every token uses 2."""
+@dataclass(frozen=True)
+class Shape:
+    """What may differ from the bundled model, for studies on larger ones."""
+
+    layers: int = 6
+    experts: int = 8
+    top_k: int = 2
+    expert_hidden: int = 160
+
+
+def model_config(shape: Shape = Shape()) -> Qwen3MoeConfig:
+    """Return the architecture: unless told otherwise 6 layers of 8 experts, of which every token uses 2."""
     return Qwen3MoeConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=160,
         intermediate_size=320,  # of a dense feed-forward layer, which this model has none of
-        moe_intermediate_size=160,
-        num_hidden_layers=6,
+        moe_intermediate_size=shape.expert_hidden,
+        num_hidden_layers=shape.layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
-        num_experts=8,
+        num_experts=shape.experts,
         initializer_range=INITIALIZER_RANGE,
-        num_experts_per_tok=2,
+        num_experts_per_tok=shape.top_k,
         norm_topk_prob=True,
         router_aux_loss_coef=BALANCE_COEFFICIENT / 2,  # in transformers' units
         max_position_embeddings=CONTEXT_LENGTH,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .measure import Evaluation, evaluate
-from .model import Trainee
+from .model import Shape, Trainee
 from .text import TOKENS_PER_STEP, Corpus, batches
 
 
@@ -29,6 +29,15 @@ class Options:
     eval_every: int
     seed: int
     threads: int
+    layers: int = Shape.layers
+    experts: int = Shape.experts
+    top_k: int = Shape.top_k
+    expert_hidden: int = Shape.expert_hidden
+
+    @property
+    def shape(self) -> Shape:
+        """Of the network to train."""
+        return Shape(self.layers, self.experts, self.top_k, self.expert_hidden)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from moehive.protocol.manifest import Manifest
 from moehive.swarm.log import get_logger
 from moehive.swarm.model.backend import WeightsTier
 from moehive.swarm.policy.fetch_or_send import LayerFacts, experts_to_fetch
+from moehive.swarm.prefetch.session import PROMPT, begin_session
 from moehive.swarm.tiers.leases import Lease
 from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.tiers.stats import TierStats
@@ -97,6 +98,9 @@ class ResidentExperts:
         self._tier.note(Uses(layer, rows, tokens), ahead=False)
         with self._lock:
             counts = self._layers.setdefault(layer, _LayerCounts())
+            if tokens >= PROMPT:
+                uses, counts.tokens = begin_session(counts.uses, counts.tokens)
+                counts.uses = Counter(uses)
             for assignment in assignments:
                 counts.uses[assignment.expert] += assignment.token.shape[0]
             counts.tokens += tokens

@@ -85,6 +85,10 @@ class ExpertLoader:
         """The most that `room` says of any expert."""
         return max(self.room(key, dtype) for key in self._manifest.experts)
 
+    def total_room(self, dtype: torch.dtype) -> int:
+        """What `room` says of all experts together."""
+        return sum(self.room(key, dtype) for key in self._manifest.experts)
+
     def load(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
         """One expert's verified weights of `dtype`.
 
@@ -150,13 +154,27 @@ def _size(weights: ExpertWeights) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+class Watcher(Protocol):
+    """Somebody who wants to know what is computed, such as prefetch. Returns at once and raises nothing."""
+
+    def computing(self, layer: int, hidden: Tensor, experts: Sequence[int]) -> None:
+        """`experts` of `layer` are about to compute with `hidden` [T, H]; loads of absent ones have begun."""
+
+
 class LocalExperts:
     """An ExpertsBackend over experts that are all on this machine's disk."""
 
     def __init__(self, loader: ExpertLoader, tier: WeightsTier) -> None:
         self._num_experts = loader.num_experts
+        self._loader = loader
         self._spec = loader.spec
+        self.top_k = loader.top_k
         self.tier = tier
+        self.watcher: Watcher | None = None
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether all experts of the model have room at a time, computing in `dtype`."""
+        return self._loader.total_room(dtype) <= self.tier.budget_bytes
 
     @property
     def tier_stats(self) -> TierStats:
@@ -175,12 +193,16 @@ class LocalExperts:
         groups = group_by_expert(top_k_index, self._num_experts)
         counts = {_key(layer, group.expert, hidden): group.token.shape[0] for group in groups}
         self.tier.note(Uses(layer, counts, hidden.shape[0]))
+        if self.watcher is not None:
+            self.watcher.computing(layer, hidden, [group.expert for group in groups])
         outputs = ((group, self._rows(layer, group.expert, hidden.index_select(0, group.token))) for group in groups)
         return combine_rows(out, outputs, top_k_weights)
 
     def _token_rows(self, layer: int, experts: Sequence[int], hidden: Tensor) -> Mapping[int, Tensor]:
         """Unweighted outputs [1, H] for `hidden` [1, H], of resident experts first: the others load meanwhile."""
         missing = self.tier.note(Uses(layer, {_key(layer, expert, hidden): 1 for expert in experts}))
+        if self.watcher is not None:
+            self.watcher.computing(layer, hidden, experts)
         if missing:
             late = {key.expert for key, _ in missing}
             experts = sorted(experts, key=lambda expert: expert in late)

@@ -46,6 +46,11 @@ def attach_backend(model: nn.Module, backend: ExpertsBackend) -> None:
         seat.backend = backend
 
 
+def backend_of(model: nn.Module) -> ExpertsBackend | None:
+    """Who computes the routed experts of `model`; None where it keeps them itself."""
+    return next((seat.backend for seat in _seats(model)), None)
+
+
 def check_active(model: nn.Module) -> None:
     """Raise UnsupportedModel unless every experts module of `model` is served by a backend and holds no weight."""
     implementation = getattr(getattr(model, "config", None), "_experts_implementation", None)

@@ -29,6 +29,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 LOADERS: Final = 2  # threads that load ahead of the one that computes
+_SMOOTHING: Final = 0.1
 _WAIT: Final = 60.0  # seconds a miss waits for others to release, before it reports what budget would have done
 
 
@@ -76,6 +77,8 @@ class RamTier(Generic[K, V]):
         self._failed: dict[K, Exception] = {}  # loads ahead that failed before anybody waited for them
         self._pool: ThreadPoolExecutor | None = None
         self._failed_loads = self._loaded_bytes = self._shrinks = 0
+        self.load_seconds = 0.0  # that one load takes, smoothed; 0 before the first
+        self.stalled_seconds = 0.0  # that leases have waited for loads
 
     def close(self) -> None:
         """End the loader threads; a load that has begun is waited for. The tier loads without them afterwards."""
@@ -154,6 +157,11 @@ class RamTier(Generic[K, V]):
                 self._residency.speculation.loads += 1
                 started += 1
             return started
+
+    def absent(self, keys: Sequence[K]) -> Sequence[bool]:
+        """Which of these are neither resident nor on their way."""
+        with self._lock:
+            return [key not in self._residency.entries and key not in self._flights for key in keys]
 
     def outcomes(self) -> Sequence[Speculation]:
         """Prefetched entries whose fate became known since the last call."""
@@ -258,9 +266,10 @@ class RamTier(Generic[K, V]):
             if flight.entry is not None:
                 entry = flight.entry
                 break
-            if isinstance(flight.error, Exception):
+            if isinstance(flight.error, Exception) and flight.speculation is None:
                 raise flight.error
-            # The loading thread was interrupted (KeyboardInterrupt, SystemExit): that is its own affair. Load here.
+            # A guess may fail for a reason that has passed, so whoever needs the entry tries again. Or else the
+            # loading thread was interrupted (KeyboardInterrupt, SystemExit): that is its own affair. Load here.
         self._count_stall(key, self._clock() - started, flight.speculation if flight else None)
         return entry
 
@@ -287,6 +296,7 @@ class RamTier(Generic[K, V]):
         with self._lock:
             counts = self._residency.counts(self._group(key))
             counts.stalls.add(seconds)
+            self.stalled_seconds += seconds
             if speculation is not None and speculation.used is None:
                 counts.late += 1
                 hidden = max(0.0, speculation.seconds - seconds)
@@ -362,6 +372,7 @@ class RamTier(Generic[K, V]):
             held.cancel(flight.reserved - size)
             flight.reserved = 0
             self._count_load(flight.group, size, seconds)
+            self.load_seconds += (_SMOOTHING if self.load_seconds else 1.0) * (seconds - self.load_seconds)
             if flight.speculation is not None:
                 flight.speculation.size, flight.speculation.seconds = size, seconds
                 held.speculation.bytes += size

@@ -69,3 +69,30 @@ def test_a_file_that_is_no_trace_is_refused(moehive: Moehive, tmp_path: Path) ->
     outcome = moehive("trace", "replay", tmp_path / "file")
     assert outcome.code == 2
     assert "is not a file that moehive wrote" in outcome.err
+
+
+def test_a_predictor_is_fitted_and_used(moehive: Moehive, converted: Path, tmp_path: Path) -> None:
+    trace, predictor = tmp_path / "trace", tmp_path / "predictor"
+    recorded = ("--max-tokens", "120", "--seed", "3", "--samples", "200")
+    assert moehive("trace", "record", converted, trace, *PROMPTS, *recorded).code == 0
+    outcome = moehive("trace", "fit", trace, converted, predictor, "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)["recall"]
+    assert set(found["untrained"]) == set(found["fitted"]) == {"entry", "before", "earlier"}
+    at_k, one_more, two_more = found["untrained"]["before"]
+    assert 0.25 < at_k < one_more < two_more <= 1  # 0.25 would be chance
+    outcome = moehive("trace", "fit", trace, converted, predictor)
+    assert "recall at k" in outcome.out
+    generated = ("--max-tokens", "4", "--seed", "3", "--json")
+    outputs = [
+        moehive("generate", "ROMEO:", "--model", converted, "--prefetch", how, *generated) for how in (predictor, "off")
+    ]
+    assert [outcome.code for outcome in outputs] == [0, 0], outputs[0].err
+    assert json.loads(outputs[0].out)["tokens"] == json.loads(outputs[1].out)["tokens"]
+
+
+def test_a_trace_without_hidden_states_cannot_be_fitted_to(moehive: Moehive, converted: Path, tmp_path: Path) -> None:
+    demo = Path(__file__).parents[2] / "data" / "demo_routing.safetensors"
+    outcome = moehive("trace", "fit", demo, converted, tmp_path / "predictor")
+    assert outcome.code == 2
+    assert "--samples" in outcome.err
