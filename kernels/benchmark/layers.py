@@ -29,7 +29,7 @@ class Call:
     @property
     def active(self) -> int:
         """Experts that are hit."""
-        return int(self.index.unique().numel())
+        return int((torch.bincount(self.index.reshape(-1)) > 0).sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,11 +90,11 @@ def _codes(shape: tuple[int, int], below: int, generator: torch.Generator) -> Te
 
 
 def _copy(expert: ExpertMatrices) -> ExpertMatrices:
-    matrices = [
+    gate_up, down = (
         WeightMatrix(m.format, m.data.clone(), None if m.scale is None else m.scale.clone(), block=m.block)
         for m in (expert.gate_up, expert.down)
-    ]
-    return ExpertMatrices(*matrices, expert.gate_up_bias, expert.down_bias)
+    )
+    return ExpertMatrices(gate_up, down, expert.gate_up_bias, expert.down_bias)
 
 
 def make_calls(
