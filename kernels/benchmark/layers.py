@@ -29,7 +29,7 @@ class Call:
     @property
     def active(self) -> int:
         """Experts that are hit."""
-        return int(torch.unique(self.index).numel())
+        return int((torch.bincount(self.index.reshape(-1)) > 0).sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

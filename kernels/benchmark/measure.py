@@ -140,21 +140,20 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device) - before)
-    with _Allocations() as recorded:
+        return torch.cuda.max_memory_allocated(device) - before
+    recorded = _Allocations()
+    with recorded:
         result = call()
     del result
-    highest: int = recorded.highest
-    return highest
+    return recorded.highest
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not say
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that come into being while it is on and have not gone yet."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.held: int = 0
-        self.highest: int = 0
+        self.held = self.highest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Any operator: what it returns is new unless it shares the memory of an argument."""
