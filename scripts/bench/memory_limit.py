@@ -171,14 +171,19 @@ def main() -> None:
         }
     print_table(COLUMNS, [_row(who, run, reference) for who, run in runs.items()])
     ours = runs["moehive"][0]
-    speeds = [_speed(run[0]) for who, run in runs.items() if who != "moehive" and run[0].code == 0]
-    ratio = _speed(ours) / max(speeds) if speeds and ours.code == 0 else None
-    if ratio is not None:
-        print(f"{ratio:.1f} times accelerate's tokens per second ({GOAL:g} are asked)\n")
+    ratios = {
+        who: _speed(ours) / _speed(run[0])
+        for who, run in runs.items()
+        if who != "moehive" and ours.code == run[0].code == 0
+    }
+    for who, ratio in ratios.items():
+        print(f"{ratio:.1f} times the tokens per second of {who}")
+    print()
     results = {who: {"foreign": run[1], **asdict(run[0])} for who, run in runs.items()}
-    write_json(options.json, facts, {"ratio": ratio, "reference": reference, **results})
+    write_json(options.json, facts, {"ratios": ratios, "reference": reference, **results})
     wrong = _faults(ours, reference, limit, size)
-    wrong += [] if ratio is None or ratio >= GOAL else [f"{ratio:.1f} times accelerate"]
+    judged = ratios.get(ACCELERATE, ratios.get(PREPARED, GOAL))  # the second where the first was killed
+    wrong += [] if judged >= GOAL else [f"{judged:.1f} times accelerate"]
     if wrong:
         raise SystemExit(f"not as asked: {', '.join(wrong)}")
 
