@@ -20,6 +20,7 @@ from moehive.protocol.errors import (
     CorruptShard,
     DiskFull,
     ExpertUnavailable,
+    MemoryExhausted,
     ModelUnavailable,
     MoehiveError,
     NotAdmitted,
@@ -46,6 +47,7 @@ _HINTS: tuple[tuple[type[MoehiveError], str], ...] = (
     (CorruptShard, "`moehive inspect DIR` lists every damaged file; convert or fetch it again"),
     (SeedChanged, "name the checkpoint that was converted; of the hub with its revision: --seed hub:REPO@REVISION"),
     (SeedError, "check --seed, and whether this machine reaches the hub where it is there"),
+    (MemoryExhausted, "something else took the memory: give a smaller --ram, or end what takes it"),
     (BudgetTooSmall, "see --ram and --disk, of a KV cache --kv-budget"),
     (
         ModelUnavailable,

@@ -72,8 +72,8 @@ class GenerateOptions:
 
     ram: Size | None = None
     """Memory for experts. With --join for those that are fetched in the background, where that pays, and then computed
-    here; by default none are kept. Without it for those that are read from --model; by default half of what is
-    free."""
+    here; by default none are kept. Without it for those that are read from the model's directory; by default half
+    of what is free."""
 
     prefetch: Annotated[str, Parameter(metavar="auto|off|FILE")] = "auto"
     """Experts that are read from disk before they are needed, where not all of them fit into memory: as the model's own
