@@ -22,6 +22,7 @@ bench local --json "$out/local.json"
 bench telemetry --json "$out/telemetry.json"
 bench cpu_experts --shapes qwen3-30b-a3b --budget 10 --json "$out/cpu_experts.json"  # Mixtral takes six minutes more
 bench long_context --json "$out/long_context.json"
+bench buffers --json "$out/buffers.json"
 bench tiers --json "$out/tiers.json" --plot "$out/tiers.svg"
 bench memory_limit --json "$out/memory_limit.json"
 bench transfer_sources --json "$out/transfer_sources.json"
