@@ -1,8 +1,7 @@
-import re
-
 """The frame around the commands: help, version, usage errors, places."""
 
 import json
+import re
 import stat
 
 import pytest
