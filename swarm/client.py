@@ -118,6 +118,7 @@ class Swarm:
         dtype: torch.dtype | None = None,
         answers: AnswerForm = "sum",
         ram: int = 0,
+        expect_tokens: int | None = None,
         kv: KvMode | KvOptions = "full",
         timeout: float = 60.0,
         observer: Observer | None = None,
@@ -130,7 +131,8 @@ class Swarm:
         `kv`: how `generate` keeps keys and values, for contexts that do not fit into memory; see KvOptions.
 
         With `ram`, a budget in bytes, experts that are worth it are fetched in the background and then computed here;
-        the budget is the same for all loads of one model.
+        the budget is the same for all loads of one model. `expect_tokens` says about how many tokens, those of prompts
+        included, will be computed: with it the choice is within 15 % of the best, without it within twice the best.
 
         Waits up to `timeout` seconds for a peer that has the model. Raises ModelUnavailable, ShardUnavailable,
         ManifestError, StorageError, TransportError, BudgetTooSmall; ConfigError for a `model` that is neither, or when
@@ -140,6 +142,8 @@ class Swarm:
 
         directory, manifest = self._skeleton(model, timeout, observer)
         opened = self._open_portal.call(self._open_model, manifest, ram)
+        if opened.resident is not None and expect_tokens is not None:
+            opened.resident.expect(expect_tokens)
         backend = opened.backend(self._open_portal.start_task_soon, answers)
         return open_local(directory, dtype=dtype, backend=backend, kv=kv)
 

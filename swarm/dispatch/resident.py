@@ -45,6 +45,7 @@ ExpertLease = Lease[tuple[ExpertKey, torch.dtype], ExpertWeights]
 class _LayerCounts:
     uses: Counter[int] = field(default_factory=Counter)
     tokens: float = 0.0
+    seen: int = 0  # tokens, none forgotten
     paid: float = 0.0  # seconds waited since an expert was last fetched for it
     changed: bool = False
 
@@ -58,13 +59,12 @@ class ResidentExperts:
         weights: SwarmWeights,
         tier: WeightsTier,
         *,
-        horizon: Callable[[], float | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._manifest = manifest
         self._weights = weights
         self._tier = tier
-        self._horizon = horizon  # tokens that will still be generated, where that is known
+        self._expected = 0  # tokens in all, as far as the caller has said
         self._clock = clock
         self._layers: dict[int, _LayerCounts] = {}
         self._lock = threading.Lock()  # of the counts
@@ -80,6 +80,12 @@ class ResidentExperts:
         return self._tier.stats
 
     # --- the model's thread ---------------------------------------------------------------------------------------
+
+    def expect(self, tokens: int) -> None:
+        """So many more tokens will be computed, about: what an expert is worth depends on it."""
+        with self._lock:
+            seen = max((counts.seen for counts in self._layers.values()), default=0)
+            self._expected = max(self._expected, seen) + tokens
 
     def lease(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertLease | None:
         """A resident expert's weights, to be entered once; None where it is not here."""
@@ -104,6 +110,7 @@ class ResidentExperts:
             for assignment in assignments:
                 counts.uses[assignment.expert] += assignment.token.shape[0]
             counts.tokens += tokens
+            counts.seen += tokens
             counts.paid += waited
             counts.changed = True
             if counts.tokens >= HALVE_AFTER:
@@ -139,6 +146,7 @@ class ResidentExperts:
         here = self._tier.keys()
         resident = {key.expert for key, _ in here if key.layer == layer}
         size = self._weights.nbytes(self._dtype)
+        to_come = self._expected - counts.seen
         return LayerFacts(
             uses=counts.uses,
             tokens=counts.tokens,
@@ -146,7 +154,7 @@ class ResidentExperts:
             resident=resident,
             wait=self._wait,
             price=self._shard_bytes(layer) * self._seconds_per_byte,
-            horizon=self._horizon(),
+            horizon=to_come if to_come > 0 else None,
             paid=counts.paid,
             room=(self._tier.budget_bytes - self._tier.resident_bytes) // size,
         )

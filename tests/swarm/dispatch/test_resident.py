@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import torch
 from support.swarm_fakes import Clock
 
 from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.kernels.routing import group_by_expert
 from moehive.protocol.ids import ExpertKey
-from moehive.swarm.dispatch.resident import ResidentExperts
+from moehive.swarm.dispatch.resident import FIRST_RATE, ResidentExperts
 from moehive.swarm.dispatch.weights import SwarmWeights
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.store.directory import ConvertedDirectory
@@ -55,3 +57,22 @@ async def test_a_use_that_a_peer_computes_is_a_miss_and_a_fetch_is_a_load(mixtra
     assert (stats.groups[0].hits, stats.groups[0].misses) == (2, 1)
     assert (stats.meter.every.calls, stats.meter.every.clean) == (3, 2)
     assert stats.meter.every.loads.slowest == stats.slowest_load == 0.25
+
+
+@pytest.mark.parametrize(("expected", "fetched"), [(5000, {0, 1}), (700, set())])
+def test_what_is_fetched_depends_on_how_many_tokens_are_to_come(
+    mixtral: ConvertedDirectory, expected: int, fetched: set[int]
+) -> None:
+    """Fetching takes as long as some hundred tokens wait: of 700 there are 96 to come, of 5,000 enough."""
+    loader = ExpertLoader(mixtral.manifest, mixtral)
+    weights = cast(SwarmWeights, cast(Any, SimpleNamespace(nbytes=loader.nbytes)))
+    resident = ResidentExperts(mixtral.manifest, weights, weights_tier(loader, 2 * loader.nbytes(torch.float32)))
+    resident.expect(expected)
+    assignments = group_by_expert(torch.tensor([[0, 1]]), mixtral.manifest.model.num_experts)
+    shard = max(shard.size for shard in mixtral.manifest.experts.values())
+    wait = 2 * shard / FIRST_RATE / 300  # seconds for each token: the price of both experts in 300 tokens
+
+    for _ in range(604):
+        resident.saw(0, assignments, 1, torch.float32, wait)
+
+    assert {key.expert for key in resident.worth_fetching()} == fetched

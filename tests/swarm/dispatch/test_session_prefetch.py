@@ -23,7 +23,8 @@ def test_a_prompt_outweighs_many_tokens_of_earlier_sessions(mixtral: ConvertedDi
 
     tier = weights_tier(loader, 2 * loader.nbytes(torch.float32))
     weights = cast(SwarmWeights, cast(Any, Weights()))
-    resident = ResidentExperts(mixtral.manifest, weights, tier, horizon=lambda: 1000.0)
+    resident = ResidentExperts(mixtral.manifest, weights, tier)
+    resident.expect(1000)
 
     def saw(tokens: int, *experts: int, waited: float = 0.0) -> None:
         assignments = group_by_expert(torch.tensor([experts] * tokens), mixtral.manifest.model.num_experts)
