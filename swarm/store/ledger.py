@@ -11,7 +11,7 @@ import errno
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +114,7 @@ class Ledger:
 
     def _sync_removed(self) -> None:
         for directory in sorted(self._removed_from):
-            with storage_errors("sync", directory):
+            with storage_errors("sync", directory), suppress(FileNotFoundError):  # nothing was there at all
                 self._fs.fsync_dir(directory)
             self._removed_from.discard(directory)
 

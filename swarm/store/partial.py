@@ -51,6 +51,7 @@ class PartialObject:
         self._lock = threading.Lock()
         self._syncing = threading.Lock()  # the file stays open while it is held; taken inside `_lock`
         self._unsynced = False
+        self._named = False  # for sure: that the directory entry is durable, too
         self._verified: set[int] = set()
         self._final: Path | None = None
         self._path = Path()
@@ -135,6 +136,9 @@ class PartialObject:
         try:
             with storage_errors("sync", self._path):
                 self._fs.fdatasync(fd)
+                if not self._named:
+                    self._fs.fsync_dir(self._path.parent)
+            self._named = True
         except StorageError:
             self._syncing.release()
             self.discard()

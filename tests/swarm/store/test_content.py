@@ -146,6 +146,10 @@ def test_the_budget_is_shared_and_refused_up_front_with_numbers(store: ContentSt
         assert other.usage().used_bytes == CHUNK_SIZE
 
 
+def test_deleting_what_was_never_there(store: ContentStore) -> None:
+    assert not store.delete(ABSENT)
+
+
 def test_small_objects_go_in_and_out_whole(store: ContentStore, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(DATA)

@@ -119,6 +119,44 @@ def test_a_commit_that_could_not_sync_its_directory_can_be_repeated() -> None:
     assert set(visible(fs.after_power_cut())) == {LISTS[2].root}
 
 
+def test_what_was_synced_survives_a_power_cut() -> None:
+    fs = FaultyFileSystem(HOME, seed=1)
+    with make_store(fs).open_partial(LISTS[2].root, LISTS[2]) as partial:
+        partial.write_chunk(0, OBJECTS[2][:CHUNK_SIZE])
+        partial.sync()
+        fs = fs.after_power_cut()
+    with make_store(fs).open_partial(LISTS[2].root, LISTS[2]) as partial:
+        assert 0 not in partial.missing()
+
+
+def test_bytes_that_could_not_be_synced_are_fetched_again() -> None:
+    """The kernel may call them clean afterwards, and no later sync would tell."""
+    fs = FaultyFileSystem(HOME)
+    with make_store(fs).open_partial(LISTS[2].root, LISTS[2]) as partial:
+        partial.write_chunk(0, OBJECTS[2][:CHUNK_SIZE])
+        fs.fail_next("fdatasync", "", errno.EIO)
+        with pytest.raises(StorageError):
+            partial.sync()
+        with pytest.raises(StorageError):
+            partial.write_chunk(0, OBJECTS[2][:CHUNK_SIZE])
+    assert fs.files(ROOT / "partial") == {}
+
+
+def test_syncing_what_nobody_wrote_does_nothing() -> None:
+    fs = FaultyFileSystem(HOME)
+    store = make_store(fs)
+    with store.open_partial(LISTS[2].root, LISTS[2]) as partial:
+        before = list(fs.log)
+        partial.sync()
+        assert fs.log == before
+        fill(partial, 2)
+        partial.sync()
+        partial.commit()
+        before = list(fs.log)
+        partial.sync()
+        assert fs.log == before
+
+
 # --- a state machine --------------------------------------------------------------------------------------------------
 
 COPIES = st.dictionaries(st.sampled_from(HASHES), st.integers(0, 1))
