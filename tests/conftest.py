@@ -28,8 +28,8 @@ for _name in ("HF_HUB_CACHE", "HF_TOKEN", "TRANSFORMERS_CACHE", "TRITON_CACHE_DI
 
 from hypothesis import settings  # noqa: E402  after the environment
 
-# No deadline: a first call may import or compile. A change is judged by the same examples every time, so that what fails
-# after it was broken by it; new counterexamples are looked for with HYPOTHESIS_PROFILE=thorough, and kept as @example.
+# No deadline: a first call may import or compile. A change is judged by the same examples every time: what fails
+# after it is its fault. New counterexamples are looked for with HYPOTHESIS_PROFILE=thorough, and kept as @example.
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("thorough", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
