@@ -98,11 +98,14 @@ class BatchRun:
         """Say what is used next, all at once: so that it can be got ready, and the rest be judged by it."""
         if self._note is None:
             return
-        rows: Counter[int] = Counter()
-        for work in works:
-            rows.update(dict(zip(work.message.experts, work.message.counts, strict=True)))
         first, tokens = works[0], sum(work.message.tokens for work in works)
-        self._note(first.message.layer, dict(sorted(rows.items())), tokens, first.hidden.dtype)
+        rows: Mapping[int, int] = dict(zip(first.message.experts, first.message.counts, strict=True))  # ascending
+        if len(works) > 1:
+            counted = Counter(rows)
+            for work in works[1:]:
+                counted.update(dict(zip(work.message.experts, work.message.counts, strict=True)))
+            rows = dict(sorted(counted.items()))
+        self._note(first.message.layer, rows, tokens, first.hidden.dtype)
 
     def _rows(self, index: int, work: Work) -> Iterator[int]:
         """Unweighted expert outputs [R, H]: each expert's rows in one product, as its caller relies on."""
@@ -150,7 +153,7 @@ def _run_token(work: Work, lease: LeaseExpert, spec: FfnSpec) -> Tensor:
     total = torch.zeros(work.hidden.shape, dtype=torch.float32)  # [1, H]
     for expert, weight in zip(work.message.experts, work.weights.tolist(), strict=True):
         with lease(work.message.layer, expert, work.hidden.dtype) as weights:
-            total.add_(expert_ffn(work.hidden, weights, spec).float(), alpha=weight)
+            total.add_(expert_ffn(work.hidden, weights, spec), alpha=weight)  # in fp32, without a copy of the row
     return total.to(work.hidden.dtype)
 
 

@@ -171,10 +171,13 @@ class ExpertCaller:
         rows = {assignment.expert: assignment.token.shape[0] for assignment in pending}
         holders = self._directory.holders
         usable: dict[int, list[PeerId]] = {}
+        chosen: dict[tuple[PeerId, ...], list[PeerId]] = {}  # experts mostly have the same holders
         for expert in rows:
-            known = [peer for peer in holders.of(ExpertKey(call.layer, expert)) if peer not in without]
-            trusted = self._standings.trusted_first(known)
-            usable[expert] = [peer for peer in trusted if peer not in last] or trusted
+            holding = tuple(holders.of(ExpertKey(call.layer, expert)))
+            if holding not in chosen:
+                trusted = self._standings.trusted_first([peer for peer in holding if peer not in without])
+                chosen[holding] = [peer for peer in trusted if peer not in last] or trusted
+            usable[expert] = chosen[holding]
         return plan_layer(rows, local=(), holders=usable, facts=self.stats.facts, row_bytes=call.row_bytes)
 
     # --- one peer's share -----------------------------------------------------------------------------------------

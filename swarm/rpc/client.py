@@ -120,12 +120,12 @@ class Connection:
         self._waiting[request_id] = queue
         self._idle.clear()
         try:
-            async with asyncio.timeout_at(deadline):
-                await self._write(buffers)
             more = True
             while more:
                 async with asyncio.timeout_at(deadline):
+                    await self._write(buffers)
                     answer = await queue.get()
+                buffers = ()
                 if isinstance(answer, PeerError):
                     raise answer
                 more = answer.more
@@ -146,6 +146,9 @@ class Connection:
                 await self._write(self._session.send_cancel(request_id))
 
     async def _take_slot(self, timeout: float) -> None:
+        if not self._slots.locked():
+            await self._slots.acquire()  # at once
+            return
         try:
             async with asyncio.timeout(timeout):
                 await self._slots.acquire()
