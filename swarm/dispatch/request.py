@@ -111,7 +111,7 @@ def _payload(call: LayerInput, part: Sequence[Assignment]) -> tuple[Tensor, Tens
 
 
 def _payload_of_token(call: LayerInput, part: Sequence[Assignment]) -> tuple[Tensor, None, tuple[memoryview, ...]]:
-    """`_payload` for one token: in decoding every operation's code comes from memory, the weights have pushed it out."""
+    """`_payload` for one token: in decoding, weights push the code out of the caches, so each operation counts."""
     index = memoryview(bytes(4 * sum(assignment.position.shape[0] for assignment in part)))  # [R] int32, all the one
     if call.form != "sum":
         return call.hidden, None, (tensor_bytes(call.hidden), index)
@@ -142,7 +142,9 @@ def _cut(assignments: Iterable[Assignment], max_rows: int) -> Iterator[Assignmen
     for expert, token, position in assignments:
         rows = token.shape[0]
         if rows <= max_rows:
-            yield Assignment(expert, token, position)  # nearly always: views of all of it would cost as much as the rest
+            yield Assignment(
+                expert, token, position
+            )  # nearly always: views of all of it would cost as much as the rest
             continue
         for start in range(0, rows, max_rows):
             stop = start + max_rows
