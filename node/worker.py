@@ -126,6 +126,8 @@ class ComputeWorker:
                     large = None
 
     def _take(self, *, small: bool) -> _Batch | None:
+        if not self._queue.clients:
+            return None
         for queued in self._queue.late(self._clock()):
             queued.done.set_exception(Refusal(RefusalCode.DEADLINE, "waited past the request's deadline"))
         requests = self._queue.take(next_batch(self._queue.waiting, self._limits, self._served, small=small))
