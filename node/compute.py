@@ -7,7 +7,7 @@ because their callers rely on the product over just their rows (transformers' bi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -131,13 +131,17 @@ class BatchRun:
         hidden = batch[0].hidden if len(batch) == 1 else torch.cat([work.hidden for work in batch])  # [sum T, H]
         total = torch.zeros(hidden.shape, dtype=torch.float32)  # [sum T, H]
         for expert, token, row_weights in _rows_by_expert(batch, tokens):
-            for part, weight in zip(
-                torch.split(token, self._slice_rows), torch.split(row_weights, self._slice_rows), strict=True
-            ):
+            for part, weight in self._slices(token, row_weights):
                 with self._lease(layer, expert, dtype) as weights:
                     add_weighted(total, part, expert_rows_fast(hidden[part], weights, self._spec), weight)
                 yield part.shape[0]
         self._outputs |= zip(merged, torch.split(total.to(dtype), tokens), strict=True)
+
+    def _slices(self, token: Tensor, row_weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """One expert's rows, cut where there are more than a slice has."""
+        if token.shape[0] <= self._slice_rows:
+            return ((token, row_weights),)
+        return zip(torch.split(token, self._slice_rows), torch.split(row_weights, self._slice_rows), strict=True)
 
 
 def run_batch(batch: Sequence[Work], lease: LeaseExpert, spec: FfnSpec) -> list[Tensor]:
