@@ -4,8 +4,8 @@
 
 One process, one compute thread, experts of Qwen3-30B-A3B's shape (top-8 of 16). The same 64 (token, expert) rows are
 computed twice, in turns, by the same kernel: with nothing around them (gather the rows of each expert, its three
-products, add the weighted sum), and as requests on the event loop: parsed from the bytes of their payload, admitted, queued, taken by the worker,
-computed on its thread, handed back.
+products, add the weighted sum), and as requests on the event loop: parsed from the bytes of their payload, admitted,
+queued, taken by the worker, computed on its thread, handed back.
 
     one request    8 tokens of one client
     8 clients      a token each, at the same time: the scheduler merges them
