@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import limits
@@ -170,24 +169,26 @@ class _Session(ABC):
         connection, nobody's lie). Either way the session is closed, as after a refusal of the stream: nothing more may
         be fed. Events of the portion that broke the protocol are not delivered.
         """
-        with self._blaming():
+        assert self.state is not State.CLOSED, "received something after the session closed"
+        try:
             return self._receive_frames(data) if data else [self._end()]
+        except ProtocolViolation as error:
+            raise self._blamed(error) from error.__cause__
 
     def receive_frame(self, frame: Frame) -> Sequence[Event]:
         """`receive` for whoever reads frames itself (see `decode_header`), and may keep a reply's payload back."""
         assert not self._decoder.mid_frame
-        with self._blaming():
-            return self._on_frame(frame)
-
-    @contextmanager
-    def _blaming(self) -> Iterator[None]:
         assert self.state is not State.CLOSED, "received something after the session closed"
         try:
-            yield
+            return self._on_frame(frame)
         except ProtocolViolation as error:
-            self.state = State.CLOSED
-            error.peer = error.peer or self.peer
-            raise
+            raise self._blamed(error) from error.__cause__
+
+    def _blamed(self, error: ProtocolViolation) -> ProtocolViolation:
+        """The error, with the session closed for it."""
+        self.state = State.CLOSED
+        error.peer = error.peer or self.peer
+        return error
 
     def _receive_frames(self, data: bytes) -> list[Event]:
         events: list[Event] = []

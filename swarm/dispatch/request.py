@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -112,11 +113,13 @@ def _payload(call: LayerInput, part: Sequence[Assignment]) -> tuple[Tensor, Tens
 
 def _payload_of_token(call: LayerInput, part: Sequence[Assignment]) -> tuple[Tensor, None, tuple[memoryview, ...]]:
     """`_payload` for one token: in decoding, weights push the code out of the caches, so each operation counts."""
-    index = memoryview(bytes(4 * sum(assignment.position.shape[0] for assignment in part)))  # [R] int32, all the one
+    hidden, positions = tensor_bytes(call.hidden), [p for assignment in part for p in assignment.position.tolist()]
+    index = memoryview(bytes(4 * len(positions)))  # [R] int32, all the one
     if call.form != "sum":
-        return call.hidden, None, (tensor_bytes(call.hidden), index)
-    position = torch.cat([assignment.position for assignment in part])  # [R]
-    return call.hidden, None, (tensor_bytes(call.hidden), index, tensor_bytes(call.top_k_weights[0, position]))
+        return call.hidden, None, (hidden, index)
+    all_weights, size = tensor_bytes(call.top_k_weights), call.top_k_weights.element_size()  # [K]
+    weights = b"".join(all_weights[position * size : (position + 1) * size] for position in positions)  # [R]
+    return call.hidden, None, (hidden, index, memoryview(weights))
 
 
 def split_rows(assignments: Iterable[Assignment], max_rows: int) -> Iterator[list[Assignment]]:
@@ -168,12 +171,18 @@ def parse_request(message: RunExperts, payload: bytearray) -> tuple[Tensor, Tens
 
 def _parse_tokens(message: RunExperts, payload: bytearray, offset: int) -> Tensor:
     if message.tokens == 1 and not any(memoryview(payload)[offset : offset + 4 * message.rows]):
-        return torch.zeros(message.rows, dtype=torch.int64)  # decoding: a fraction of the operations below
+        return _only_token(message.rows)  # decoding: without the operations below
     token = torch.frombuffer(payload, dtype=torch.int32, count=message.rows, offset=offset).to(torch.int64)
     low, high = token.aminmax()
     if low < 0 or high >= message.tokens:
         raise ValueError(f"token index {int(low)} to {int(high)} in a request of {message.tokens} tokens")
     return token
+
+
+@lru_cache(maxsize=64)
+def _only_token(rows: int) -> Tensor:
+    """The token index [R] of a request for one token; shared, nobody writes to it."""
+    return torch.zeros(rows, dtype=torch.int64)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
