@@ -7,7 +7,7 @@ because their callers rely on the product over just their rows (transformers' bi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -98,11 +98,14 @@ class BatchRun:
         """Say what is used next, all at once: so that it can be got ready, and the rest be judged by it."""
         if self._note is None:
             return
-        rows: Counter[int] = Counter()
-        for work in works:
-            rows.update(dict(zip(work.message.experts, work.message.counts, strict=True)))
         first, tokens = works[0], sum(work.message.tokens for work in works)
-        self._note(first.message.layer, dict(sorted(rows.items())), tokens, first.hidden.dtype)
+        rows: Mapping[int, int] = dict(zip(first.message.experts, first.message.counts, strict=True))  # ascending
+        if len(works) > 1:
+            counted = Counter(rows)
+            for work in works[1:]:
+                counted.update(dict(zip(work.message.experts, work.message.counts, strict=True)))
+            rows = dict(sorted(counted.items()))
+        self._note(first.message.layer, rows, tokens, first.hidden.dtype)
 
     def _rows(self, index: int, work: Work) -> Iterator[int]:
         """Unweighted expert outputs [R, H]: each expert's rows in one product, as its caller relies on."""
@@ -128,13 +131,17 @@ class BatchRun:
         hidden = batch[0].hidden if len(batch) == 1 else torch.cat([work.hidden for work in batch])  # [sum T, H]
         total = torch.zeros(hidden.shape, dtype=torch.float32)  # [sum T, H]
         for expert, token, row_weights in _rows_by_expert(batch, tokens):
-            for part, weight in zip(
-                torch.split(token, self._slice_rows), torch.split(row_weights, self._slice_rows), strict=True
-            ):
+            for part, weight in self._slices(token, row_weights):
                 with self._lease(layer, expert, dtype) as weights:
                     add_weighted(total, part, expert_rows_fast(hidden[part], weights, self._spec), weight)
                 yield part.shape[0]
         self._outputs |= zip(merged, torch.split(total.to(dtype), tokens), strict=True)
+
+    def _slices(self, token: Tensor, row_weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """One expert's rows, cut where there are more than a slice has."""
+        if token.shape[0] <= self._slice_rows:
+            return ((token, row_weights),)
+        return zip(torch.split(token, self._slice_rows), torch.split(row_weights, self._slice_rows), strict=True)
 
 
 def run_batch(batch: Sequence[Work], lease: LeaseExpert, spec: FfnSpec) -> list[Tensor]:
@@ -150,7 +157,7 @@ def _run_token(work: Work, lease: LeaseExpert, spec: FfnSpec) -> Tensor:
     total = torch.zeros(work.hidden.shape, dtype=torch.float32)  # [1, H]
     for expert, weight in zip(work.message.experts, work.weights.tolist(), strict=True):
         with lease(work.message.layer, expert, work.hidden.dtype) as weights:
-            total.add_(expert_ffn(work.hidden, weights, spec).float(), alpha=weight)
+            total.add_(expert_ffn(work.hidden, weights, spec), alpha=weight)  # in fp32, without a copy of the row
     return total.to(work.hidden.dtype)
 
 

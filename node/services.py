@@ -79,6 +79,8 @@ class ExpertService:
     async def _run(self, peer: PeerId, message: RunExperts, payload: bytearray, reply: Reply) -> None:
         message.check(len(payload))
         self._check_held(message)
+        if refusal := self._worker.refusal(message, len(payload), peer):  # before the payload is looked at
+            raise refusal
         try:
             work = Work.parse(message, payload)
         except ValueError as error:

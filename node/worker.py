@@ -10,60 +10,33 @@ import asyncio
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-
-from torch import Tensor
+from dataclasses import replace
 
 from moehive.kernels.expert_ffn import FfnSpec
 from moehive.protocol.errors import LocalError, RefusalCode
 from moehive.protocol.ids import PeerId
+from moehive.protocol.messages import RunExperts
 from moehive.swarm.log import get_logger
 from moehive.swarm.rpc.server import Refusal
 from moehive.swarm.telemetry.histogram import Histogram, Latencies
 
 from .compute import BatchRun, LeaseExpert, NoteUses, Work
-from .scheduler import QueueFacts, QueueLimits, Waiting, admit, arrived, computed, next_batch
+from .scheduler import QueueFacts, QueueLimits, admit, arrived, computed, next_batch
+from .waiting import Queued, RequestQueue, Result
 
 _SMOOTHING = 0.2
 _log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Result:
-    """The answer to one request."""
-
-    output: Tensor
-    waited: float  # seconds in the queue
-    computed: float  # seconds of the whole batch
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Queued:
-    work: Work
-    client: PeerId
-    payload_bytes: int
-    since: float
-    small: bool
-    done: asyncio.Future[Result]
-
-    @property
-    def waiting(self) -> Waiting:
-        message = self.work.message
-        return Waiting((message.model, message.layer, message.dtype), message.rows, self.client, self.small)
-
-
 class _Batch:
     """What is being computed."""
 
-    def __init__(self, requests: Sequence[_Queued], run: BatchRun, started: float) -> None:
+    def __init__(self, requests: Sequence[Queued], run: BatchRun, started: float) -> None:
         self.requests = requests
         self.run = run
         self.started = started
         self.seconds = 0.0  # of the thread so far
-
-    @property
-    def rows(self) -> int:
-        return sum(queued.work.message.rows for queued in self.requests)
+        self.rows = sum(queued.waiting.rows for queued in requests)
 
     @property
     def wanted(self) -> bool:
@@ -88,7 +61,7 @@ class ComputeWorker:
         self._spec = spec
         self._limits = limits
         self._clock = clock
-        self._queue: list[_Queued] = []
+        self._queue = RequestQueue()
         self._served: dict[Hashable, float] = {}  # rows, of clients that wait or waited a moment ago
         self._wake = asyncio.Event()
         self._seconds_per_row = 0.0
@@ -109,33 +82,33 @@ class ComputeWorker:
         return self._facts()
 
     def _facts(self, client: PeerId | None = None) -> QueueFacts:
-        requests = queued_bytes = rows = small_rows = client_requests = client_bytes = 0
-        for queued in self._queue:
-            requests += 1
-            queued_bytes += queued.payload_bytes
-            rows += queued.work.message.rows
-            small_rows += queued.work.message.rows if queued.small else 0
-            client_requests += queued.client == client
-            client_bytes += queued.payload_bytes if queued.client == client else 0
+        facts = self._queue.facts(client, self._seconds_per_row)
         for batch in self._computing:
-            rows += batch.rows
-            small_rows += batch.rows if batch.requests[0].small else 0
-        return QueueFacts(
-            requests, queued_bytes, rows, self._seconds_per_row, small_rows, client_requests, client_bytes
-        )
+            small_rows = batch.rows if batch.requests[0].waiting.small else 0
+            facts = replace(facts, rows=facts.rows + batch.rows, small_rows=facts.small_rows + small_rows)
+        return facts
+
+    def refusal(self, message: RunExperts, payload_bytes: int, client: PeerId) -> Refusal | None:
+        """Why a request that has just arrived would not be queued, and when to come back; None where it would be."""
+        facts, small = self._facts(client), self._is_small(message)
+        refuse = admit(facts, self._limits, payload_bytes=payload_bytes, deadline=message.deadline, small=small)
+        if refuse is None:
+            return None
+        return Refusal(refuse.code, f"{facts.requests} requests are waiting", retry_after=refuse.retry_after)
 
     async def submit(self, work: Work, payload_bytes: int, client: PeerId) -> Result:
         """Queue a request and wait for its answer. Raises Refusal when it is not queued, LocalError when it fails."""
-        facts, deadline = self._facts(client), work.message.deadline
-        small = work.message.tokens <= self._limits.small_tokens
-        refuse = admit(facts, self._limits, payload_bytes=payload_bytes, deadline=deadline, small=small)
-        if refuse is not None:
-            raise Refusal(refuse.code, f"{facts.requests} requests are waiting", retry_after=refuse.retry_after)
-        self._served = arrived(self._served, client, {queued.client for queued in self._queue})
-        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Queued(work, client, payload_bytes, self._clock(), small, done))
+        refusal = self.refusal(work.message, payload_bytes, client)
+        if refusal is not None:
+            raise refusal
+        self._served = arrived(self._served, client, self._queue.clients)
+        queued = Queued.begin(work, client, payload_bytes, self._clock(), small=self._is_small(work.message))
+        self._queue.add(queued)
         self._wake.set()
-        return await done  # a caller that goes away cancels the future; the batch then leaves it out
+        return await queued.done  # a caller that goes away cancels the future; the batch then leaves it out
+
+    def _is_small(self, message: RunExperts) -> bool:
+        return message.tokens <= self._limits.small_tokens
 
     async def run(self) -> None:
         """Compute for ever."""
@@ -153,28 +126,20 @@ class ComputeWorker:
                     large = None
 
     def _take(self, *, small: bool) -> _Batch | None:
-        self._drop_late()
-        chosen = next_batch([queued.waiting for queued in self._queue], self._limits, self._served, small=small)
-        if not chosen:
+        if not self._queue.clients:
             return None
-        requests = [self._queue[index] for index in chosen]
-        for index in reversed(chosen):
-            del self._queue[index]
-        clients = {queued.client for queued in self._queue}
-        self._served = computed(self._served, [queued.waiting for queued in requests], clients)
+        for queued in self._queue.late(self._clock()):
+            queued.done.set_exception(Refusal(RefusalCode.DEADLINE, "waited past the request's deadline"))
+        requests = self._queue.take(next_batch(self._queue.waiting, self._limits, self._served, small=small))
+        if not requests:
+            return None
+        self._served = computed(self._served, [queued.waiting for queued in requests], self._queue.clients)
         slice_rows = self._limits.batch_rows if small else self._limits.slice_rows
         works = [queued.work for queued in requests]
         run = BatchRun(works, self._lease, self._spec, slice_rows=slice_rows, note=self._note)
         batch = _Batch(requests, run, self._clock())
         self._computing.append(batch)
         return batch
-
-    def _drop_late(self) -> None:
-        now = self._clock()
-        for queued in self._queue:
-            if now - queued.since > queued.work.message.deadline and not queued.done.done():
-                queued.done.set_exception(Refusal(RefusalCode.DEADLINE, "waited past the request's deadline"))
-        self._queue = [queued for queued in self._queue if not queued.done.done()]
 
     async def _advance(self, thread: ThreadPoolExecutor, batch: _Batch) -> bool:
         """Compute a batch's next slice; whether the batch is over, answered or failed."""
@@ -203,7 +168,7 @@ class ComputeWorker:
                 self._latency.add(self._clock() - queued.since)
                 queued.done.set_result(Result(output, batch.started - queued.since, batch.seconds))
 
-    def _fail(self, batch: Sequence[_Queued], error: LocalError) -> None:
+    def _fail(self, batch: Sequence[Queued], error: LocalError) -> None:
         for queued in batch:
             if not queued.done.done():
                 queued.done.set_exception(error)

@@ -33,7 +33,7 @@ TENSOR_DTYPES = ("F32", "BF16", "F16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello(Message):
-    """First frame of whoever opened the stream: proof of belonging to the swarm (see `session.Admission`)."""
+    """First frame of whoever opened the stream: proof of belonging to the swarm (see `proofs.Admission`)."""
 
     KIND: ClassVar[int] = 1
     agent: str = wire(text(64))

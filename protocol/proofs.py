@@ -1,6 +1,6 @@
-"""How the two ends of a stream convince each other: one interface, and one-time tokens as an implementation of it.
+"""How the two ends of a stream convince each other: one interface; the swarm's secret and one-time tokens behind it.
 
-The other implementation is `session.Admission`, where the carrier knows who is at its ends. A bulk connection does not.
+`Admission` is for carriers that know who is at their ends. A bulk or direct connection does not, there it is tokens.
 The server gives a token to a peer over an authenticated stream. On the new connection the client has made sure of the
 server by its certificate, and shows the token; the server answers with a digest of it. Whoever shows a token is taken
 for the peer that it was given to.
@@ -35,6 +35,32 @@ class Proofs(Protocol):
 
     def check(self, protocol: str, proof: bytes) -> None:
         """Raise NotAdmitted unless the other side showed the right proof."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Proof of belonging to a swarm, for one stream between two authenticated peers.
+
+    The proof is keyed BLAKE3 with the swarm's secret over the protocol and both peer ids. The carrier authenticates
+    the ids, so a proof that was overheard or relayed fits nobody else and no nonce is needed.
+    """
+
+    secret: bytes = field(repr=False)  # 32 bytes
+    local: PeerId
+    remote: PeerId
+
+    def own_proof(self, protocol: str) -> bytes:
+        """What we show."""
+        return self._proof(protocol, self.local, self.remote)
+
+    def check(self, protocol: str, proof: bytes) -> None:
+        """Raise NotAdmitted unless the other side showed the right proof."""
+        if not hmac.compare_digest(proof, self._proof(protocol, self.remote, self.local)):
+            raise NotAdmitted("not a member of this swarm: its join ticket is of another one", peer=self.remote)
+
+    def _proof(self, protocol: str, prover: PeerId, verifier: PeerId) -> bytes:
+        statement = "\0".join(("moehive hello v1", protocol, prover, verifier)).encode()
+        return blake3(statement, key=self.secret).digest(length=PROOF_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

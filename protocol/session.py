@@ -10,20 +10,16 @@ through `receive`, which returns events; every `send_*` method returns the buffe
 from __future__ import annotations
 
 import enum
-import hmac
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-
-from blake3 import blake3
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from . import limits
 from .codec import Message, decode, encode
-from .errors import NotAdmitted, PeerRefused, PeerUnreachable, ProtocolViolation, RefusalCode
+from .errors import PeerRefused, PeerUnreachable, ProtocolViolation, RefusalCode
 from .frames import FLAG_MORE, Frame, FrameDecoder, encode_header
 from .ids import PeerId
-from .messages import PROOF_BYTES, Cancel, Hello, ProtocolSpec, Refused, Welcome
+from .messages import Cancel, Hello, ProtocolSpec, Refused, Welcome
 from .proofs import Proofs
 
 Buffer = bytes | bytearray | memoryview
@@ -123,35 +119,6 @@ class Closed:
 Event = Opened | RequestReceived | RequestCancelled | ReplyReceived | RequestRefused | Closed
 
 
-# --- admission ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """Proof of belonging to a swarm, for one stream between two authenticated peers.
-
-    The proof is keyed BLAKE3 with the swarm's secret over the protocol and both peer ids. The carrier authenticates
-    the ids, so a proof that was overheard or relayed fits nobody else and no nonce is needed.
-    """
-
-    secret: bytes = field(repr=False)  # 32 bytes
-    local: PeerId
-    remote: PeerId
-
-    def own_proof(self, protocol: str) -> bytes:
-        """What we show."""
-        return self._proof(protocol, self.local, self.remote)
-
-    def check(self, protocol: str, proof: bytes) -> None:
-        """Raise NotAdmitted unless the other side showed the right proof."""
-        if not hmac.compare_digest(proof, self._proof(protocol, self.remote, self.local)):
-            raise NotAdmitted("not a member of this swarm: its join ticket is of another one", peer=self.remote)
-
-    def _proof(self, protocol: str, prover: PeerId, verifier: PeerId) -> bytes:
-        statement = "\0".join(("moehive hello v1", protocol, prover, verifier)).encode()
-        return blake3(statement, key=self.secret).digest(length=PROOF_BYTES)
-
-
 # --- sessions -----------------------------------------------------------------------------------------------------
 
 
@@ -202,24 +169,26 @@ class _Session(ABC):
         connection, nobody's lie). Either way the session is closed, as after a refusal of the stream: nothing more may
         be fed. Events of the portion that broke the protocol are not delivered.
         """
-        with self._blaming():
+        assert self.state is not State.CLOSED, "received something after the session closed"
+        try:
             return self._receive_frames(data) if data else [self._end()]
+        except ProtocolViolation as error:
+            raise self._blamed(error) from error.__cause__
 
     def receive_frame(self, frame: Frame) -> Sequence[Event]:
         """`receive` for whoever reads frames itself (see `decode_header`), and may keep a reply's payload back."""
         assert not self._decoder.mid_frame
-        with self._blaming():
-            return self._on_frame(frame)
-
-    @contextmanager
-    def _blaming(self) -> Iterator[None]:
         assert self.state is not State.CLOSED, "received something after the session closed"
         try:
-            yield
+            return self._on_frame(frame)
         except ProtocolViolation as error:
-            self.state = State.CLOSED
-            error.peer = error.peer or self.peer
-            raise
+            raise self._blamed(error) from error.__cause__
+
+    def _blamed(self, error: ProtocolViolation) -> ProtocolViolation:
+        """The error, with the session closed for it."""
+        self.state = State.CLOSED
+        error.peer = error.peer or self.peer
+        return error
 
     def _receive_frames(self, data: bytes) -> list[Event]:
         events: list[Event] = []

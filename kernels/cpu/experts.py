@@ -18,7 +18,7 @@ from moehive.kernels.formats import ExpertMatrices
 from moehive.kernels.routing import SortedRows, sort_rows
 
 from .packed import PackedExpert
-from .products import multiply
+from .products import is_plain_fastest, multiply
 
 Expert: TypeAlias = ExpertWeights | ExpertMatrices | PackedExpert
 
@@ -119,6 +119,9 @@ def expert_rows(rows: Tensor, counts: Sequence[int], experts: Sequence[Expert], 
 
 def expert_rows_fast(rows: Tensor, weights: ExpertWeights, spec: FfnSpec) -> Tensor:
     """`expert_ffn` within rounding, [R, H], in the fastest way: for sums, whose callers do not rely on its bits."""
+    plain = (weight.t() if spec.transposed else weight for weight in (weights.gate_up, weights.down))
+    if all(is_plain_fastest(rows, weight) for weight in plain):
+        return expert_ffn(rows, weights, spec)
     return expert_rows(rows, [rows.shape[0]], [weights.matrices(spec)], spec)
 
 

@@ -47,6 +47,11 @@ def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor) -> Non
         out.add_(bias)
 
 
+def is_plain_fastest(x: Tensor, weight: Tensor) -> bool:
+    """Whether `multiply` would do nothing else than torch's own product of x [R, K] and a plain weight [N, K]."""
+    return weight.dtype == x.dtype and not _is_slow(x) and not _uses_onednn(x, weight)
+
+
 def _multiply_widened(x: Tensor, matrix: WeightMatrix, out: Tensor) -> None:
     """Band by band, in x's dtype or, where the machine has no fast products of that, in fp32."""
     dtype = x.dtype if _is_fast(x.dtype) else torch.float32

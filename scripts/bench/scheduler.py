@@ -3,9 +3,9 @@
     python scripts/bench/scheduler.py [--rounds 40] [--dtype bfloat16] [--profile] [--json FILE]
 
 One process, one compute thread, experts of Qwen3-30B-A3B's shape (top-8 of 16). The same 64 (token, expert) rows are
-computed twice, in turns: with nothing around them (gather the rows of each expert, its three products, add the weighted
-sum), and as requests on the event loop: parsed from the bytes of their payload, admitted, queued, taken by the worker,
-computed on its thread, handed back.
+computed twice, in turns, by the same kernel: with nothing around them (gather the rows of each expert, its three
+products, add the weighted sum), and as requests on the event loop: parsed from the bytes of their payload, admitted,
+queued, taken by the worker, computed on its thread, handed back.
 
     one request    8 tokens of one client
     8 clients      a token each, at the same time: the scheduler merges them
@@ -32,7 +32,8 @@ from _common import arguments, conditions, p50, print_head, print_table, repeat,
 from _layer import QWEN3, SPEC, load_weights, make_model
 from torch import Tensor
 
-from moehive.kernels.expert_ffn import ExpertWeights, expert_ffn
+from moehive.kernels.cpu.experts import expert_rows_fast
+from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.kernels.routing import group_by_expert
 from moehive.node.compute import Work
 from moehive.node.scheduler import QueueLimits
@@ -178,7 +179,7 @@ class Bench:
         """[T, H]: the mathematics."""
         total = torch.zeros(case.hidden.shape)  # [T, H]
         for expert, token, position in group_by_expert(case.index, QWEN3.experts):
-            rows = expert_ffn(case.hidden[token], self._experts[expert], SPEC)  # [R, H]
+            rows = expert_rows_fast(case.hidden[token], self._experts[expert], SPEC)  # [R, H]
             total.index_add_(0, token, rows.float() * case.weights[token, position, None].float())
         return total.to(case.hidden.dtype)
 

@@ -108,10 +108,24 @@ class ExpertCaller:
         Raises ExpertUnavailable at the deadline, TransportError when this peer is off the network.
         """
         deadline = self._clock() + self._settings.layer_timeout
+        plan = self._plan(call, assignments)
+        if len(plan.remote) != 1 or plan.missing:
+            return await self._run(call, assignments, deadline)
+        self.stats.round_trips += 1
+        outcome = await self._share(call, *_shares(plan, assignments)[0], deadline)  # one peer: without tasks
+        return outcome if isinstance(outcome, list) else await self._run(call, assignments, deadline, outcome)
+
+    async def _run(
+        self, call: LayerInput, assignments: Sequence[Assignment], deadline: float, error: PeerError | None = None
+    ) -> list[Part]:
+        """As many peers as it takes, at the same time; `error` is what came of asking one for everything."""
         parts: list[Part] = []
         running: dict[asyncio.Task[Outcome], Sequence[Assignment]] = {}
         pending, reason = list(assignments), ""
         failed: set[PeerId] = set()  # in this call: asked again only where nobody else can be
+        if error is not None:
+            self.stats.retries += 1
+            failed, reason = {PeerId(error.peer)}, str(error)
         async with task_group() as group:  # an error of our own ends the other requests
             while pending or running:
                 pending = self._launch(group, running, call, pending, failed, deadline)
@@ -152,11 +166,10 @@ class ExpertCaller:
         if self._clock() >= deadline:
             return list(pending)
         plan = self._plan(call, pending, last=failed)
-        by_expert = {assignment.expert: assignment for assignment in pending}
-        for peer, experts in plan.remote.items():
-            share = [by_expert[expert] for expert in experts]
+        for peer, share in _shares(plan, pending):
             running[group.create_task(self._share(call, peer, share, deadline))] = share
         self.stats.round_trips += bool(plan.remote)
+        by_expert = {assignment.expert: assignment for assignment in pending}
         return [by_expert[expert] for expert in plan.missing]
 
     def _plan(
@@ -171,10 +184,13 @@ class ExpertCaller:
         rows = {assignment.expert: assignment.token.shape[0] for assignment in pending}
         holders = self._directory.holders
         usable: dict[int, list[PeerId]] = {}
+        chosen: dict[tuple[PeerId, ...], list[PeerId]] = {}  # experts mostly have the same holders
         for expert in rows:
-            known = [peer for peer in holders.of(ExpertKey(call.layer, expert)) if peer not in without]
-            trusted = self._standings.trusted_first(known)
-            usable[expert] = [peer for peer in trusted if peer not in last] or trusted
+            holding = tuple(holders.of(ExpertKey(call.layer, expert)))
+            if holding not in chosen:
+                trusted = self._standings.trusted_first([peer for peer in holding if peer not in without])
+                chosen[holding] = [peer for peer in trusted if peer not in last] or trusted
+            usable[expert] = chosen[holding]
         return plan_layer(rows, local=(), holders=usable, facts=self.stats.facts, row_bytes=call.row_bytes)
 
     # --- one peer's share -----------------------------------------------------------------------------------------
@@ -223,11 +239,9 @@ class ExpertCaller:
         self, call: LayerInput, plan: LayerPlan, share: Sequence[Assignment], deadline: float
     ) -> Outcome:
         """A share, from the peers of a plan: all of it, or the first error."""
-        by_expert = {assignment.expert: assignment for assignment in share}
         async with task_group() as group:
             tasks = [
-                group.create_task(self._asker.ask(peer, call, [by_expert[expert] for expert in experts], deadline))
-                for peer, experts in plan.remote.items()
+                group.create_task(self._asker.ask(peer, call, some, deadline)) for peer, some in _shares(plan, share)
             ]
         parts: list[Part] = []
         for task in tasks:
@@ -317,6 +331,12 @@ async def _first_good(tasks: Sequence[asyncio.Task[Outcome]]) -> tuple[int, Outc
         if good or not waiting:
             found = min(good or done, key=tasks.index)
             return tasks.index(found), found.result()
+
+
+def _shares(plan: LayerPlan, assignments: Iterable[Assignment]) -> list[tuple[PeerId, list[Assignment]]]:
+    """What each peer of a plan is asked for."""
+    by_expert = {assignment.expert: assignment for assignment in assignments}
+    return [(peer, [by_expert[expert] for expert in experts]) for peer, experts in plan.remote.items()]
 
 
 def _without(pending: Sequence[Assignment], parts: Iterable[Part]) -> list[Assignment]:

@@ -47,6 +47,8 @@ def plan_layer(
     for most already, then to the greater id, so that equal facts give an equal plan.
     """
     wanted = [expert for expert in rows if expert not in local]
+    if (only := _only_choice(wanted, holders)) is not None:
+        return LayerPlan(tuple(sorted(expert for expert in rows if expert in local)), {only: tuple(sorted(wanted))}, ())
     placeable = [expert for expert in wanted if holders.get(expert)]
     order = sorted({peer for expert in placeable for peer in holders[expert]}, reverse=True)
     shares = {peer: _Share(facts.get(peer, PeerFacts()), row_bytes) for peer in order}
@@ -60,6 +62,12 @@ def plan_layer(
         remote={peer: tuple(sorted(shares[peer].experts)) for peer in sorted(shares) if shares[peer].experts},
         missing=tuple(sorted(set(wanted) - set(placeable))),
     )
+
+
+def _only_choice(wanted: Collection[int], holders: Mapping[int, Sequence[PeerId]]) -> PeerId | None:
+    """The one peer that all of it can be asked of, where none of it could be asked of another."""
+    choices = {tuple(holders.get(expert, ())) for expert in wanted}
+    return choice[0] if len(choices) == 1 and len(choice := next(iter(choices))) == 1 else None
 
 
 class _Share:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -82,19 +83,7 @@ class ExpertRequest:
 
 def build_request(model: ModelId, call: LayerInput, part: Sequence[Assignment], deadline: float) -> ExpertRequest:
     """The request for these rows of these experts; hidden states of tokens that none of them needs are not sent."""
-    token = torch.cat([assignment.token for assignment in part])  # [R]
-    position = torch.cat([assignment.position for assignment in part])  # [R]
-    weights = call.top_k_weights[token, position] if call.form == "sum" else None  # [R]
-    hidden, tokens = call.hidden, None
-    if call.hidden.shape[0] > 1:
-        tokens, token = torch.unique(token, return_inverse=True)  # [T'], [R]
-        if tokens.shape[0] == call.hidden.shape[0]:
-            tokens = None
-        else:
-            hidden = call.hidden.index_select(0, tokens)  # [T', H]
-    payload = [tensor_bytes(hidden), tensor_bytes(token.to(torch.int32))]
-    if weights is not None:
-        payload.append(tensor_bytes(weights))
+    hidden, tokens, payload = _payload_of_token(call, part) if call.hidden.shape[0] == 1 else _payload(call, part)
     message = RunExperts(
         model=model,
         layer=call.layer,
@@ -107,7 +96,30 @@ def build_request(model: ModelId, call: LayerInput, part: Sequence[Assignment], 
         counts=tuple(assignment.token.shape[0] for assignment in part),
         deadline=deadline,
     )
-    return ExpertRequest(message, tuple(payload), tuple(part), tokens)
+    return ExpertRequest(message, payload, tuple(part), tokens)
+
+
+def _payload(call: LayerInput, part: Sequence[Assignment]) -> tuple[Tensor, Tensor | None, tuple[memoryview, ...]]:
+    """The rows that are sent [T', H], which tokens they are (None: all, in order), and the payload."""
+    token = torch.cat([assignment.token for assignment in part])  # [R]
+    position = torch.cat([assignment.position for assignment in part])  # [R]
+    weights = (tensor_bytes(call.top_k_weights[token, position]),) if call.form == "sum" else ()  # [R]
+    tokens, index = torch.unique(token, return_inverse=True)  # [T'], [R]
+    everything = tokens.shape[0] == call.hidden.shape[0]
+    hidden = call.hidden if everything else call.hidden.index_select(0, tokens)  # [T', H]
+    payload = (tensor_bytes(hidden), tensor_bytes(index.to(torch.int32)), *weights)
+    return hidden, None if everything else tokens, payload
+
+
+def _payload_of_token(call: LayerInput, part: Sequence[Assignment]) -> tuple[Tensor, None, tuple[memoryview, ...]]:
+    """`_payload` for one token: in decoding, weights push the code out of the caches, so each operation counts."""
+    hidden, positions = tensor_bytes(call.hidden), [p for assignment in part for p in assignment.position.tolist()]
+    index = memoryview(bytes(4 * len(positions)))  # [R] int32, all the one
+    if call.form != "sum":
+        return call.hidden, None, (hidden, index)
+    all_weights, size = tensor_bytes(call.top_k_weights), call.top_k_weights.element_size()  # [K]
+    weights = b"".join(all_weights[position * size : (position + 1) * size] for position in positions)  # [R]
+    return call.hidden, None, (hidden, index, memoryview(weights))
 
 
 def split_rows(assignments: Iterable[Assignment], max_rows: int) -> Iterator[list[Assignment]]:
@@ -131,7 +143,13 @@ def split_rows(assignments: Iterable[Assignment], max_rows: int) -> Iterator[lis
 
 def _cut(assignments: Iterable[Assignment], max_rows: int) -> Iterator[Assignment]:
     for expert, token, position in assignments:
-        for start in range(0, token.shape[0], max_rows):
+        rows = token.shape[0]
+        if rows <= max_rows:
+            yield Assignment(
+                expert, token, position
+            )  # nearly always: views of all of it would cost as much as the rest
+            continue
+        for start in range(0, rows, max_rows):
             stop = start + max_rows
             yield Assignment(expert, token[start:stop], position[start:stop])
 
@@ -143,15 +161,28 @@ def parse_request(message: RunExperts, payload: bytearray) -> tuple[Tensor, Tens
     """
     hidden_bytes = message.tokens * message.hidden * ITEM_SIZE[message.dtype]
     flat = torch.frombuffer(payload, dtype=DTYPES[message.dtype], count=message.tokens * message.hidden)
-    token = torch.frombuffer(payload, dtype=torch.int32, count=message.rows, offset=hidden_bytes).to(torch.int64)
-    low, high = token.aminmax()
-    if low < 0 or high >= message.tokens:
-        raise ValueError(f"token index {int(low)} to {int(high)} in a request of {message.tokens} tokens")
+    token = _parse_tokens(message, payload, hidden_bytes)
     weights = None
     if message.form == "sum":
         offset = hidden_bytes + 4 * message.rows
         weights = torch.frombuffer(payload, dtype=DTYPES[message.weights_dtype], count=message.rows, offset=offset)
     return flat.view(message.tokens, message.hidden), token, weights
+
+
+def _parse_tokens(message: RunExperts, payload: bytearray, offset: int) -> Tensor:
+    if message.tokens == 1 and not any(memoryview(payload)[offset : offset + 4 * message.rows]):
+        return _only_token(message.rows)  # decoding: without the operations below
+    token = torch.frombuffer(payload, dtype=torch.int32, count=message.rows, offset=offset).to(torch.int64)
+    low, high = token.aminmax()
+    if low < 0 or high >= message.tokens:
+        raise ValueError(f"token index {int(low)} to {int(high)} in a request of {message.tokens} tokens")
+    return token
+
+
+@lru_cache(maxsize=64)
+def _only_token(rows: int) -> Tensor:
+    """The token index [R] of a request for one token; shared, nobody writes to it."""
+    return torch.zeros(rows, dtype=torch.int64)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -42,19 +42,19 @@ def after_answer(
         waited, computed = waited * elapsed / claimed, computed * elapsed / claimed
     expected = max(expected_seconds(speed, experts=experts, rows=rows, sent=sent), _MIN_SECONDS)
     network, per_byte = _network(speed, max(elapsed - waited - computed, _MIN_SECONDS), sent)
-    known = replace(
+    few = rows <= _FEW_ROWS * experts
+    return replace(
         speed,
         answers=speed.answers + 1,
         network=network,
         seconds_per_byte=per_byte,
         waited=_smooth(speed, speed.waited, waited),
         computed=_smooth(speed, speed.computed, computed),
+        per_expert=_learn(speed.per_expert, computed / experts) if few else speed.per_expert,
+        per_row=speed.per_row if few else _learn(speed.per_row, max(computed - experts * speed.per_expert, 0.0) / rows),
         silences=0,
         late=(*speed.late[-_WINDOW + 1 :], elapsed / expected) if speed.answers else (),
     )
-    if rows <= _FEW_ROWS * experts:
-        return replace(known, per_expert=_learn(speed.per_expert, computed / experts))
-    return replace(known, per_row=_learn(speed.per_row, max(computed - experts * speed.per_expert, 0.0) / rows))
 
 
 def after_silence(speed: Speed, *, elapsed: float, experts: int, rows: int) -> Speed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -28,6 +28,17 @@ class Answer:
     message: Message
     payload: bytearray
     more: bool
+
+
+@dataclass(slots=True)
+class _Request:
+    """One request that may not be answered yet."""
+
+    id: int
+    unsent: Buffers
+    answers: asyncio.Queue[Answer | PeerError]
+    deadline: float  # of the next answer
+    timeout: float
 
 
 class Connection:
@@ -99,8 +110,11 @@ class Connection:
 
         The deadline holds for all of it: waiting for a turn, sending, waiting for the answer.
         """
-        async with aclosing(self.ask_many(message, payload, timeout=timeout)) as answers:
-            return await anext(answers)
+        request = await self._begin(message, payload, timeout)
+        try:
+            return await self._next(request)
+        finally:
+            await self._end(request)
 
     async def ask_many(
         self, message: Message, payload: Buffers = (), *, timeout: float
@@ -109,36 +123,48 @@ class Connection:
 
         Close it (`contextlib.aclosing`) where it is not read to its end: that cancels the request.
         """
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + timeout
+        request = await self._begin(message, payload, timeout)
+        try:
+            more = True
+            while more:
+                answer = await self._next(request)
+                more = answer.more
+                yield answer
+                request.deadline = asyncio.get_running_loop().time() + timeout
+        finally:
+            await self._end(request)
+
+    async def _begin(self, message: Message, payload: Buffers, timeout: float) -> _Request:
+        """A place among the requests in flight; it is sent by the first `_next`, and must be ended."""
+        deadline = asyncio.get_running_loop().time() + timeout
         await self._take_slot(timeout)  # given back in `_deliver`: a cancelled request counts until the peer confirms
         if self.broken is not None:
             self._slots.release()
             raise self.broken
         request_id, buffers = self._session.send_request(message, payload)
-        queue: asyncio.Queue[Answer | PeerError] = asyncio.Queue()
-        self._waiting[request_id] = queue
+        queue = self._waiting[request_id] = asyncio.Queue()
         self._idle.clear()
+        return _Request(request_id, buffers, queue, deadline, timeout)
+
+    async def _next(self, request: _Request) -> Answer:
         try:
-            async with asyncio.timeout_at(deadline):
-                await self._write(buffers)
-            more = True
-            while more:
-                async with asyncio.timeout_at(deadline):
-                    answer = await queue.get()
-                if isinstance(answer, PeerError):
-                    raise answer
-                more = answer.more
-                yield answer
-                deadline = clock() + timeout
+            async with asyncio.timeout_at(request.deadline):
+                unsent, request.unsent = request.unsent, ()
+                await self._write(unsent)
+                answer = await request.answers.get()
         except TimeoutError as error:
-            raise PeerTimeout(f"no answer within {timeout:.1f} s", peer=self.peer) from error
-        finally:
-            unanswered = self._waiting.pop(request_id, None) is not None
-            if not self._waiting:
-                self._idle.set()
-            if unanswered and self.broken is None:
-                await self._cancel(request_id)
+            raise PeerTimeout(f"no answer within {request.timeout:.1f} s", peer=self.peer) from error
+        if isinstance(answer, PeerError):
+            raise answer
+        return answer
+
+    async def _end(self, request: _Request) -> None:
+        """Withdraw it where it is not answered to its end."""
+        unanswered = self._waiting.pop(request.id, None) is not None
+        if not self._waiting:
+            self._idle.set()
+        if unanswered and self.broken is None:
+            await self._cancel(request.id)
 
     async def _cancel(self, request_id: int) -> None:
         with suppress(TimeoutError, PeerUnreachable):  # then the connection is broken, which is all that can be said
@@ -146,6 +172,9 @@ class Connection:
                 await self._write(self._session.send_cancel(request_id))
 
     async def _take_slot(self, timeout: float) -> None:
+        if not self._slots.locked():
+            await self._slots.acquire()  # at once
+            return
         try:
             async with asyncio.timeout(timeout):
                 await self._slots.acquire()

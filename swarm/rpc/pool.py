@@ -14,7 +14,8 @@ from weakref import WeakValueDictionary
 from moehive.protocol.errors import PeerError, PeerTimeout, PeerUnreachable
 from moehive.protocol.ids import PeerId
 from moehive.protocol.messages import ProtocolSpec
-from moehive.protocol.session import Admission, ClientSession
+from moehive.protocol.proofs import Admission
+from moehive.protocol.session import ClientSession
 from moehive.swarm.transport.base import Transport
 
 from .client import Connection

@@ -12,8 +12,8 @@ from moehive.protocol.codec import Message
 from moehive.protocol.errors import LocalError, PeerError, PeerUnreachable, ProtocolViolation, RefusalCode
 from moehive.protocol.ids import PeerId
 from moehive.protocol.messages import ProtocolSpec
+from moehive.protocol.proofs import Admission
 from moehive.protocol.session import (
-    Admission,
     Buffers,
     Closed,
     Event,

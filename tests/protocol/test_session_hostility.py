@@ -49,8 +49,8 @@ from moehive.protocol.messages import (
     RunExperts,
     Welcome,
 )
+from moehive.protocol.proofs import Admission
 from moehive.protocol.session import (
-    Admission,
     Opened,
     RequestReceived,
 )

@@ -45,7 +45,8 @@ from moehive.protocol.messages import (
     Welcome,
 )
 from moehive.protocol.messages import Inventory as InventoryReply
-from moehive.protocol.session import Admission, ClientSession, ServerSession
+from moehive.protocol.proofs import Admission
+from moehive.protocol.session import ClientSession, ServerSession
 from moehive.protocol.ticket import Ticket
 
 PROOF = bytes(range(100, 132))

@@ -14,7 +14,8 @@ from moehive.protocol.frames import HEADER
 from moehive.protocol.ids import PeerId
 from moehive.protocol.limits import MAX_PAYLOAD_BYTES
 from moehive.protocol.messages import EXPERT, BulkOffer, OpenBulk, RunExperts
-from moehive.protocol.session import Admission, ClientSession, ReplyReceived
+from moehive.protocol.proofs import Admission
+from moehive.protocol.session import ClientSession, ReplyReceived
 from moehive.protocol.ticket import Ticket
 from moehive.swarm.identity import Identity
 from moehive.swarm.member import is_genuine

@@ -20,8 +20,8 @@ from moehive.protocol.messages import (
     Refused,
     Welcome,
 )
+from moehive.protocol.proofs import Admission
 from moehive.protocol.session import (
-    Admission,
     Buffers,
     ClientSession,
     Opened,

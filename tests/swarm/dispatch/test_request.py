@@ -133,11 +133,27 @@ def test_only_the_tokens_that_are_needed_travel() -> None:
     assert request.message.tokens == assignment.token.shape[0] < 8
 
 
-@pytest.mark.parametrize("bad", [-1, 2])
-def test_a_token_index_outside_the_request_is_refused(bad: int) -> None:
-    call = LayerInput(0, torch.zeros(2, HIDDEN), torch.ones(2, 1), "sum")
-    request = build_request(MODEL, call, group_by_expert(torch.tensor([[0], [1]]), EXPERTS), deadline=1.0)
+@pytest.mark.parametrize(("tokens", "bad"), [(2, -1), (2, 2), (1, -1), (1, 1)])
+def test_a_token_index_outside_the_request_is_refused(tokens: int, bad: int) -> None:
+    call = LayerInput(0, torch.zeros(tokens, HIDDEN), torch.ones(tokens, 1), "sum")
+    request = build_request(MODEL, call, group_by_expert(torch.arange(tokens)[:, None], EXPERTS), deadline=1.0)
     payload = bytearray(b"".join(request.payload))
-    payload[2 * HIDDEN * 4 : 2 * HIDDEN * 4 + 4] = bad.to_bytes(4, "little", signed=True)
+    payload[tokens * HIDDEN * 4 : tokens * HIDDEN * 4 + 4] = bad.to_bytes(4, "little", signed=True)
     with pytest.raises(ValueError, match="token index"):
         Work.parse(request.message, payload)
+
+
+@pytest.mark.parametrize("form", ["sum", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lone_token_travels_in_the_form_of_many(form: str, dtype: torch.dtype) -> None:
+    hidden, index, weights = routed(1, seed=3, dtype=dtype)
+    group = group_by_expert(index, EXPERTS)[1:]  # in the order of the experts, not of the positions
+    request = build_request(MODEL, LayerInput(0, hidden, weights.to(dtype), form), group, deadline=1.0)
+    work = Work.parse(request.message, bytearray(b"".join(request.payload)))
+    assert torch.equal(work.hidden, hidden)
+    assert torch.equal(work.token, torch.cat([assignment.token for assignment in group]))
+    if form == "rows":
+        assert work.weights is None
+    else:
+        assert work.weights is not None
+        assert torch.equal(work.weights, weights.to(dtype)[0, torch.cat([part.position for part in group])])

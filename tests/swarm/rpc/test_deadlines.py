@@ -14,7 +14,8 @@ from moehive.protocol.codec import Message
 from moehive.protocol.errors import PeerError, PeerTimeout
 from moehive.protocol.ids import PeerId
 from moehive.protocol.messages import SHARD, Cancel, Chunk, ChunkHashes, GetChunkList, GetChunks
-from moehive.protocol.session import Admission, ClientSession
+from moehive.protocol.proofs import Admission
+from moehive.protocol.session import ClientSession
 from moehive.swarm.rpc import client as rpc_client
 from moehive.swarm.rpc import server as rpc_server
 from moehive.swarm.rpc.client import Connection
