@@ -58,6 +58,12 @@ class ExpertService:
             self._answered.clear()
             await self._answered.wait()
 
+    def gate(self, peer: PeerId, message: Message, payload_bytes: int) -> Refusal | None:
+        """A request that would not be queued is refused where it arrives: see `rpc.server.Gate`."""
+        if self._leaving or not isinstance(message, RunExperts):
+            return None
+        return self._worker.refusal(message, payload_bytes, peer)
+
     async def __call__(self, peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
         """Answer RunExperts or OpenBulk."""
         if isinstance(message, OpenBulk):
@@ -79,8 +85,6 @@ class ExpertService:
     async def _run(self, peer: PeerId, message: RunExperts, payload: bytearray, reply: Reply) -> None:
         message.check(len(payload))
         self._check_held(message)
-        if refusal := self._worker.refusal(message, len(payload), peer):  # before the payload is looked at
-            raise refusal
         try:
             work = Work.parse(message, payload)
         except ValueError as error:

@@ -21,7 +21,7 @@ from moehive.swarm.memory import default_ram_budget
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.direct import DirectServer
-from moehive.swarm.rpc.server import Inbox, stream_handler
+from moehive.swarm.rpc.server import Inbox, open_gate, stream_handler
 from moehive.swarm.store.base import NotHeld, ObjectSource
 from moehive.swarm.tasks import task_group
 from moehive.swarm.tiers.policy import Uses
@@ -70,7 +70,14 @@ class Serving:
         self._experts = ExpertService(self.holdings, self._worker, self._uploads, self._offer_direct)
         self._inbox = Inbox()
         hosts = () if settings.direct_port is None else interfaces(settings.listen)
-        self._direct = DirectServer(EXPERT, hosts, settings.direct_port or 0, agent=member.agent, handle=self._experts)
+        self._direct = DirectServer(
+            EXPERT,
+            hosts,
+            settings.direct_port or 0,
+            agent=member.agent,
+            handle=self._experts,
+            gate=self._experts.gate,
+        )
         self._shards = ShardService(self.holdings, self._uploads, self._offer_bulk)
         self._peers = PeerService(self.holdings, self._worker, self._uploads, lambda: announcer.record().value)
 
@@ -148,8 +155,14 @@ class Serving:
 
     async def _serve(self) -> None:
         member = self._member
-        for spec, service in ((PEER, self._peers), (SHARD, self._shards), (EXPERT, self._experts)):
-            handler = stream_handler(spec, member.secret, member.transport.peer, member.agent, service, self._inbox)
+        for spec, service, gate in (
+            (PEER, self._peers, open_gate),
+            (SHARD, self._shards, open_gate),
+            (EXPERT, self._experts, self._experts.gate),
+        ):
+            handler = stream_handler(
+                spec, member.secret, member.transport.peer, member.agent, service, self._inbox, gate
+            )
             await member.transport.serve(spec.name, paced(handler, self._uploads) if spec is SHARD else handler)
 
     def _offer_direct(self, peer: PeerId) -> BulkOffer:

@@ -33,7 +33,7 @@ from moehive.swarm.transport.serving import StreamHandlers
 from moehive.swarm.transport.socket_stream import READ_BUFFER, SocketStream
 
 from .client import Connection
-from .server import Inbox, Refusal, RequestHandler, ServedStream
+from .server import Gate, Inbox, Refusal, RequestHandler, ServedStream, open_gate
 
 MAX_CONNECTIONS = 512
 MAX_PER_PEER = 4
@@ -60,6 +60,7 @@ class DirectServer:
         agent: str,
         handle: RequestHandler,
         inbox: Inbox | None = None,
+        gate: Gate = open_gate,
     ) -> None:
         self._spec = spec
         self._hosts = tuple(hosts)
@@ -67,6 +68,7 @@ class DirectServer:
         self._agent = agent
         self._handle = handle
         self._inbox = inbox or Inbox()
+        self._gate = gate
         self._certificate = Certificate()
         self._tokens = Tokens()
         self._tasks = StreamHandlers()  # for their supervision
@@ -131,7 +133,13 @@ class DirectServer:
             stream = SocketStream(PeerId(""), reader, writer)
             session = ServerSession(self._spec, RedeemedToken(self._tokens.redeem), self._agent)
             served = ServedStream(
-                stream, session, self._handle, inbox=self._inbox, admit=admit, answers_strangers=False
+                stream,
+                session,
+                self._handle,
+                inbox=self._inbox,
+                gate=self._gate,
+                admit=admit,
+                answers_strangers=False,
             )
             try:
                 await served.run()

@@ -14,6 +14,7 @@ from moehive.protocol.ids import PeerId
 from moehive.protocol.messages import ProtocolSpec
 from moehive.protocol.proofs import Admission
 from moehive.protocol.session import (
+    Buffer,
     Buffers,
     Closed,
     Event,
@@ -69,6 +70,14 @@ class RequestHandler(Protocol):
         """Raises Refusal to say no."""
 
 
+# Why a request that has just arrived is not even begun, told at once; None to let the handler decide.
+Gate = Callable[[PeerId, Message, int], Refusal | None]  # (peer, message, bytes of the payload)
+
+
+def open_gate(peer: PeerId, message: Message, payload_bytes: int) -> None:
+    """Lets everything through."""
+
+
 def stream_handler(
     spec: ProtocolSpec,
     secret: bytes,
@@ -76,6 +85,7 @@ def stream_handler(
     agent: str,
     handle: RequestHandler,
     inbox: Inbox | None = None,
+    gate: Gate = open_gate,
 ) -> Handler:
     """What `Transport.serve` wants: one protocol of ours on every stream that others open.
 
@@ -85,7 +95,7 @@ def stream_handler(
 
     async def on_stream(stream: Stream) -> None:
         admission = Admission(secret, local, stream.peer)
-        await ServedStream(stream, ServerSession(spec, admission, agent), handle, inbox=shared).run()
+        await ServedStream(stream, ServerSession(spec, admission, agent), handle, inbox=shared, gate=gate).run()
 
     return on_stream
 
@@ -103,10 +113,12 @@ class ServedStream:
         handle: RequestHandler,
         *,
         inbox: Inbox,
+        gate: Gate = open_gate,
         admit: Callable[[PeerId], bool] = lambda peer: True,
         answers_strangers: bool = True,
     ) -> None:
         self._inbox = inbox
+        self._gate = gate
         self._admit = admit
         self._answers = answers_strangers  # from Opened on everybody is answered
         self._stream = stream
@@ -114,6 +126,7 @@ class ServedStream:
         self._handle = handle
         self._replying: set[int] = set()  # requests whose answer is being written
         self._unwanted: set[int] = set()  # those of them that were cancelled meanwhile
+        self._refused: list[Buffer] = []  # what the gate says to the requests that arrived together
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -145,6 +158,8 @@ class ServedStream:
                 return
             for event in events:
                 await self._on_event(event, group)
+            refused, self._refused = self._refused, []
+            await self._write(refused)
             if not self._inbox.holds(id(self), self._session.buffered):
                 _log.warning("stream dropped: too much is arriving at the same time", peer=self._session.peer)
                 await self._refuse(0, RefusalCode.BUSY, "too much is arriving", BUSY_PAUSE)
@@ -168,6 +183,11 @@ class ServedStream:
             case Opened():
                 self._answers = True
                 await self._write(self._session.send_welcome())
+            case RequestReceived(request_id, message, payload) if refusal := self._gate(
+                self._session.peer, message, len(payload)
+            ):
+                code, detail, retry_after = refusal.code, refusal.detail, refusal.retry_after
+                self._refused += self._session.send_refusal(request_id, code, detail, retry_after)
             case RequestReceived(request_id, message, payload):
                 answering = group.create_task(self._answer(request_id, message, payload))
                 self._tasks[request_id] = answering

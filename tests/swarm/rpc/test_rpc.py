@@ -23,7 +23,7 @@ from moehive.protocol.ids import PeerId
 from moehive.protocol.messages import SHARD, Chunk, ChunkHashes, GetChunkList, GetChunks
 from moehive.swarm.rpc.client import Connection
 from moehive.swarm.rpc.pool import FIRST_BACKOFF, ConnectionPool
-from moehive.swarm.rpc.server import Refusal, Reply, RequestHandler, stream_handler
+from moehive.swarm.rpc.server import Gate, Refusal, Reply, RequestHandler, open_gate, stream_handler
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
 SERVER, CLIENT = identity(1), identity(2)
@@ -40,11 +40,16 @@ class Clock:
 
 @asynccontextmanager
 async def serving(
-    network: MemoryNetwork, handle: RequestHandler, *, clock: Clock | None = None, secret: bytes = SECRET
+    network: MemoryNetwork,
+    handle: RequestHandler,
+    *,
+    clock: Clock | None = None,
+    secret: bytes = SECRET,
+    gate: Gate = open_gate,
 ) -> AsyncIterator[ConnectionPool]:
     """A server that answers with `handle`, and a client's pool."""
     async with MemoryTransport(network, SERVER) as server, MemoryTransport(network, CLIENT) as client:
-        await server.serve(SHARD.name, stream_handler(SHARD, SECRET, server.peer, "server", handle))
+        await server.serve(SHARD.name, stream_handler(SHARD, SECRET, server.peer, "server", handle, gate=gate))
         async with ConnectionPool(client, SHARD, secret, "client", clock=clock or Clock()) as pool:
             yield pool
 
@@ -215,3 +220,29 @@ async def test_a_peer_that_confirms_nothing_makes_nobody_wait_for_ever() -> None
             with pytest.raises(PeerTimeout, match="64 requests are unanswered"):
                 await connection.ask(message, timeout=0.02)
         assert (await connection.ask(message, timeout=10)).message == ChunkHashes(size=0xABAB)
+
+
+async def test_what_the_gate_turns_away_is_refused_without_its_handler() -> None:
+    begun: list[int] = []
+
+    async def handle(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+        assert isinstance(message, GetChunkList)
+        begun.append(int(message.hash[:4], 16))
+        await size_of_hash(peer, message, payload, reply)
+
+    def gate(peer: PeerId, message: Message, payload_bytes: int) -> Refusal | None:
+        assert (peer, payload_bytes) == (CLIENT.peer, 0)
+        assert isinstance(message, GetChunkList)
+        odd = int(message.hash[:4], 16) % 2
+        return Refusal(RefusalCode.BUSY, "odd", retry_after=1.5) if odd else None
+
+    async with serving(MemoryNetwork(), handle, gate=gate) as pool:
+        connection = await connection_of(pool)
+        asked = [GetChunkList(hash=f"{size:04x}" + "0" * 60) for size in range(20)]
+        outcomes = await asyncio.gather(
+            *(connection.ask(message, timeout=10) for message in asked), return_exceptions=True
+        )
+    refused = [outcome for outcome in outcomes if isinstance(outcome, PeerRefused)]
+    assert sorted(begun) == list(range(0, 20, 2))
+    assert {outcomes.index(outcome) for outcome in refused} == set(range(1, 20, 2))
+    assert {(one.code, one.retry_after) for one in refused} == {(RefusalCode.BUSY, 1.5)}

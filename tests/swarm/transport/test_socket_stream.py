@@ -1,0 +1,81 @@
+"""Small writes of one turn of the event loop leave together, in order and whole."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from moehive.protocol.errors import PeerUnreachable
+from moehive.protocol.ids import PeerId
+from moehive.swarm.transport.socket_stream import SocketStream
+
+
+@asynccontextmanager
+async def connected() -> AsyncIterator[tuple[SocketStream, list[int], socket.socket]]:
+    """A stream, the sizes of what it has handed to its transport, and the other end."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    reader, writer = await asyncio.open_connection(sock=ours)
+    handed: list[int] = []
+    write = writer.write
+
+    def watched(data: bytes) -> None:
+        handed.append(len(data))
+        write(data)
+
+    writer.write = watched  # type: ignore[method-assign]
+    stream = SocketStream(PeerId("them"), reader, writer)
+    try:
+        yield stream, handed, theirs
+    finally:
+        await stream.close()
+        theirs.close()
+
+
+async def read_exactly(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    async with asyncio.timeout(10):
+        while len(data) < size:
+            data += await asyncio.get_running_loop().sock_recv(sock, size - len(data))
+    return data
+
+
+async def test_writes_of_many_tasks_leave_together_but_for_the_first() -> None:
+    async with connected() as (stream, handed, theirs):
+        await asyncio.gather(*(stream.write(bytes([number]), b"ab") for number in range(20)))
+        expected = b"".join(bytes([number]) + b"ab" for number in range(20))
+        assert await read_exactly(theirs, len(expected)) == expected
+        assert handed == [3, 57]
+        await stream.write(b"alone")
+        assert await read_exactly(theirs, 5) == b"alone"
+        assert handed == [3, 57, 5]
+
+
+async def test_a_large_write_goes_behind_the_small_ones_before_it() -> None:
+    async with connected() as (stream, _, theirs):
+        parts = [b"a", b"b", b"c" * (100 << 10), b"d"]
+        writing = asyncio.gather(*(stream.write(part) for part in parts))
+        expected = b"".join(parts)
+        assert await read_exactly(theirs, len(expected)) == expected
+        await writing
+
+
+async def test_many_small_writes_do_not_pile_up_before_they_are_sent() -> None:
+    async with connected() as (stream, handed, theirs):
+        part = b"x" * (60 << 10)
+        writing = asyncio.gather(*(stream.write(part) for _ in range(30)))
+        await read_exactly(theirs, 30 * len(part))
+        await writing
+        assert max(handed) <= (256 << 10) + len(part)
+
+
+async def test_what_was_written_is_sent_before_the_stream_closes() -> None:
+    async with connected() as (stream, _, theirs):
+        await asyncio.gather(stream.write(b"a"), stream.write(b"b"), stream.write(b"c"), stream.close())
+        assert await read_exactly(theirs, 3) == b"abc"
+        with pytest.raises(PeerUnreachable):
+            await stream.write(b"late")
