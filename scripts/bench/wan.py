@@ -14,6 +14,7 @@ a perfect draft of five tokens (the same model, all experts here), the best that
 
 from __future__ import annotations
 
+import asyncio
 import random
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ from moehive.swarm.loading import open_local
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.model.seats import attach_backend
 from moehive.swarm.store.directory import ConvertedDirectory
+from moehive.swarm.tasks import start_on
 
 GIGABIT = 125e6  # bytes per second
 PROMPT = 16  # tokens
@@ -165,7 +168,7 @@ class Bench:
                 with tier.lease((key, torch.bfloat16)):
                     pass
         resident = ResidentExperts(manifest, opened.weights, tier)
-        start_soon = swarm._open_portal.start_task_soon
+        start_soon = partial(start_on, swarm._open_portal.call(asyncio.get_running_loop))
         backend = SwarmExperts(opened.caller, start_soon, manifest.model.num_experts, form="sum", resident=resident)
         attach_backend(model, backend)
 

@@ -83,8 +83,10 @@ class ExpertRequest:
 def build_request(model: ModelId, call: LayerInput, part: Sequence[Assignment], deadline: float) -> ExpertRequest:
     """The request for these rows of these experts; hidden states of tokens that none of them needs are not sent."""
     token = torch.cat([assignment.token for assignment in part])  # [R]
-    position = torch.cat([assignment.position for assignment in part])  # [R]
-    weights = call.top_k_weights[token, position] if call.form == "sum" else None  # [R]
+    weights = None
+    if call.form == "sum":
+        position = torch.cat([assignment.position for assignment in part])  # [R]
+        weights = call.top_k_weights[token, position]  # [R]
     hidden, tokens = call.hidden, None
     if call.hidden.shape[0] > 1:
         tokens, token = torch.unique(token, return_inverse=True)  # [T'], [R]
@@ -130,7 +132,11 @@ def split_rows(assignments: Iterable[Assignment], max_rows: int) -> Iterator[lis
 
 
 def _cut(assignments: Iterable[Assignment], max_rows: int) -> Iterator[Assignment]:
-    for expert, token, position in assignments:
+    for assignment in assignments:
+        expert, token, position = assignment
+        if token.shape[0] <= max_rows:  # nearly always: eight slices take longer than all else here
+            yield assignment
+            continue
         for start in range(0, token.shape[0], max_rows):
             stop = start + max_rows
             yield Assignment(expert, token[start:stop], position[start:stop])
