@@ -30,7 +30,9 @@ def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return first_leaf(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-def start_on(loop: asyncio.AbstractEventLoop, work: Callable[..., Coroutine[Any, Any, R]], *arguments: Any) -> Future[R]:
+def start_on(
+    loop: asyncio.AbstractEventLoop, work: Callable[..., Coroutine[Any, Any, R]], *arguments: Any
+) -> Future[R]:
     """Start `work(*arguments)` on the loop of another thread, and return at once.
 
     anyio's portals wait until the loop has begun it: a second change of threads, in every layer of every token. The

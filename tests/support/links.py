@@ -5,9 +5,10 @@
         link.reaches(node)
 
 With `direct`, the node's direct connections go over the same link: they are announced with the node's own port, so the
-relay has an address of its own. Otherwise the node takes none. The relay is a process of its own. Connections share the link: what one sends, the other waits for. It delays with
-threads that sleep, because an event loop's timers are only good to a millisecond. What is on its way is bounded by what
-a link of that rate and delay holds, and a queue of a fifth of a second before it, after which the sender is held up.
+relay has an address of its own. Otherwise the node takes none. The relay is a process of its own. Connections share the
+link: what one sends, the other waits for. It delays with threads that sleep, because an event loop's timers are only
+good to a millisecond. What is on its way is bounded by what a link of that rate and delay holds, and a queue of a fifth
+of a second before it, after which the sender is held up.
 """
 
 from __future__ import annotations
