@@ -144,7 +144,7 @@ class Swarm:
         opened = self._open_portal.call(self._open_model, manifest, ram)
         if opened.resident is not None and expect_tokens is not None:
             opened.resident.expect(expect_tokens)
-        backend = opened.backend(self._open_portal.start_task_soon, answers)
+        backend = opened.backend(answers)
         return open_local(directory, dtype=dtype, backend=backend, kv=kv)
 
     def load_expert(

@@ -59,8 +59,24 @@ class Memory:
     @property
     def slope(self) -> float:
         """MiB per minute, of the line through the last two thirds."""
+        return 60 * statistics.linear_regression(*self._settled).slope
+
+    @property
+    def error(self) -> float:
+        """Standard error of `slope`, from the means of eight blocks: neighbouring samples are not independent."""
+        size = max(len(self._settled[0]) // 8, 1)
+        starts = range(0, len(self._settled[0]) - size + 1, size)
+        x, y = ([statistics.fmean(part[at : at + size]) for at in starts] for part in self._settled)
+        if len(x) < 3:
+            return float("inf")
+        line, middle = statistics.linear_regression(x, y), statistics.fmean(x)
+        left = sum((b - line.intercept - line.slope * a) ** 2 for a, b in zip(x, y, strict=True)) / (len(x) - 2)
+        return float(60 * (left / sum((a - middle) ** 2 for a in x)) ** 0.5)
+
+    @property
+    def _settled(self) -> tuple[list[float], list[float]]:
         start = len(self.seconds) // 3
-        return 60 * statistics.linear_regression(self.seconds[start:], self.mib[start:]).slope
+        return self.seconds[start:], self.mib[start:]
 
 
 @dataclass
@@ -195,7 +211,7 @@ def report(facts: dict[str, object], found: Found, memory: dict[str, Memory]) ->
     ]
     for name, one in memory.items():
         rows.append((f"{name}, first and last MiB", f"{one.mib[0]:.0f}, {one.mib[-1]:.0f}"))
-        rows.append((f"{name}, MiB per minute", f"{one.slope:+.2f}"))
+        rows.append((f"{name}, KiB per minute", f"{1024 * one.slope:+.0f} +- {1024 * one.error:.0f}"))
     print_table(("", ""), rows)
     for error in found.errors:
         print(error, flush=True)

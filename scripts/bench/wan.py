@@ -1,32 +1,49 @@
 """Generation over links: tokens per second at several round-trip times and shares of resident experts.
 
-    python scripts/bench/wan.py [--layers 4] [--tokens 24] [--rtt 0 5 20 80] [--resident 0 50 95] [--json FILE]
+    python scripts/bench/wan.py [--layers 4] [--tokens 24] [--rtt 0 5 20 80] [--resident 0 50 95] [--rounds 3]
+                                [--spot-checks 0] [--json FILE]
 
 A checkpoint of Qwen3-30B-A3B's layer shape (hidden 2048, experts of 768, top-8 of 32; random weights), converted and
-held whole by one node process behind a relay that delays and paces every byte (1 Gbit/s each way). The client keeps a
-share of each layer's experts in memory, chosen at random, and asks the node for the rest; nothing is fetched meanwhile.
-Its greedy tokens are compared with those of the same model with all experts here.
+held whole by one node process behind a relay that delays and paces every byte (1 Gbit/s each way), its direct
+connections included. The client keeps a share of each layer's experts in memory, chosen at random, and asks the node
+for the rest; nothing is fetched meanwhile. With `--spot-checks` (a client's default is 0.01) answers are checked: by
+whole experts that are fetched over the same link, because there is no second holder here.
 
-The bound of a token is local time + layers with a miss x round trip: what no client without drafts can beat. What
-drafts gain is shown with the bundled demo model at the longest of 20 ms and less: from the text so far (lookup), and by
-a perfect draft of five tokens (the same model, all experts here), the best that assisted generation can give.
+The bound of a token is local time + layers with a miss x round trip: what no client without drafts can beat that
+computes as fast. *Local time* is all of a generation by the same model on the same thread with all experts here (the
+prompt, attention, router, experts, `generate` itself), measured in turns with the generation over the link. *Round
+trip* is the nominal one, so relay, TLS, framing, changes of threads and the node's queue all count against us; beside
+it stands the share of a bound with the round trip that a bare TCP echo of the same bytes takes through the same relay.
+The bound's experts are computed one after the other; a client with some of them works beside the node, and may beat it.
+
+Tokens are compared in fp32, where they must be equal. In bf16 one rounding more or less changes the argmax of random
+weights: so it is shown that logits are equal bit for bit where the experts' rows are added in transformers' order
+(answers of the form "rows"), and how far those of the form "sum" are from fp32, next to those of local experts.
+
+What drafts gain is shown with the bundled demo model at 20 ms: from the text so far (lookup), and by a perfect draft of
+five tokens (the same model, all experts here), the best that assisted generation can give.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
+import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import arguments, conditions, listen_for_noise, print_head, print_table, write_json
+from _common import arguments, conditions, listen_for_noise, p50, print_head, print_table, write_json
 from local import synthetic
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))  # the links that tests use
 
@@ -39,15 +56,19 @@ from moehive.protocol.manifest import Manifest
 from moehive.swarm.client import Swarm, join
 from moehive.swarm.convert import convert
 from moehive.swarm.dispatch.backend import SwarmExperts
+from moehive.swarm.dispatch.caller import CallSettings
 from moehive.swarm.dispatch.resident import ResidentExperts
 from moehive.swarm.loading import open_local
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.model.seats import attach_backend
 from moehive.swarm.store.directory import ConvertedDirectory
+from moehive.swarm.tasks import start_on
 
 GIGABIT = 125e6  # bytes per second
 PROMPT = 16  # tokens
 DRAFT = 5
+ECHOES = 50
+ECHO_BYTES = 4400  # of a request and of its answer: a row of 2048 numbers in bf16, and headers
 DRAFT_RTT = 20.0  # milliseconds
 DRAFTED_TOKENS = 64
 SPEECH = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\nFirst Citizen:\n"
@@ -56,103 +77,142 @@ MIN_SHARE, MIN_GAIN = 0.85, 3.0
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One generation."""
+    """Generations of one kind, in turns with local ones; medians."""
 
     rtt: float  # milliseconds
     resident: float  # percent
     tokens_per_second: float
     bound: float  # tokens per second
+    of_bound: float  # median of the rounds' ratios
+    of_echo_bound: float
     round_trips: float  # per token: layers with a miss
-    equal: bool  # to the reference's tokens
-    foreign: float  # CPU that others used
+
+
+@dataclass(frozen=True, slots=True)
+class Equality:
+    """What the tokens and logits of one share of resident experts have in common with those of local experts."""
+
+    resident: float  # percent
+    fp32_tokens: bool
+    bf16_bits: bool  # all logits, form "rows"
+    bf16_error: float  # of logits, form "sum", against fp32, in standard deviations: root of the mean square
+    local_error: float  # of local experts in bf16, likewise
 
 
 def main() -> None:
     """Make the model, generate everywhere, print."""
-    parser = arguments(__doc__, rounds=1)
+    parser = arguments(__doc__, rounds=3)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rtt", type=float, nargs="+", default=[0, 5, 20, 80], help="milliseconds")
     parser.add_argument("--resident", type=float, nargs="+", default=[0, 50, 95], help="percent")
+    parser.add_argument("--spot-checks", type=float, default=0.0, help="share of the answers")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     facts = conditions(
         model=f"{options.layers} layers of Qwen3-30B-A3B's shape, top-8 of 32 experts, bfloat16",
         link="1 Gbit/s each way, one node behind it; one compute thread on each side",
+        rounds=f"{options.rounds} in turns with local ones, spot checks {options.spot_checks:g}",
     )
     with tempfile.TemporaryDirectory() as directory, synthetic(options.layers) as source:
         convert(source, Path(directory) / "converted")
-        bench = Bench(Path(directory), options.tokens)
-        cells = []
-        for rtt in options.rtt:
-            cells += bench.cells(rtt, options.resident)
-        drafts = drafted(Path(directory), DRAFT_RTT)
-    report(facts, cells, drafts)
-    write_json(options.json, facts, {"cells": [asdict(cell) for cell in cells], "drafts": drafts})
+        bench = Bench(Path(directory), options.tokens, options.rounds, options.spot_checks)
+        with listen_for_noise() as noise:
+            equalities = bench.equalities(options.resident)
+            cells = [cell for rtt in options.rtt for cell in bench.cells(rtt, options.resident)]
+            drafts = drafted(Path(directory), DRAFT_RTT, options.rounds)
+    report(facts, equalities, cells, drafts)
+    print(f"others used {noise.foreign:.0%} of the CPU\n", flush=True)
+    results = {"cells": [asdict(each) for each in cells], "equal": [asdict(each) for each in equalities]}
+    write_json(options.json, facts, results | {"drafts": drafts, "foreign": noise.foreign})
 
 
-def drafted(directory: Path, rtt: float) -> dict[str, tuple[float, float]]:
+def drafted(directory: Path, rtt: float, rounds: int) -> dict[str, tuple[float, float]]:
     """Tokens per second and round trips per token of the demo model behind a link, by how its tokens are drafted."""
     with bundled_checkpoint() as source:
         convert(source, directory / "demo")
     local: Any = open_local(directory / "demo", dtype=torch.float32)[0]
     options = (str(directory / "demo"), "--experts", "all", "--ram", "1GiB", "--threads", "1")
-    found = {}
     with (
-        Link(rtt=rtt / 1e3, rate=GIGABIT) as link,
+        Link(rtt=rtt / 1e3, rate=GIGABIT, direct=True) as link,
         NodeProcess("node", directory / "demo-node", (*options, *link.options)) as node,
-        join(node.wait_until_ready().ticket) as swarm,
+        join(node.wait_until_ready().ticket, settings=CallSettings(spot_checks=0.0)) as swarm,
     ):
         model, tokenizer = swarm.load(directory / "demo", dtype=torch.float32)
         assert tokenizer is not None
         inputs = tokenizer(SPEECH, return_tensors="pt")
         model_id = ConvertedDirectory(directory / "demo").model_id
-        for name in ("none", "none", "lookup", "perfect"):  # the first opens the connections
+        wanted = local.generate(**inputs, max_new_tokens=DRAFTED_TOKENS, do_sample=False, pad_token_id=0).tolist()
+        tokens = len(wanted[0]) - inputs["input_ids"].shape[1]
+        taken: dict[str, list[tuple[float, float]]] = {"none": [], "lookup": [], "perfect": []}
+        for name in ("none", *(list(taken) * rounds)):  # the first opens the connections
             arguments = drafting(model, {"none": None, "lookup": "lookup"}.get(name, str(directory / "demo")), DRAFT)
             before, started = swarm.stats(model_id).round_trips, time.perf_counter()
             output: Any = model.generate(  # type: ignore[operator]
                 **inputs, max_new_tokens=DRAFTED_TOKENS, do_sample=False, pad_token_id=0, **arguments
             )
             seconds = time.perf_counter() - started
-            wanted = local.generate(**inputs, max_new_tokens=DRAFTED_TOKENS, do_sample=False, pad_token_id=0)
-            assert output.tolist() == wanted.tolist(), f"drafts ({name}) changed a token"
-            tokens = output.shape[1] - inputs["input_ids"].shape[1]
-            found[name] = tokens / seconds, (swarm.stats(model_id).round_trips - before) / tokens
-    return found
+            assert output.tolist() == wanted, f"drafts ({name}) changed a token"
+            taken[name].append((tokens / seconds, (swarm.stats(model_id).round_trips - before) / tokens))
+    taken["none"].pop(0)
+    return {name: (p50([rate for rate, _ in found]), found[0][1]) for name, found in taken.items()}
 
 
 class Bench:
-    """The reference, and generations to compare with it."""
+    """Local generations, and generations over links to compare with them."""
 
-    def __init__(self, directory: Path, tokens: int) -> None:
+    def __init__(self, directory: Path, tokens: int, rounds: int, spot_checks: float) -> None:
         self._directory = directory
         self._source = ConvertedDirectory(directory / "converted")
         self._tokens = tokens
-        self._local: Any = open_local(self._source.root)[0]
+        self._rounds = rounds
+        self._settings = CallSettings(spot_checks=spot_checks)
         self._ids = torch.randint(3, 250, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-        self._generate(self._local)  # loads the experts
-        seconds, self._wanted = self._generate(self._local)
-        self._local_seconds = seconds / tokens
+        self._local: Any = open_local(self._source.root)[0]
+
+    def equalities(self, residents: list[float]) -> list[Equality]:
+        """What can be said of tokens and logits, without a link."""
+        exact: Any = open_local(self._source.root, dtype=torch.float32)[0]
+        text = self._text(exact)
+        precise, rounded = self._logits(exact, text), self._logits(self._local, text)
+        found = []
+        with Link(direct=True) as link, self._swarm(link, "equality") as swarm:
+            for resident in residents:
+                model, _ = swarm.load(self._source.root, dtype=torch.float32)
+                self._keep(swarm, model, resident / 100)
+                tokens = self._text(model)
+                model, _ = swarm.load(self._source.root)
+                self._keep(swarm, model, resident / 100)
+                summed = self._logits(model, text)
+                self._keep(swarm, model, resident / 100, form="rows")
+                bits = torch.equal(self._logits(model, text), rounded)
+                errors = _error(summed, precise), _error(rounded, precise)
+                found.append(Equality(resident, torch.equal(tokens, text), bits, *errors))
+        return found
 
     def cells(self, rtt: float, residents: list[float]) -> list[Cell]:
         """All generations over one link."""
-        with Link(rtt=rtt / 1e3, rate=GIGABIT) as link, self._swarm(link, rtt) as swarm:
+        echo, found = echo_seconds(rtt / 1e3), []
+        with Link(rtt=rtt / 1e3, rate=GIGABIT, direct=True) as link, self._swarm(link, f"{rtt:g}") as swarm:
             model, _ = swarm.load(self._source.root)
-            found = []
             for resident in residents:
                 self._keep(swarm, model, resident / 100)
-                found.append(self._cell(swarm, model, rtt, resident))
-            return found
+                found.append(self._cell(swarm, model, rtt, resident, echo))
+        return found
 
     @contextmanager
-    def _swarm(self, link: Link, rtt: float) -> Iterator[Swarm]:
+    def _swarm(self, link: Link, name: str) -> Iterator[Swarm]:
         """A client of one node behind the link."""
-        options = (str(self._source.root), "--experts", "all", "--ram", "4GiB", "--threads", "1", *link.options)
-        home = self._directory / f"node-{rtt:g}"
-        with NodeProcess("node", home, options) as node, join(node.wait_until_ready().ticket) as swarm:
+        options = (str(self._source.root), "--experts", "all", "--ram", "6GiB", "--threads", "1", *link.options)
+        with (
+            NodeProcess("node", self._directory / f"node-{name}", options) as node,
+            join(node.wait_until_ready().ticket, settings=self._settings) as swarm,
+        ):
             yield swarm
 
-    def _keep(self, swarm: Swarm, model: Any, share: float) -> None:
+    def _keep(self, swarm: Swarm, model: Any, share: float, form: str = "sum") -> None:
         """Have a share of each layer's experts here, the same ones each time."""
         manifest: Manifest = self._source.manifest
         opened = swarm._models[manifest.model_id]
@@ -162,54 +222,111 @@ class Bench:
         for layer in manifest.model.moe_layers:
             keys = sorted(key for key in manifest.experts if key.layer == layer)
             for key in chance.sample(keys, round(share * len(keys))):
-                with tier.lease((key, torch.bfloat16)):
+                with tier.lease((key, model.dtype)):
                     pass
         resident = ResidentExperts(manifest, opened.weights, tier)
-        start_soon = swarm._open_portal.start_task_soon
-        backend = SwarmExperts(opened.caller, start_soon, manifest.model.num_experts, form="sum", resident=resident)
+        start_soon = partial(start_on, swarm._open_portal.call(asyncio.get_running_loop))
+        backend = SwarmExperts(opened.caller, start_soon, manifest.model.num_experts, form=form, resident=resident)
         attach_backend(model, backend)
 
-    def _cell(self, swarm: Swarm, model: Any, rtt: float, resident: float) -> Cell:
+    def _cell(self, swarm: Swarm, model: Any, rtt: float, resident: float, echo: float) -> Cell:
         stats = swarm.stats(self._source.manifest.model_id)
-        self._generate(model)  # opens the connections, learns the speed
-        before = stats.round_trips
-        with listen_for_noise() as noise:
-            seconds, tokens = self._generate(model)
-        trips = (stats.round_trips - before) / self._tokens
-        bound = 1 / (self._local_seconds + trips * rtt / 1e3)
-        return Cell(rtt, resident, self._tokens / seconds, bound, trips, tokens == self._wanted, noise.foreign)
+        self._seconds(self._local), self._seconds(model)  # loads the experts, opens the connections, learns the speed
+        before, rounds = stats.round_trips, []
+        for _ in range(self._rounds):
+            rounds.append((self._seconds(self._local), self._seconds(model)))
+        trips = (stats.round_trips - before) / self._rounds
+        shares = [(local + trips * rtt / 1e3) / taken for local, taken in rounds]
+        echo_shares = [(local + trips * echo) / taken for local, taken in rounds]
+        bound = self._tokens / (p50([local for local, _ in rounds]) + trips * rtt / 1e3)
+        rate = self._tokens / p50([taken for _, taken in rounds])
+        return Cell(rtt, resident, rate, bound, p50(shares), p50(echo_shares), trips / self._tokens)
 
-    def _generate(self, model: Any) -> tuple[float, list[int]]:
-        """Seconds, and the greedy tokens."""
-        mask = torch.ones_like(self._ids)
+    def _seconds(self, model: Any) -> float:
+        """That a generation takes."""
         started = time.perf_counter()
-        output = model.generate(
-            self._ids, attention_mask=mask, max_new_tokens=self._tokens, do_sample=False, pad_token_id=0
-        )
-        return time.perf_counter() - started, output[0, PROMPT:].tolist()
+        self._text(model)
+        return time.perf_counter() - started
+
+    def _text(self, model: Any) -> torch.Tensor:
+        """The prompt and the greedy tokens after it [1, S]."""
+        arguments = {"max_new_tokens": self._tokens, "do_sample": False, "pad_token_id": 0}
+        output: torch.Tensor = model.generate(self._ids, attention_mask=torch.ones_like(self._ids), **arguments)
+        return output
+
+    @torch.inference_mode()
+    def _logits(self, model: Any, text: torch.Tensor) -> torch.Tensor:
+        """Those of the prompt's pass and of each token of a given text, one after the other: [N, V] fp32."""
+        output = model(input_ids=text[:, :PROMPT], use_cache=True)
+        rows = [output.logits[0]]
+        for position in range(PROMPT, text.shape[1]):
+            token = text[:, position : position + 1]
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            rows.append(output.logits[0])
+        return torch.cat(rows).float()
 
 
-def report(facts: dict[str, Any], cells: list[Cell], drafts: dict[str, tuple[float, float]]) -> None:
+def _error(logits: torch.Tensor, precise: torch.Tensor) -> float:
+    return float((logits - precise).pow(2).mean().sqrt() / precise.std())
+
+
+def echo_seconds(rtt: float) -> float:
+    """The median time of a bare TCP echo of a request's bytes through a relay like the one that is measured with."""
+
+    def answer(listener: socket.socket) -> None:
+        with listener.accept()[0] as near:
+            near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while data := near.recv(1 << 16):
+                near.sendall(data)
+
+    taken = []
+    with Link(rtt=rtt, rate=GIGABIT) as link, socket.create_server(("127.0.0.1", link.far)) as listener:
+        answering = threading.Thread(target=answer, args=(listener,))
+        answering.start()
+        with socket.create_connection(("127.0.0.1", link.near)) as one:
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(ECHOES):
+                time.sleep(0.01)  # as long as others compute between two requests
+                started, left = time.perf_counter(), ECHO_BYTES
+                one.sendall(bytes(ECHO_BYTES))
+                while left:
+                    left -= len(one.recv(1 << 16))
+                taken.append(time.perf_counter() - started)
+        answering.join()
+    return p50(taken)
+
+
+def report(
+    facts: dict[str, Any], equalities: list[Equality], cells: list[Cell], drafts: dict[str, tuple[float, float]]
+) -> None:
     """The tables, and what is asked."""
     print_head("Generation over links", facts)
     rows = [
         (
-            f"{cell.rtt:g}", f"{cell.resident:g}", cell.round_trips, cell.tokens_per_second, cell.bound,
-            cell.tokens_per_second / cell.bound, "yes" if cell.equal else "no",
+            f"{cell.rtt:g}", f"{cell.resident:g}", cell.round_trips, cell.tokens_per_second, cell.bound, cell.of_bound,
+            cell.of_echo_bound,
         )
         for cell in cells
     ]  # fmt: skip
-    head = ("RTT ms", "resident %", "round trips/token", "tokens/s", "bound", "of the bound", "tokens equal")
+    head = ("RTT ms", "resident %", "round trips/token", "tokens/s", "bound", "of the bound", "of one with TCP's echo")
     print_table(head, rows)
-    worst = min(cell.tokens_per_second / cell.bound for cell in cells)
-    print(f"at least {worst:.2f} of the bound; {MIN_SHARE} is asked\n")
+    print(f"at least {min(cell.of_bound for cell in cells):.2f} of the bound; {MIN_SHARE} is asked\n")
+    print_table(
+        ("resident %", "tokens equal, fp32", "logits equal, bf16 rows", "error, bf16 sum", "error, bf16 local"),
+        [
+            (
+                f"{each.resident:g}", "yes" if each.fp32_tokens else "NO", "yes" if each.bf16_bits else "NO",
+                f"{each.bf16_error:.4f}", f"{each.local_error:.4f}",
+            )
+            for each in equalities
+        ],
+    )  # fmt: skip
     plain = drafts["none"][0]
     print_table(
         (f"demo model at {DRAFT_RTT:g} ms, drafts of {DRAFT}", "tokens/s", "gain", "round trips/token"),
         [(name, rate, rate / plain, trips) for name, (rate, trips) in drafts.items()],
     )
     print(f"with assisted generation {drafts['perfect'][0] / plain:.2f}x; {MIN_GAIN:g}x is asked")
-    print(f"others used at most {max(cell.foreign for cell in cells):.0%} of the CPU\n", flush=True)
 
 
 if __name__ == "__main__":

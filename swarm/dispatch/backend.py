@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.kernels.routing import Assignment, group_by_expert
+from moehive.protocol.errors import TransportError
 
 from .caller import ExpertCaller
 from .combine import combine_parts
@@ -41,7 +42,10 @@ class SwarmExperts:
         self._last_layer = 0
 
     def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H]. Raises ExpertUnavailable."""
+        """hidden [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H].
+
+        Raises ExpertUnavailable; TransportError or ConfigError where the swarm is left meanwhile, or was before.
+        """
         call = LayerInput(layer, hidden.detach().to("cpu").contiguous(), top_k_weights.detach().to("cpu"), self._form)
         assignments = group_by_expert(top_k_index.to("cpu"), self._num_experts)
         self._count(layer)
@@ -52,7 +56,7 @@ class SwarmExperts:
             parts = self._compute(call, assignments, here)  # while the peers compute theirs
         started = time.monotonic()
         if answers is not None:
-            parts += answers.result()
+            parts += _wait_for(answers)
         if self._resident is not None:
             waited = time.monotonic() - started if away else 0.0
             self._resident.saw(layer, assignments, hidden.shape[0], hidden.dtype, waited)
@@ -85,3 +89,10 @@ class SwarmExperts:
         stats.passes += layer <= self._last_layer or not stats.passes
         stats.layer_calls += 1
         self._last_layer = layer
+
+
+def _wait_for(answers: Future[list[Part]]) -> list[Part]:
+    try:
+        return answers.result()
+    except CancelledError as error:
+        raise TransportError("the swarm was left while its peers were asked for experts") from error

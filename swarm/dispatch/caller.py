@@ -184,14 +184,15 @@ class ExpertCaller:
         rows = {assignment.expert: assignment.token.shape[0] for assignment in pending}
         holders = self._directory.holders
         usable: dict[int, list[PeerId]] = {}
-        chosen: dict[tuple[PeerId, ...], list[PeerId]] = {}  # experts mostly have the same holders
+        judged: dict[tuple[PeerId, ...], list[PeerId]] = {}  # many experts have the same holders
         for expert in rows:
-            holding = tuple(holders.of(ExpertKey(call.layer, expert)))
-            if holding not in chosen:
-                trusted = self._standings.trusted_first([peer for peer in holding if peer not in without])
-                chosen[holding] = [peer for peer in trusted if peer not in last] or trusted
-            usable[expert] = chosen[holding]
-        return plan_layer(rows, local=(), holders=usable, facts=self.stats.facts, row_bytes=call.row_bytes)
+            known = holders.of(ExpertKey(call.layer, expert))
+            if known not in judged:
+                trusted = self._standings.trusted_first(peer for peer in known if peer not in without)
+                judged[known] = [peer for peer in trusted if peer not in last] or trusted
+            usable[expert] = judged[known]
+        facts = self.stats.facts({peer for peers in judged.values() for peer in peers})
+        return plan_layer(rows, local=(), holders=usable, facts=facts, row_bytes=call.row_bytes)
 
     # --- one peer's share -----------------------------------------------------------------------------------------
 

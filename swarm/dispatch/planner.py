@@ -54,7 +54,9 @@ def plan_layer(
     shares = {peer: _Share(facts.get(peer, PeerFacts()), row_bytes) for peer in order}
     rank = {peer: place for place, peer in enumerate(order)}
     for expert in sorted(placeable, key=lambda expert: (len(holders[expert]), -rows[expert], expert)):
-        best = min(holders[expert], key=lambda peer: (*shares[peer].cost_of(rows[expert]), rank[peer]))
+        best = holders[expert][0]
+        if len(holders[expert]) > 1:
+            best = min(holders[expert], key=lambda peer: (*shares[peer].cost_of(rows[expert]), rank[peer]))
         shares[best].take(expert, rows[expert])
     _merge(shares, rows, holders)
     return LayerPlan(

@@ -142,14 +142,12 @@ def split_rows(assignments: Iterable[Assignment], max_rows: int) -> Iterator[lis
 
 
 def _cut(assignments: Iterable[Assignment], max_rows: int) -> Iterator[Assignment]:
-    for expert, token, position in assignments:
-        rows = token.shape[0]
-        if rows <= max_rows:
-            yield Assignment(
-                expert, token, position
-            )  # nearly always: views of all of it would cost as much as the rest
+    for assignment in assignments:
+        expert, token, position = assignment
+        if token.shape[0] <= max_rows:  # nearly always: eight slices take longer than all else here
+            yield assignment
             continue
-        for start in range(0, rows, max_rows):
+        for start in range(0, token.shape[0], max_rows):
             stop = start + max_rows
             yield Assignment(expert, token[start:stop], position[start:stop])
 

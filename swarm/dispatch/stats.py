@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from moehive.protocol.ids import PeerId
@@ -75,7 +76,7 @@ class DispatchStats:
                     del self.peers[forgotten]
         return known
 
-    @property
-    def facts(self) -> dict[PeerId, PeerFacts]:
-        """What the planner needs."""
-        return {peer: PeerFacts(stats.speed, stats.in_flight) for peer, stats in self.peers.items()}
+    def facts(self, peers: Iterable[PeerId]) -> dict[PeerId, PeerFacts]:
+        """What the planner needs of those of `peers` that were met: a few, where hundreds may have come and gone."""
+        known = ((peer, self.peers[peer]) for peer in peers if peer in self.peers)
+        return {peer: PeerFacts(stats.speed, stats.in_flight) for peer, stats in known}

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moehive.protocol.errors import BudgetTooSmall
 from moehive.protocol.manifest import Manifest, ShardEntry
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.store.base import ObjectSource
-from moehive.swarm.tasks import task_group
+from moehive.swarm.tasks import start_on, task_group
 
 from .backend import SwarmExperts
 from .caller import CallSettings, ExpertCaller
-from .request import Part
 from .resident import ResidentExperts
 from .weights import SwarmWeights
 
@@ -33,6 +32,7 @@ class SwarmModel:
     def __init__(
         self, manifest: Manifest, member: Member, source: ObjectSource, settings: CallSettings, *, ram: int = 0
     ) -> None:
+        self._loop = asyncio.get_running_loop()
         self._member = member
         self._directory = member.directory(manifest.model_id)
         self._num_experts = manifest.model.num_experts
@@ -60,8 +60,9 @@ class SwarmModel:
             if self.resident is not None:
                 group.create_task(self.resident.run(), name="fetch what pays")
 
-    def backend(self, start_soon: Callable[..., Future[list[Part]]], form: str) -> SwarmExperts:
-        """What computes the routed experts of a transformers model."""
+    def backend(self, form: str) -> SwarmExperts:
+        """What computes the routed experts of a transformers model, on other threads."""
+        start_soon = partial(start_on, self._loop)
         return SwarmExperts(self.caller, start_soon, self._num_experts, form=form, resident=self.resident)
 
     async def _fetch(self, shard: ShardEntry, buffer: memoryview, deadline: float) -> None:

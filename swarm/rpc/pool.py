@@ -39,7 +39,7 @@ class _Pause:
 class _Backoff:
     seconds: float
     until: float
-    error: PeerError
+    reason: str  # not the error, whose traceback holds the sockets and buffers of the attempt
 
 
 Upgrade = Callable[[Connection], Awaitable[Connection | None]]  # a better connection to the same peer, if there is one
@@ -121,7 +121,7 @@ class ConnectionPool:
             await old.__aexit__(None, None, None)
         backoff = self._backoff.get(peer)
         if backoff is not None and self._clock() < backoff.until:
-            raise PeerUnreachable(f"not dialled again yet; last time: {backoff.error.reason}", peer=peer)
+            raise PeerUnreachable(f"not dialled again yet; last time: {backoff.reason}", peer=peer)
         try:
             async with asyncio.timeout_at(deadline):
                 connection = await self._dial(peer, addresses)
@@ -183,7 +183,7 @@ class ConnectionPool:
     def _back_off(self, peer: PeerId, error: PeerError) -> PeerError:
         last = self._backoff.pop(peer, None)
         seconds = min(2 * last.seconds, MAX_BACKOFF) if last else FIRST_BACKOFF
-        self._backoff[peer] = _Backoff(seconds, self._clock() + seconds, error)
+        self._backoff[peer] = _Backoff(seconds, self._clock() + seconds, error.reason)
         if len(self._backoff) > MAX_BACKOFFS:
             self._backoff.popitem(last=False)
         return error

@@ -4,9 +4,11 @@
         node = nodes.start(model, *link.options, ...)                # the node listens behind the link
         link.reaches(node)
 
-The relay is a process of its own. Connections share the link: what one sends, the other waits for. It delays with
-threads that sleep, because an event loop's timers are only good to a millisecond. What is on its way is bounded by what
-a link of that rate and delay holds, and a queue of a fifth of a second before it, after which the sender is held up.
+With `direct`, the node's direct connections go over the same link: they are announced with the node's own port, so the
+relay has an address of its own. Otherwise the node takes none. The relay is a process of its own. Connections share the
+link: what one sends, the other waits for. It delays with threads that sleep, because an event loop's timers are only
+good to a millisecond. What is on its way is bounded by what a link of that rate and delay holds, and a queue of a fifth
+of a second before it, after which the sender is held up.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import queue
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -25,6 +28,8 @@ from typing import Self
 PIECE = 16 << 10  # bytes that are paced as one
 _QUEUE_SECONDS = 0.2
 _START_TIMEOUT = 30.0
+_NODE = "127.0.0.1"  # where a node behind a link listens
+_DIRECT_RELAY = "127.0.0.2"  # where the relay does, if the ports have to be the same
 
 
 @dataclass
@@ -49,19 +54,22 @@ class _Direction:
 
 
 class Link:
-    """A link to one listening port; a context manager that starts and ends the relay."""
+    """A link to one node; a context manager that starts and ends the relay."""
 
-    def __init__(self, *, rtt: float = 0.0, rate: float = float("inf")) -> None:
+    def __init__(self, *, rtt: float = 0.0, rate: float = float("inf"), direct: bool = False) -> None:
         self.rtt = rtt  # seconds
         self.rate = rate  # bytes per second, each way
         self.near = _free_port()  # what others dial
         self.far = _free_port()  # where the node listens
+        self._host = _DIRECT_RELAY if direct else _NODE
+        self._direct = _free_port() if direct else None
         self._pipe: Connection | None = None
 
     def __enter__(self) -> Self:
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_relay, args=(theirs, self.near, self.far, self.rtt, self.rate))
+        ports = [(self.near, self.far), *([] if self._direct is None else [(self._direct, self._direct)])]
+        self._process = context.Process(target=_relay, args=(theirs, self._host, ports, self.rtt, self.rate))
         self._process.start()
         theirs.close()
         if not self._pipe.poll(_START_TIMEOUT):
@@ -82,8 +90,9 @@ class Link:
     @property
     def options(self) -> tuple[str, ...]:
         """What `moehive node` must be told so that its experts are asked over this link only."""
-        listen, announce = f"/ip4/127.0.0.1/tcp/{self.far}", f"/ip4/127.0.0.1/tcp/{self.near}"
-        return "--listen", listen, "--announce", announce, "--no-direct"
+        listen, announce = f"/ip4/{_NODE}/tcp/{self.far}", f"/ip4/{self._host}/tcp/{self.near}"
+        direct = ("--no-direct",) if self._direct is None else ("--direct-port", str(self._direct))
+        return "--listen", listen, "--announce", announce, *direct
 
     def cut(self) -> None:
         """Break every connection and accept no new one, until `heal`."""
@@ -102,10 +111,12 @@ class Link:
 # --- the relay's process ----------------------------------------------------------------------------------------------
 
 
-def _relay(pipe: Connection, near: int, far: int, rtt: float, rate: float) -> None:
-    relay = _Relay(far, _Direction(rtt / 2, rate), _Direction(rtt / 2, rate))
-    with socket.create_server(("127.0.0.1", near)) as listener:
-        threading.Thread(target=relay.accept, args=(listener,), daemon=True).start()
+def _relay(pipe: Connection, host: str, ports: Sequence[tuple[int, int]], rtt: float, rate: float) -> None:
+    relay = _Relay(_Direction(rtt / 2, rate), _Direction(rtt / 2, rate))
+    with ExitStack() as listeners:
+        for near, far in ports:
+            listener = listeners.enter_context(socket.create_server((host, near)))
+            threading.Thread(target=relay.accept, args=(listener, far), daemon=True).start()
         pipe.send("ready")
         try:
             while True:
@@ -116,8 +127,7 @@ def _relay(pipe: Connection, near: int, far: int, rtt: float, rate: float) -> No
 
 
 class _Relay:
-    def __init__(self, far: int, there: _Direction, back: _Direction) -> None:
-        self._far = far
+    def __init__(self, there: _Direction, back: _Direction) -> None:
         self._there = there
         self._back = back
         self._whole = True
@@ -131,11 +141,11 @@ class _Relay:
         for one in ending:
             _shut(one)
 
-    def accept(self, listener: socket.socket) -> None:
+    def accept(self, listener: socket.socket, port: int) -> None:
         while True:
             near, _ = listener.accept()
             try:
-                far = socket.create_connection(("127.0.0.1", self._far), timeout=5)
+                far = socket.create_connection((_NODE, port), timeout=5)
             except OSError:
                 near.close()
                 continue

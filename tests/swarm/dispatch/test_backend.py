@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import cast
 
 import pytest
@@ -13,12 +16,13 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from torch import Tensor
 
 from moehive.kernels.routing import Assignment
-from moehive.protocol.errors import ExpertUnavailable
+from moehive.protocol.errors import ConfigError, ExpertUnavailable, TransportError
 from moehive.swarm.dispatch.backend import SwarmExperts
 from moehive.swarm.dispatch.caller import ExpertCaller
 from moehive.swarm.dispatch.request import LayerInput, Part
 from moehive.swarm.dispatch.resident import ResidentExperts
 from moehive.swarm.dispatch.stats import DispatchStats
+from moehive.swarm.tasks import start_on
 
 EXPERTS, HIDDEN = 8, 4
 
@@ -87,7 +91,7 @@ def portal() -> Iterator[BlockingPortal]:
 def backend_of(portal: BlockingPortal, caller: Caller, form: str, resident: Resident | None = None) -> SwarmExperts:
     return SwarmExperts(
         cast(ExpertCaller, caller),
-        portal.start_task_soon,
+        partial(start_on, portal.call(asyncio.get_running_loop)),
         EXPERTS,
         form=form,
         resident=cast(ResidentExperts | None, resident),
@@ -148,3 +152,29 @@ def test_the_typed_error_reaches_the_thread_that_called(portal: BlockingPortal) 
         backend.run(3, *routed(1))
     caller.error = None
     backend.run(3, *routed(1))
+
+
+class SilentCaller(Caller):
+    """Never answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = threading.Event()
+
+    async def run(self, call: LayerInput, assignments: Sequence[Assignment]) -> list[Part]:
+        self.began.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+def test_who_leaves_the_swarm_gets_an_error_and_does_not_hang() -> None:
+    caller = SilentCaller()
+    with ThreadPoolExecutor(1) as thread:
+        with start_blocking_portal("asyncio") as portal:
+            backend = backend_of(portal, caller, "sum")
+            asking = thread.submit(backend.run, 0, *routed(1))
+            assert caller.began.wait(10)
+        with pytest.raises(TransportError, match="left"):
+            asking.result(10)
+    with pytest.raises(ConfigError, match="left"):
+        backend.run(0, *routed(1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
@@ -74,3 +76,14 @@ async def test_of_peers_that_cannot_be_reached_the_latest_are_remembered(
     assert list(pool._backoff) == strangers[-3:]
     with pytest.raises(PeerUnreachable, match="not dialled again yet"):
         await pool.connection(strangers[-1])
+
+
+async def test_of_a_failed_attempt_only_its_reason_is_kept(pool: ConnectionPool) -> None:
+    with pytest.raises(PeerUnreachable) as first:
+        await pool.connection(identity(90).peer)
+    failure = weakref.ref(first.value)
+    del first
+    gc.collect()
+    assert failure() is None  # its traceback holds sockets and buffers
+    with pytest.raises(PeerUnreachable, match="not dialled again yet"):
+        await pool.connection(identity(90).peer)
