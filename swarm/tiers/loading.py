@@ -42,11 +42,13 @@ class Loading(Generic[K, V]):
         loaders: int = LOADERS,
         out_of_memory: Callable[[Exception], bool] = lambda error: isinstance(error, MemoryError),
         freed: Callable[[], None] = lambda: None,
+        dropped: Callable[[V], None] = lambda _: None,
+        arrive: Callable[[V], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wait: float = _WAIT,
     ) -> None:
         self.name = name
-        self._residency: Residency[K, V] = Residency(budget_bytes, Lru() if policy is None else policy)
+        self._residency: Residency[K, V] = Residency(budget_bytes, Lru() if policy is None else policy, dropped)
         self._load_value = load
         self._room_of = room
         self._size_of = size
@@ -54,6 +56,7 @@ class Loading(Generic[K, V]):
         self._loaders = loaders
         self._out_of_memory = out_of_memory
         self._freed = freed
+        self._arrive = arrive
         self._clock = clock
         self._wait = wait
         self._lock = threading.Lock()
@@ -99,8 +102,10 @@ class Loading(Generic[K, V]):
         try:
             if not flight.reserved:
                 self._reserve(flight)
-            flight.value, seconds = self._load(flight)
-            return self._publish(flight, seconds)
+            started = self._clock()
+            flight.value = self._load(flight)
+            coming = None if self._arrive is None else flight.value
+            entry = self._publish(flight, None if self._arrive else self._clock() - started)
         except BaseException as error:
             flight.error = error
             with self._lock:
@@ -113,18 +118,22 @@ class Loading(Generic[K, V]):
             raise
         finally:
             flight.done.set()
+        if self._arrive is not None and coming is not None:
+            self._arrive(coming)
+            with self._lock:
+                self._count_seconds(flight.group, self._clock() - started)
+        return entry
 
-    def _load(self, flight: Flight[K, V]) -> tuple[V, float]:
-        """The value and the seconds it took. Where memory runs out the budget shrinks, and it is tried once more."""
-        started = self._clock()
+    def _load(self, flight: Flight[K, V]) -> V:
+        """The value. Where memory runs out the budget shrinks, and it is tried once more."""
         try:
-            return self._load_value(flight.key), self._clock() - started
+            return self._load_value(flight.key)
         except Exception as error:
             if not self._out_of_memory(error):
                 raise
         self._shrink(flight)  # outside the handler: the error's frames keep what was half loaded
         try:
-            return self._load_value(flight.key), self._clock() - started
+            return self._load_value(flight.key)
         except Exception as error:
             if not self._out_of_memory(error):
                 raise
@@ -141,8 +150,11 @@ class Loading(Generic[K, V]):
             self._shrinks += 1
         self._freed()
 
-    def _publish(self, flight: Flight[K, V], seconds: float) -> Entry[K, V]:
-        """Make the value of a flight an entry. No frame refers to it: it may be evicted as soon as the lock is free."""
+    def _publish(self, flight: Flight[K, V], seconds: float | None) -> Entry[K, V]:
+        """Make the value of a flight an entry, which took `seconds`, where that is known already.
+
+        No frame refers to it, unless it has still to arrive: it may be evicted as soon as the lock is free.
+        """
         assert flight.value is not None
         size = self._size_of(flight.value)
         assert size <= flight.reserved, f"{flight.key} takes {size} bytes, {flight.reserved} were announced"
@@ -150,10 +162,11 @@ class Loading(Generic[K, V]):
             held = self._residency
             held.cancel(flight.reserved - size)
             flight.reserved = 0
-            self._count_load(flight.group, size, seconds)
-            self.load_seconds += (_SMOOTHING if self.load_seconds else 1.0) * (seconds - self.load_seconds)
+            self._count_bytes(flight.group, size)
+            if seconds is not None:
+                self._count_seconds(flight.group, seconds)
             if flight.speculation is not None:
-                flight.speculation.size, flight.speculation.seconds = size, seconds
+                flight.speculation.size, flight.speculation.seconds = size, seconds or 0.0
                 held.speculation.bytes += size
             del self._flights[flight.key]
             entry = flight.entry = held.publish(flight.key, flight.value, size, flight.users, flight.speculation)
@@ -161,12 +174,15 @@ class Loading(Generic[K, V]):
             self._notify()
             return entry
 
-    def _count_load(self, group: int, size: int, seconds: float) -> None:
+    def _count_bytes(self, group: int, size: int) -> None:
         """Inside the lock."""
         self._loaded_bytes += size
-        counts = self._residency.counts(group)
-        counts.loads.add(seconds)
-        counts.loaded_bytes += size
+        self._residency.counts(group).loaded_bytes += size
+
+    def _count_seconds(self, group: int, seconds: float) -> None:
+        """Inside the lock: what a load took, until its value had arrived."""
+        self._residency.counts(group).loads.add(seconds)
+        self.load_seconds += (_SMOOTHING if self.load_seconds else 1.0) * (seconds - self.load_seconds)
 
     def _reserve(self, flight: Flight[K, V]) -> None:
         """Wait until the bytes of a load are promised. Raises BudgetTooSmall."""

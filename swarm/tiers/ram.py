@@ -31,8 +31,10 @@ class RamTier(Loading[K, V]):
 
     `room` is what loading takes, in bytes, and `size` what the value takes afterwards, which must not be more. `group`
     sorts keys, such as by the layer of an expert. `out_of_memory` recognises a load's error that more room could have
-    avoided. `freed` is called when bytes were given up without being needed for a load. `wait` is how many seconds a
-    miss waits for others to release what is in use. A thread that leases several entries at once should release before
+    avoided. `freed` is called when bytes were given up without being needed for a load; `dropped` with every value that
+    leaves, inside the lock. Where a value can be used before it is wholly there, as in a GPU's memory, `arrive` waits
+    for the rest, after those who wait for the value went on. `wait` is how many seconds a miss waits for others to
+    release what is in use. A thread that leases several entries at once should release before
     it asks for more than fits: two such threads can only wait for each other until `wait` ends.
     """
 
@@ -52,6 +54,21 @@ class RamTier(Loading[K, V]):
                 # Where nothing is resident, this thread has nothing better to do than to load the first itself.
                 self._load_ahead(uses.layer, missing if len(missing) < len(uses.rows) else missing[1:])
         return missing
+
+    def want(self, layer: int, keys: Iterable[K]) -> None:
+        """Spare these, where anything else can leave, until they were used or the next call of `layer` is noted."""
+        with self._lock:
+            self._residency.want(layer, keys)
+
+    def begin(self, layer: int, keys: Iterable[K]) -> Sequence[K]:
+        """Begin to load what is absent of these, as far as loader threads and bytes are free; which are on their way.
+
+        Nothing that running calls are about to use leaves for it. None of these was asked for by `note`.
+        """
+        with self._lock:
+            absent = [key for key in keys if key not in self._residency.entries]
+            self._load_ahead(layer, absent)
+            return [key for key in absent if key in self._flights]
 
     def lease(self, key: K) -> Lease[K, V]:
         """The value under `key` for the length of a `with`, in which it is not evicted.
@@ -76,7 +93,8 @@ class RamTier(Loading[K, V]):
                 return True
             if not self._residency.reserve(key, size):
                 return False
-            self._count_load(self._group(key), size, seconds)
+            self._count_bytes(self._group(key), size)
+            self._residency.counts(self._group(key)).loads.add(seconds)
             self._residency.publish(key, value, size, 0)
             return True
 
