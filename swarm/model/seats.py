@@ -65,14 +65,19 @@ def check_active(model: nn.Module) -> None:
 
 def tier_statistics(model: nn.Module) -> TierStats | None:
     """What the RAM tier of a model's experts has counted, where they are computed from this machine's disk."""
-    backend = backend_of(model)
-    return backend.tier_stats if isinstance(backend, Tiered) else None
+    backend = _tiered(model)
+    return None if backend is None else backend.tier_stats
 
 
 def device_statistics(model: nn.Module) -> TierStats | None:
     """What the tier in an accelerator's memory has counted, where the model has one."""
-    backend = backend_of(model)
-    return backend.device_stats if isinstance(backend, Tiered) else None
+    backend = _tiered(model)
+    return None if backend is None else backend.device_stats
+
+
+def _tiered(model: nn.Module) -> Tiered | None:
+    backend: object = backend_of(model)
+    return backend if isinstance(backend, Tiered) else None
 
 
 def routing_statistics(model: nn.Module) -> dict[int, LoadStatistics]:
