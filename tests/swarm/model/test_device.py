@@ -11,6 +11,7 @@ import torch
 from support.fake_accelerator import FakeAccelerator
 from torch import Tensor
 
+from moehive.protocol.errors import BudgetTooSmall
 from moehive.swarm import open_local
 from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.model.device import DeviceExperts, ExpertLayout
