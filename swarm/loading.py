@@ -70,6 +70,8 @@ def open_local(
     dtype: torch.dtype | None = None,
     backend: ExpertsBackend | None = None,
     ram: int | None = None,
+    device: torch.device | str | None = None,
+    vram: int | None = None,
     kv: KvMode | KvOptions = "full",
     prefetch: bool | Path = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -77,12 +79,14 @@ def open_local(
 
     `dtype` is that of the computation, the checkpoint's own by default. `backend` computes the routed experts; by
     default they are read from `directory`, through a RAM tier of `ram` bytes, by default a part of this machine's
-    memory. `kv` is how `generate` keeps keys and values: see KvOptions; by default as transformers does.
-    `prefetch` says whether local experts are loaded before they are needed, where not all of them fit into memory; a
-    file that `moehive trace fit` wrote makes for better guesses than the model's own routers.
+    memory. `device` is where the model computes, by default the processor; experts are then kept in its memory, too, in
+    `vram` bytes, by default what is free there, and the processor computes those that do not get there in time.
+    `kv` is how `generate` keeps keys and values: see KvOptions; by default as transformers does.
+    `prefetch` says whether local experts are loaded before they are needed, where not all of them fit into memory and
+    the processor computes; a file that `moehive trace fit` wrote makes for better guesses than the model's own routers.
 
-    Raises ManifestError, StorageError, CorruptShard, UnsupportedModel, ConfigError; BudgetTooSmall where `ram` does not
-    hold what one token needs; TraceError for another model's `prefetch`.
+    Raises ManifestError, StorageError, CorruptShard, UnsupportedModel, ConfigError; BudgetTooSmall where `ram` or
+    `vram` does not hold what one token needs; TraceError for another model's `prefetch`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -95,6 +99,10 @@ def open_local(
     finally:
         BACKEND.reset(chosen)
     check_active(model)
+    if device is not None or vram is not None:
+        from .model.device import use_device
+
+        use_device(model, torch.device(device or "cpu"), vram)
     if kv != "full":
         from .model.kv.default import use_kv
 

@@ -9,10 +9,14 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import psutil
 
-from .policy.budgets import DeviceFacts, DiskFacts, MemoryFacts, disk_budget, ram_budget
+from .policy.budgets import DeviceFacts, DiskFacts, MemoryFacts, disk_budget, ram_budget, video_budget
+
+if TYPE_CHECKING:
+    import torch
 
 _UNLIMITED = 1 << 60  # version 1 says "no limit" with a number near 2**63
 
@@ -25,6 +29,11 @@ def default_ram_budget() -> int:
 def default_disk_budget(store: Path) -> int:
     """Bytes for the store at `store` where the user names none: see `disk_budget`."""
     return disk_budget(detect_disk(store)).bytes
+
+
+def default_vram_budget(device: torch.device) -> int:
+    """Bytes for experts on a GPU, with its index, where the user names none: see `video_budget`."""
+    return video_budget(_cuda_device(device.index)).bytes
 
 
 def detect_memory(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from moehive.node.logs import configure_logs
 from moehive.protocol.errors import ConfigError
 from moehive.protocol.ids import is_hash
 from moehive.protocol.ticket import Ticket
-from moehive.swarm.telemetry.report import tier_json, tier_lines
+from moehive.swarm.telemetry.report import device_lines, tier_json, tier_lines
 
 from .arguments import Flag, NotNegative, Positive, Size, TicketText
 from .drafting import check_draft, drafting
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
     from .generation import Generated
 
-    Tier = tuple[TierStats, str]  # memory for experts, and where its misses came from
+    # Memory for experts, where its misses came from, and the device's memory above it
+    Tier = tuple[TierStats, str, TierStats | None]
 
 _MAX_SEED = (1 << 32) - 1
 
@@ -74,6 +76,13 @@ class GenerateOptions:
     """Memory for experts. With --join for those that are fetched in the background, where that pays, and then computed
     here; by default none are kept. Without it for those that are read from the model's directory; by default half
     of what is free."""
+
+    device: Annotated[str, Parameter(metavar="cpu|cuda|cuda:N")] = "cpu"
+    """Where the model computes, without --join. Experts are then kept there too, within --vram, and the processor
+    computes those that do not get there in time."""
+
+    vram: Size | None = None
+    """Memory of --device for experts. By default what is free there once the dense part is."""
 
     prefetch: Annotated[str, Parameter(metavar="auto|off|FILE")] = "auto"
     """Experts that are read from disk before they are needed, where not all of them fit into memory: as the model's own
@@ -154,6 +163,7 @@ def check_options(options: GenerateOptions) -> None:
     """Raise ConfigError, TicketError for what can be seen to be wrong without loading anything."""
     check_draft(options.draft)
     options.kv.options  # noqa: B018  # made and dropped: it checks itself
+    _check_device(options)
     if options.join is not None:
         Ticket.parse(options.join)
     if is_hash(options.model):
@@ -161,6 +171,22 @@ def check_options(options: GenerateOptions) -> None:
             raise ConfigError("a model id needs a swarm: add --join TICKET, or name a converted directory")
     else:
         check_converted(Path(options.model))
+
+
+def _check_device(options: GenerateOptions) -> None:
+    if options.device == "cpu" and options.vram is None:
+        return
+    if options.join is not None:
+        raise ConfigError("--device and --vram are for models in a local directory: leave them or --join out")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", options.device):
+        raise ConfigError(f"--device {options.device} is not cpu, cuda or cuda:N")
+    if options.device == "cpu":
+        raise ConfigError("--vram is memory of a GPU: add --device cuda")
+    import torch
+
+    number = int(options.device.partition(":")[2] or 0)
+    if number >= torch.cuda.device_count():
+        raise ConfigError(f"torch finds {torch.cuda.device_count()} CUDA devices here, not {options.device}")
 
 
 # --- what it prints -------------------------------------------------------------------------------------------------
@@ -178,7 +204,8 @@ def summary(result: Generated, seed: int, stats: DispatchStats | None, tier: Tie
         lines += [f"  {stats.retries} requests were repeated at another peer"] * bool(stats.retries)
         lines += [f"  {stats.hedges} late requests were asked of a second peer too"] * bool(stats.hedges)
     if tier is not None:
-        lines += tier_lines(*tier)
+        ram, source, device = tier
+        lines += ([] if device is None else device_lines(device)) + tier_lines(ram, source)
     if result.kv is not None:
         lines += kv_lines(result.kv, result.kv_error)
     return "\n".join(lines)
@@ -266,11 +293,13 @@ def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
     dtype = _torch_dtype(options.dtype)
     if options.join is None:
         from moehive.swarm import open_local
-        from moehive.swarm.model.seats import tier_statistics
+        from moehive.swarm.model.seats import device_statistics, tier_statistics
 
         prefetch = _prefetch(options.prefetch)
-        model, tokenizer = open_local(options.model, dtype=dtype, ram=options.ram, prefetch=prefetch)
-        yield _Loaded(model, tokenizer, None, lambda: _tier(tier_statistics(model), "disk"))
+        model, tokenizer = open_local(
+            options.model, dtype=dtype, ram=options.ram, device=options.device, vram=options.vram, prefetch=prefetch
+        )
+        yield _Loaded(model, tokenizer, None, lambda: _tier(tier_statistics(model), "disk", device_statistics(model)))
         return
     from moehive.swarm.client import join
     from moehive.swarm.store.directory import ConvertedDirectory
@@ -290,8 +319,8 @@ def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
         yield _Loaded(model, tokenizer, swarm.stats(model_id), lambda: _tier(swarm.tier_stats(model_id), "swarm"))
 
 
-def _tier(stats: TierStats | None, source: str) -> Tier | None:
-    return None if stats is None else (stats, source)
+def _tier(stats: TierStats | None, source: str, device: TierStats | None = None) -> Tier | None:
+    return None if stats is None else (stats, source, device)
 
 
 def _set_threads(threads: int | None) -> None:

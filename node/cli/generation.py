@@ -90,7 +90,7 @@ def continue_text(
     """
     if tokenizer is None:
         raise ConfigError("this model has no tokenizer: use it from Python, where generate takes token ids")
-    inputs = _encode(tokenizer, prompt, chat)  # [1, T] each
+    inputs = _encode(tokenizer, prompt, chat, model.device)  # [1, T] each
     length = inputs["input_ids"].shape[1]
     arguments = sampling.arguments() | {"pad_token_id": _padding(model, tokenizer)}
     cache = _own_cache(model, kv or KvOptions(), length, arguments)
@@ -133,7 +133,7 @@ def _report(model: PreTrainedModel, output: Tensor, cache: SpilledCache | None) 
     return {"kv": stats, "kv_error": logit_error(model, checked, cache.options)}
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> dict[str, Tensor]:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, device: torch.device) -> dict[str, Tensor]:
     encoded: Any  # a BatchEncoding; what the chat template gives is typed as anything that it can give
     if chat:
         if not tokenizer.chat_template:
@@ -146,7 +146,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> dict
         encoded = tokenizer(prompt, return_tensors="pt")
     if encoded["input_ids"].shape[1] == 0:
         raise ConfigError("the prompt is empty: give at least one character")
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

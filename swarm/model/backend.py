@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -65,6 +65,11 @@ class ExpertLoader:
         self._block = quantization.block if quantization else None
         self._biased = manifest.model.ffn.bias
         self.buffers = HostBuffers()
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the model."""
+        return self._manifest
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes of one expert's weights of `dtype`."""
@@ -161,12 +166,25 @@ class Watcher(Protocol):
         """`experts` of `layer` are about to compute with `hidden` [T, H]; loads of absent ones have begun."""
 
 
+@runtime_checkable
+class Tiered(Protocol):
+    """A backend that keeps experts in memory tiers of this machine, over its disk."""
+
+    @property
+    def tier_stats(self) -> TierStats:
+        """Of the RAM tier; its misses were read from this machine's disk."""
+
+    @property
+    def device_stats(self) -> TierStats | None:
+        """Of the tier in an accelerator's memory, whose misses are uses of the RAM tier; None where there is none."""
+
+
 class LocalExperts:
     """An ExpertsBackend over experts that are all on this machine's disk."""
 
     def __init__(self, loader: ExpertLoader, tier: WeightsTier) -> None:
         self._num_experts = loader.num_experts
-        self._loader = loader
+        self.loader = loader
         self._spec = loader.spec
         self.top_k = loader.top_k
         self.tier = tier
@@ -174,12 +192,16 @@ class LocalExperts:
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether all experts of the model have room at a time, computing in `dtype`."""
-        return self._loader.total_room(dtype) <= self.tier.budget_bytes
+        return self.loader.total_room(dtype) <= self.tier.budget_bytes
 
     @property
     def tier_stats(self) -> TierStats:
         """Of the RAM tier; its misses were read from this machine's disk."""
         return self.tier.stats
+
+    @property
+    def device_stats(self) -> None:
+        """None: the processor computes."""
 
     def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See ExpertsBackend. Raises what `ExpertLoader.load` and RamTier.lease raise."""

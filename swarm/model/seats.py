@@ -17,7 +17,7 @@ from moehive.kernels.telemetry import LayerLoad, LoadStatistics
 from moehive.protocol.errors import UnsupportedModel
 from moehive.swarm.tiers.stats import TierStats
 
-from .backend import ExpertsBackend, LocalExperts
+from .backend import ExpertsBackend, Tiered
 
 NAME: Final = "moehive"  # of the quantizer and of the experts implementation
 SEAT: Final = "moehive_seat"  # the attribute of an experts module
@@ -65,8 +65,19 @@ def check_active(model: nn.Module) -> None:
 
 def tier_statistics(model: nn.Module) -> TierStats | None:
     """What the RAM tier of a model's experts has counted, where they are computed from this machine's disk."""
-    backends = [seat.backend for seat in _seats(model)]
-    return backends[0].tier_stats if backends and isinstance(backends[0], LocalExperts) else None
+    backend = _tiered(model)
+    return None if backend is None else backend.tier_stats
+
+
+def device_statistics(model: nn.Module) -> TierStats | None:
+    """What the tier in an accelerator's memory has counted, where the model has one."""
+    backend = _tiered(model)
+    return None if backend is None else backend.device_stats
+
+
+def _tiered(model: nn.Module) -> Tiered | None:
+    backend: object = backend_of(model)
+    return backend if isinstance(backend, Tiered) else None
 
 
 def routing_statistics(model: nn.Module) -> dict[int, LoadStatistics]:

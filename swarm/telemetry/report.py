@@ -12,21 +12,16 @@ from .histogram import Latencies
 from .meter import LayerFacts
 
 
-def tier_json(stats: TierStats, source: str) -> dict[str, Any]:
-    """A RAM tier, and the tier `source` that its misses came from. Seconds and bytes."""
+def tier_json(stats: TierStats, source: str, device: TierStats | None = None) -> dict[str, Any]:
+    """A RAM tier, and the tier `source` that its misses came from. Seconds and bytes.
+
+    `device` is the tier in an accelerator's memory, where there is one, whose misses are the uses of the RAM tier.
+    """
     every = stats.meter.every
     return {
         "tiers": [
-            {
-                "tier": "ram",
-                "hits": stats.hits,
-                "misses": stats.misses,
-                "hitRate": round(stats.hit_rate, 5),
-                "budgetBytes": stats.budget_bytes,
-                "residentBytes": stats.resident_bytes,
-                "experts": stats.entries,
-                "evictions": stats.evictions,
-            },
+            *([] if device is None else [_memory_json("vram", device) | _loads_json(device)]),
+            _memory_json("ram", stats),
             {
                 "tier": source,
                 "hits": stats.loads - stats.failed_loads,
@@ -39,6 +34,32 @@ def tier_json(stats: TierStats, source: str) -> dict[str, Any]:
         "layerCallsWithoutMiss": every.clean,
         "layers": [_layer_json(layer, stats) for layer in sorted(stats.groups)],
     }
+
+
+def _memory_json(name: str, stats: TierStats) -> dict[str, Any]:
+    return {
+        "tier": name,
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "hitRate": round(stats.hit_rate, 5),
+        "budgetBytes": stats.budget_bytes,
+        "residentBytes": stats.resident_bytes,
+        "experts": stats.entries,
+        "evictions": stats.evictions,
+    }
+
+
+def _loads_json(stats: TierStats) -> dict[str, Any]:
+    """Uploads: a miss that none was made for was computed by the processor."""
+    return {"movedBytes": stats.loaded_bytes, "latency": latency_json(stats.meter.every.loads)}
+
+
+def device_lines(stats: TierStats) -> list[str]:
+    """The tier in an accelerator's memory, for people, after a run."""
+    used = f"{format_size(stats.resident_bytes)} of {format_size(stats.budget_bytes)}"
+    line = f"experts: {stats.hit_rate:.1%} of {stats.hits + stats.misses:,} uses found them on the device ({used})"
+    uploads = f"  {stats.loads:,} uploads, {format_size(stats.loaded_bytes)}: {latency_text(stats.meter.every.loads)}"
+    return [line, uploads]
 
 
 def _layer_json(layer: int, stats: TierStats) -> dict[str, Any]:

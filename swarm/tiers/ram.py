@@ -1,5 +1,7 @@
 """A memory tier: values under a byte budget, shared by threads, each loaded once however many want it.
 
+Here is how it is used; how it loads is in loading.py.
+
 It holds anything whose size can be told; in practice experts' weights. It knows no files, peers or tensors: how a value
 is loaded is the caller's function, which runs outside the lock, and who leaves is the policy's decision.
 
@@ -10,82 +12,31 @@ that fails for it lowers the budget and is tried once more.
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
-from typing import Final, Generic, TypeVar
-
-from moehive.protocol.errors import MemoryExhausted
+from typing import TypeVar
 
 from .leases import Flight, Lease
-from .policy import Chances, Lru, Policy, Uses
-from .residency import Entry, Residency, Speculation
+from .loading import Loading
+from .policy import Chances, Uses
+from .residency import Entry, Speculation
 from .stats import TierStats
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-LOADERS: Final = 2  # threads that load ahead of the one that computes
-_SMOOTHING: Final = 0.1
-_WAIT: Final = 60.0  # seconds a miss waits for others to release, before it reports what budget would have done
 
-
-class RamTier(Generic[K, V]):
+class RamTier(Loading[K, V]):
     """A cache of values of type V under keys of type K, using at most `budget_bytes`. `load` makes a value.
 
     `room` is what loading takes, in bytes, and `size` what the value takes afterwards, which must not be more. `group`
     sorts keys, such as by the layer of an expert. `out_of_memory` recognises a load's error that more room could have
-    avoided. `freed` is called when bytes were given up without being needed for a load. `wait` is how many seconds a
-    miss waits for others to release what is in use. A thread that leases several entries at once should release before
+    avoided. `freed` is called when bytes were given up without being needed for a load; `dropped` with every value that
+    leaves, inside the lock. Where a value can be used before it is wholly there, as in a GPU's memory, `arrive` waits
+    for the rest, after those who wait for the value went on. `wait` is how many seconds a miss waits for others to
+    release what is in use. A thread that leases several entries at once should release before
     it asks for more than fits: two such threads can only wait for each other until `wait` ends.
     """
-
-    def __init__(
-        self,
-        budget_bytes: int,
-        load: Callable[[K], V],
-        *,
-        room: Callable[[K], int],
-        size: Callable[[V], int],
-        policy: Policy[K] | None = None,
-        group: Callable[[K], int] = lambda _: 0,
-        name: str = "RAM",
-        loaders: int = LOADERS,
-        out_of_memory: Callable[[Exception], bool] = lambda error: isinstance(error, MemoryError),
-        freed: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.monotonic,
-        wait: float = _WAIT,
-    ) -> None:
-        self.name = name
-        self._residency: Residency[K, V] = Residency(budget_bytes, Lru() if policy is None else policy)
-        self._load_value = load
-        self._room_of = room
-        self._size_of = size
-        self._group = group
-        self._loaders = loaders
-        self._out_of_memory = out_of_memory
-        self._freed = freed
-        self._clock = clock
-        self._wait = wait
-        self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)  # notified when something became evictable or unreserved
-        self._waiting = 0
-        self._flights: dict[K, Flight[K, V]] = {}
-        self._failed: dict[K, Exception] = {}  # loads ahead that failed before anybody waited for them
-        self._pool: ThreadPoolExecutor | None = None
-        self._failed_loads = self._loaded_bytes = self._shrinks = 0
-        self.load_seconds = 0.0  # that one load takes, smoothed; 0 before the first
-        self.stalled_seconds = 0.0  # that leases have waited for loads
-
-    def close(self) -> None:
-        """End the loader threads; a load that has begun is waited for. The tier loads without them afterwards."""
-        with self._lock:
-            pool, self._pool, self._loaders = self._pool, None, 0
-        if pool is not None:
-            pool.shutdown(wait=True)
 
     # --- uses -----------------------------------------------------------------------------------------------------
 
@@ -103,6 +54,21 @@ class RamTier(Generic[K, V]):
                 # Where nothing is resident, this thread has nothing better to do than to load the first itself.
                 self._load_ahead(uses.layer, missing if len(missing) < len(uses.rows) else missing[1:])
         return missing
+
+    def want(self, layer: int, keys: Iterable[K]) -> None:
+        """Spare these, where anything else can leave, until they were used or the next call of `layer` is noted."""
+        with self._lock:
+            self._residency.want(layer, keys)
+
+    def begin(self, layer: int, keys: Iterable[K]) -> Sequence[K]:
+        """Begin to load what is absent of these, as far as loader threads and bytes are free; which are on their way.
+
+        Nothing that running calls are about to use leaves for it. None of these was asked for by `note`.
+        """
+        with self._lock:
+            absent = [key for key in keys if key not in self._residency.entries]
+            self._load_ahead(layer, absent)
+            return [key for key in absent if key in self._flights]
 
     def lease(self, key: K) -> Lease[K, V]:
         """The value under `key` for the length of a `with`, in which it is not evicted.
@@ -127,7 +93,8 @@ class RamTier(Generic[K, V]):
                 return True
             if not self._residency.reserve(key, size):
                 return False
-            self._count_load(self._group(key), size, seconds)
+            self._count_bytes(self._group(key), size)
+            self._residency.counts(self._group(key)).loads.add(seconds)
             self._residency.publish(key, value, size, 0)
             return True
 
@@ -195,16 +162,6 @@ class RamTier(Generic[K, V]):
         """What is resident now."""
         with self._lock:
             return list(self._residency.entries)
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of all resident values."""
-        return self._residency.resident
-
-    @property
-    def budget_bytes(self) -> int:
-        """The budget."""
-        return self._residency.budget
 
     def evict(self, key: K) -> bool:
         """Drop a value; False where it is absent, in use or pinned."""
@@ -301,111 +258,3 @@ class RamTier(Generic[K, V]):
                 counts.late += 1
                 hidden = max(0.0, speculation.seconds - seconds)
                 self._residency.settle(speculation, used=True, hidden=hidden)
-
-    # --- loading --------------------------------------------------------------------------------------------------
-
-    def _submit(self, flight: Flight[K, V]) -> None:
-        """Inside the lock: let a loader thread fly it; its bytes are reserved."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._loaders, thread_name_prefix=f"{self.name.lower()}-loader")
-        self._flights[flight.key] = flight
-        flight.future = self._pool.submit(self._fly_ahead, flight)
-
-    def _fly_ahead(self, flight: Flight[K, V]) -> None:
-        """On a loader thread. An error is whoever's who waits for the entry, or who asks for it next."""
-        with suppress(Exception):  # supervision point: it is kept in the flight
-            self._fly(flight)
-
-    def _fly(self, flight: Flight[K, V]) -> Entry[K, V]:
-        try:
-            if not flight.reserved:
-                self._reserve(flight)
-            flight.value, seconds = self._load(flight)
-            return self._publish(flight, seconds)
-        except BaseException as error:
-            flight.error = error
-            with self._lock:
-                self._failed_loads += 1
-                if isinstance(error, Exception) and flight.speculation is None and not flight.users:
-                    self._failed[flight.key] = error
-                self._residency.cancel(flight.reserved)
-                del self._flights[flight.key]
-                self._notify()
-            raise
-        finally:
-            flight.done.set()
-
-    def _load(self, flight: Flight[K, V]) -> tuple[V, float]:
-        """The value and the seconds it took. Where memory runs out the budget shrinks, and it is tried once more."""
-        started = self._clock()
-        try:
-            return self._load_value(flight.key), self._clock() - started
-        except Exception as error:
-            if not self._out_of_memory(error):
-                raise
-        self._shrink(flight)  # outside the handler: the error's frames keep what was half loaded
-        try:
-            return self._load_value(flight.key), self._clock() - started
-        except Exception as error:
-            if not self._out_of_memory(error):
-                raise
-            raise MemoryExhausted(
-                f"{self.name} tier, {flight.key}: the machine has no memory for {flight.reserved} bytes, although the "
-                f"budget was lowered to {self.budget_bytes}"
-            ) from error
-
-    def _shrink(self, flight: Flight[K, V]) -> None:
-        """What is held now, less one entry of this size, is evidently all that the machine has."""
-        with self._lock:
-            held = self._residency.resident + self._residency.reserved
-            self._residency.resize(max(self._residency.kept, held - flight.reserved))
-            self._shrinks += 1
-        self._freed()
-
-    def _publish(self, flight: Flight[K, V], seconds: float) -> Entry[K, V]:
-        """Make the value of a flight an entry. No frame refers to it: it may be evicted as soon as the lock is free."""
-        assert flight.value is not None
-        size = self._size_of(flight.value)
-        assert size <= flight.reserved, f"{flight.key} takes {size} bytes, {flight.reserved} were announced"
-        with self._lock:
-            held = self._residency
-            held.cancel(flight.reserved - size)
-            flight.reserved = 0
-            self._count_load(flight.group, size, seconds)
-            self.load_seconds += (_SMOOTHING if self.load_seconds else 1.0) * (seconds - self.load_seconds)
-            if flight.speculation is not None:
-                flight.speculation.size, flight.speculation.seconds = size, seconds
-                held.speculation.bytes += size
-            del self._flights[flight.key]
-            entry = flight.entry = held.publish(flight.key, flight.value, size, flight.users, flight.speculation)
-            flight.value = None
-            self._notify()
-            return entry
-
-    def _count_load(self, group: int, size: int, seconds: float) -> None:
-        """Inside the lock."""
-        self._loaded_bytes += size
-        counts = self._residency.counts(group)
-        counts.loads.add(seconds)
-        counts.loaded_bytes += size
-
-    def _reserve(self, flight: Flight[K, V]) -> None:
-        """Wait until the bytes of a load are promised. Raises BudgetTooSmall."""
-        key, room = flight.key, self._room_of(flight.key)
-        with self._room:
-            deadline = time.monotonic() + self._wait
-            while not self._residency.reserve(key, room):
-                left = deadline - time.monotonic()
-                if left <= 0 or room > self._residency.budget:
-                    raise self._residency.refusal(f"{self.name} tier, {key}", room)
-                self._waiting += 1
-                try:
-                    self._room.wait(left)
-                finally:
-                    self._waiting -= 1
-            flight.reserved = room
-
-    def _notify(self) -> None:
-        """Inside the lock."""
-        if self._waiting:
-            self._room.notify_all()

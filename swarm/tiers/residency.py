@@ -7,7 +7,7 @@ bytes resident and reserved stay within the budget; what is in use or pinned sta
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -45,9 +45,9 @@ class Entry(Generic[K, V]):
 
 
 class Residency(Generic[K, V]):
-    """Entries and reservations within `budget` bytes. Not thread-safe."""
+    """Entries and reservations within `budget` bytes. Not thread-safe. `dropped` is told of every value that leaves."""
 
-    def __init__(self, budget: int, policy: Policy[K]) -> None:
+    def __init__(self, budget: int, policy: Policy[K], dropped: Callable[[V], None] = lambda _: None) -> None:
         self.budget = budget
         self.entries: dict[K, Entry[K, V]] = {}
         self.sizes: dict[K, int] = {}  # of the entries
@@ -58,6 +58,7 @@ class Residency(Generic[K, V]):
         self.reserved = 0  # bytes promised to loads in flight
         self.evictions = 0
         self.policy = policy
+        self._dropped = dropped
         self._pinned: set[K] = set()
         self._wanted: dict[K, None] = {}  # about to be used, in the order of use
         self._noted: dict[int, Iterable[K]] = {}  # layer: what it wanted last
@@ -256,4 +257,5 @@ class Residency(Generic[K, V]):
         if entry.speculation is not None:
             self.speculation.pending -= 1
             self.settle(entry.speculation, used=False)
+        self._dropped(entry.value)
         del entry.value  # now, not when the last thread that released it has left its frame

@@ -1,0 +1,249 @@
+"""The tier in an accelerator's memory: slots of equal size, filled through staging memory by copies beside the compute.
+
+The rules of a tier (one load in flight per key, joined by all who wait; leases; the byte budget; the policy; a budget
+that shrinks where memory ends) are `RamTier`'s. What is added is that the device runs behind the threads that command
+it: a lease is given as soon as the copy was ordered, and what computes waits for the copy on the device; a slot is
+written anew only after all that was ordered while it was leased is done.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from types import TracebackType
+from typing import Final, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .accelerator import Accelerator, Event
+from .leases import Lease
+from .lfru import Lfru
+from .loading import LOADERS
+from .policy import Place, Uses
+from .ram import RamTier
+from .stats import TierStats
+
+K = TypeVar("K", bound=Hashable)
+
+SLAB: Final = 256 << 20  # bytes that are asked for at once: one by one, the allocator's rounding would be uncounted
+UPLOADS: Final = 2  # newcomers of one layer and step that may take other layers' slots (llama.cpp PR 27861)
+
+
+class Slot:
+    """Device memory for one entry. `index` stays the same for as long as the tier lives."""
+
+    __slots__ = ("_lock", "_reads", "index", "memory")
+
+    def __init__(self, index: int, memory: Tensor) -> None:
+        self.index = index
+        self.memory = memory  # uint8 [slot bytes]
+        self._reads: list[Event] = []  # of leases that ended
+        self._lock = threading.Lock()
+
+    def read(self, event: Event) -> None:
+        """`event` ends something that reads the slot."""
+        with self._lock:
+            self._reads = [*(one for one in self._reads if not one.query()), event]
+
+    def take_reads(self) -> Sequence[Event]:
+        """What has to be waited for before the slot is written to; only once."""
+        with self._lock:
+            reads, self._reads = self._reads, []
+        return reads
+
+
+class SlotPool:
+    """Slots of `slot_bytes` each, at most `most` of them, allocated in slabs when they are needed. Thread-safe."""
+
+    def __init__(self, accelerator: Accelerator, slot_bytes: int, most: int) -> None:
+        self._accelerator = accelerator
+        self._slot_bytes = slot_bytes
+        self._most = most
+        self._free: list[Slot] = []
+        self._lock = threading.Lock()
+        self.slots: list[Slot] = []
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Of device memory."""
+        return len(self.slots) * self._slot_bytes
+
+    def take(self) -> Slot:
+        """A free slot. Raises torch.OutOfMemoryError where the device has none, and nothing is changed."""
+        with self._lock:
+            if not self._free:
+                self._grow()
+            return self._free.pop()
+
+    def give(self, slot: Slot) -> None:
+        """It is free again, though what was enqueued may still read it."""
+        with self._lock:
+            self._free.append(slot)
+
+    def _grow(self) -> None:
+        count = min(self._most - len(self.slots), max(1, SLAB // self._slot_bytes))
+        assert count > 0, "more entries than slots"
+        try:
+            memory = self._accelerator.allocate(count * self._slot_bytes)
+        except torch.OutOfMemoryError:  # the last slots may still have room one by one
+            memory, count = self._accelerator.allocate(self._slot_bytes), 1
+        slab = memory.view(count, self._slot_bytes)  # [slots, bytes]
+        first = len(self.slots)
+        fresh = [Slot(first + row, slab[row]) for row in range(count)]
+        self.slots += fresh
+        self._free += fresh[::-1]
+
+
+class Upload:
+    """What a slot was filled with: an entry of the tier."""
+
+    __slots__ = ("ready", "slot", "staging")
+
+    def __init__(self, slot: Slot, ready: Event, staging: Tensor) -> None:
+        self.slot = slot
+        self.ready = ready
+        self.staging = staging
+
+
+class DeviceTier(Generic[K]):
+    """Entries of `slot_bytes` each in the memory of `accelerator`, using at most `budget_bytes` of it.
+
+    `pack` writes an entry's bytes to host memory, uint8 [slot_bytes]; it is called on threads of the tier. `place` is
+    the policy's: a key's layer and number. Besides the budget it uses host memory for one entry per thread that loads.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        budget_bytes: int,
+        slot_bytes: int,
+        pack: Callable[[K, Tensor], None],
+        *,
+        place: Place[K],
+        top_k: int,
+        loaders: int = LOADERS,
+        out_of_memory: Callable[[Exception], bool] = lambda error: isinstance(error, torch.OutOfMemoryError),
+    ) -> None:
+        self.slot_bytes = slot_bytes
+        self._accelerator = accelerator
+        self._pack = pack
+        self._staging: list[Tensor] = []  # free
+        self._pool = SlotPool(accelerator, slot_bytes, budget_bytes // slot_bytes)
+        self._tier: RamTier[K, Upload] = RamTier(
+            budget_bytes,
+            self._upload,
+            room=lambda _: slot_bytes,
+            size=lambda _: slot_bytes,
+            policy=Lfru(place, top_k=top_k, uploads=UPLOADS),
+            group=lambda key: place(key)[0],
+            name="VRAM",
+            loaders=loaders,
+            out_of_memory=out_of_memory,
+            dropped=lambda upload: self._pool.give(upload.slot),
+            arrive=self._arrive,
+        )
+
+    def close(self) -> None:
+        """Wait for what was begun; nothing is loaded ahead afterwards."""
+        self._tier.close()
+        for slot in self._pool.slots:
+            for event in slot.take_reads():
+                event.synchronize()
+
+    def note(self, uses: Uses[K]) -> Sequence[K]:
+        """Say what a layer's call is about to use; returns what is absent, of which nothing begins to load by this.
+
+        What is resident is spared by later uploads until it was used.
+        """
+        missing = self._tier.note(uses, ahead=False)
+        self.spare(uses.layer, [key for key in uses.rows if key not in missing])
+        return missing
+
+    def spare(self, layer: int, keys: Sequence[K]) -> None:
+        """Let these, and no others of `layer`, stay where anything else can leave, until they were used."""
+        self._tier.want(layer, keys)
+
+    def begin(self, layer: int, keys: Iterable[K]) -> Sequence[K]:
+        """See RamTier.begin."""
+        return self._tier.begin(layer, keys)
+
+    def lease(self, key: K) -> DeviceLease[K]:
+        """An entry's slot for the length of a `with`, loaded where it is absent; see RamTier.lease for the errors.
+
+        What the thread enqueues inside finds the entry's bytes there, also where it runs long after the `with`.
+        """
+        return DeviceLease(self._accelerator, self._tier.lease(key))
+
+    def try_lease(self, key: K) -> DeviceLease[K] | None:
+        """The same for a resident entry; None where it is absent. To be entered, once."""
+        lease = self._tier.try_lease(key)
+        return None if lease is None else DeviceLease(self._accelerator, lease)
+
+    @property
+    def upload_seconds(self) -> float:
+        """From the order of an upload to its end, smoothed; 0 before the first."""
+        return self._tier.load_seconds
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget, which is lower than what was given where the device had less."""
+        return self._tier.budget_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Device memory taken so far; at most the budget that was given."""
+        return self._pool.allocated_bytes
+
+    @property
+    def stats(self) -> TierStats:
+        """A snapshot. A miss is a use that had to be uploaded, or computed elsewhere; a load is an upload."""
+        return self._tier.stats
+
+    # --- loading --------------------------------------------------------------------------------------------------
+
+    def _upload(self, key: K) -> Upload:
+        slot, staging = self._pool.take(), self._take_staging()
+        try:
+            self._pack(key, staging)
+        except BaseException:
+            self._pool.give(slot)
+            self._staging.append(staging)
+            raise
+        return Upload(slot, self._accelerator.copy(slot.memory, staging, slot.take_reads()), staging)
+
+    def _take_staging(self) -> Tensor:
+        try:
+            return self._staging.pop()
+        except IndexError:  # a thread more than ever before
+            return self._accelerator.staging(self.slot_bytes)
+
+    def _arrive(self, upload: Upload) -> None:
+        """On the thread that loads: its staging memory is free when the copy is over."""
+        upload.ready.synchronize()
+        self._staging.append(upload.staging)
+
+
+class DeviceLease(Generic[K]):
+    """One use of one slot."""
+
+    __slots__ = ("_accelerator", "_lease", "_slot")
+
+    def __init__(self, accelerator: Accelerator, lease: Lease[K, Upload]) -> None:
+        self._accelerator = accelerator
+        self._lease = lease
+
+    def __enter__(self) -> Slot:
+        """Raises what RamTier.lease says."""
+        upload = self._lease.__enter__()
+        self._slot = upload.slot
+        self._accelerator.wait(upload.ready)
+        return upload.slot
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._slot.read(self._accelerator.record())
+        finally:
+            self._lease.__exit__(kind, error, trace)

@@ -1,0 +1,206 @@
+"""The half of a memory tier that loads: flights, the threads that fly them, room for them, memory that runs out.
+
+`ram.RamTier` is the other half, which is used. Both share one lock, and the bookkeeping of residency.py under it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Final, Generic, TypeVar
+
+from moehive.protocol.errors import MemoryExhausted
+
+from .leases import Flight
+from .policy import Lru, Policy
+from .residency import Entry, Residency
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+LOADERS: Final = 2  # threads that load ahead of the one that computes
+_SMOOTHING: Final = 0.1
+_WAIT: Final = 60.0  # seconds a miss waits for others to release, before it reports what budget would have done
+
+
+class Loading(Generic[K, V]):
+    """What RamTier inherits; its arguments are described there."""
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        load: Callable[[K], V],
+        *,
+        room: Callable[[K], int],
+        size: Callable[[V], int],
+        policy: Policy[K] | None = None,
+        group: Callable[[K], int] = lambda _: 0,
+        name: str = "RAM",
+        loaders: int = LOADERS,
+        out_of_memory: Callable[[Exception], bool] = lambda error: isinstance(error, MemoryError),
+        freed: Callable[[], None] = lambda: None,
+        dropped: Callable[[V], None] = lambda _: None,
+        arrive: Callable[[V], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wait: float = _WAIT,
+    ) -> None:
+        self.name = name
+        self._residency: Residency[K, V] = Residency(budget_bytes, Lru() if policy is None else policy, dropped)
+        self._load_value = load
+        self._room_of = room
+        self._size_of = size
+        self._group = group
+        self._loaders = loaders
+        self._out_of_memory = out_of_memory
+        self._freed = freed
+        self._arrive = arrive
+        self._clock = clock
+        self._wait = wait
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)  # notified when something became evictable or unreserved
+        self._waiting = 0
+        self._flights: dict[K, Flight[K, V]] = {}
+        self._failed: dict[K, Exception] = {}  # loads ahead that failed before anybody waited for them
+        self._pool: ThreadPoolExecutor | None = None
+        self._failed_loads = self._loaded_bytes = self._shrinks = 0
+        self.load_seconds = 0.0  # that one load takes, smoothed; 0 before the first
+        self.stalled_seconds = 0.0  # that leases have waited for loads
+
+    def close(self) -> None:
+        """End the loader threads; a load that has begun is waited for. The tier loads without them afterwards."""
+        with self._lock:
+            pool, self._pool, self._loaders = self._pool, None, 0
+        if pool is not None:
+            pool.shutdown(wait=True)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all resident values."""
+        return self._residency.resident
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget."""
+        return self._residency.budget
+
+    def _submit(self, flight: Flight[K, V]) -> None:
+        """Inside the lock: let a loader thread fly it; its bytes are reserved."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._loaders, thread_name_prefix=f"{self.name.lower()}-loader")
+        self._flights[flight.key] = flight
+        flight.future = self._pool.submit(self._fly_ahead, flight)
+
+    def _fly_ahead(self, flight: Flight[K, V]) -> None:
+        """On a loader thread. An error is whoever's who waits for the entry, or who asks for it next."""
+        with suppress(Exception):  # supervision point: it is kept in the flight
+            self._fly(flight)
+
+    def _fly(self, flight: Flight[K, V]) -> Entry[K, V]:
+        try:
+            if not flight.reserved:
+                self._reserve(flight)
+            started = self._clock()
+            flight.value = self._load(flight)
+            coming = None if self._arrive is None else flight.value
+            entry = self._publish(flight, None if self._arrive else self._clock() - started)
+        except BaseException as error:
+            flight.error = error
+            with self._lock:
+                self._failed_loads += 1
+                if isinstance(error, Exception) and flight.speculation is None and not flight.users:
+                    self._failed[flight.key] = error
+                self._residency.cancel(flight.reserved)
+                del self._flights[flight.key]
+                self._notify()
+            raise
+        finally:
+            flight.done.set()
+        if self._arrive is not None and coming is not None:
+            self._arrive(coming)
+            with self._lock:
+                self._count_seconds(flight.group, self._clock() - started)
+        return entry
+
+    def _load(self, flight: Flight[K, V]) -> V:
+        """The value. Where memory runs out the budget shrinks, and it is tried once more."""
+        try:
+            return self._load_value(flight.key)
+        except Exception as error:
+            if not self._out_of_memory(error):
+                raise
+        self._shrink(flight)  # outside the handler: the error's frames keep what was half loaded
+        try:
+            return self._load_value(flight.key)
+        except Exception as error:
+            if not self._out_of_memory(error):
+                raise
+            raise MemoryExhausted(
+                f"{self.name} tier, {flight.key}: the machine has no memory for {flight.reserved} bytes, although the "
+                f"budget was lowered to {self.budget_bytes}"
+            ) from error
+
+    def _shrink(self, flight: Flight[K, V]) -> None:
+        """What is held now, less one entry of this size, is evidently all that the machine has."""
+        with self._lock:
+            held = self._residency.resident + self._residency.reserved
+            self._residency.resize(max(self._residency.kept, held - flight.reserved))
+            self._shrinks += 1
+        self._freed()
+
+    def _publish(self, flight: Flight[K, V], seconds: float | None) -> Entry[K, V]:
+        """Make the value of a flight an entry, which took `seconds`, where that is known already.
+
+        No frame refers to it, unless it has still to arrive: it may be evicted as soon as the lock is free.
+        """
+        assert flight.value is not None
+        size = self._size_of(flight.value)
+        assert size <= flight.reserved, f"{flight.key} takes {size} bytes, {flight.reserved} were announced"
+        with self._lock:
+            held = self._residency
+            held.cancel(flight.reserved - size)
+            flight.reserved = 0
+            self._count_bytes(flight.group, size)
+            if seconds is not None:
+                self._count_seconds(flight.group, seconds)
+            if flight.speculation is not None:
+                flight.speculation.size, flight.speculation.seconds = size, seconds or 0.0
+                held.speculation.bytes += size
+            del self._flights[flight.key]
+            entry = flight.entry = held.publish(flight.key, flight.value, size, flight.users, flight.speculation)
+            flight.value = None
+            self._notify()
+            return entry
+
+    def _count_bytes(self, group: int, size: int) -> None:
+        """Inside the lock."""
+        self._loaded_bytes += size
+        self._residency.counts(group).loaded_bytes += size
+
+    def _count_seconds(self, group: int, seconds: float) -> None:
+        """Inside the lock: what a load took, until its value had arrived."""
+        self._residency.counts(group).loads.add(seconds)
+        self.load_seconds += (_SMOOTHING if self.load_seconds else 1.0) * (seconds - self.load_seconds)
+
+    def _reserve(self, flight: Flight[K, V]) -> None:
+        """Wait until the bytes of a load are promised. Raises BudgetTooSmall."""
+        key, room = flight.key, self._room_of(flight.key)
+        with self._room:
+            deadline = time.monotonic() + self._wait
+            while not self._residency.reserve(key, room):
+                left = deadline - time.monotonic()
+                if left <= 0 or room > self._residency.budget:
+                    raise self._residency.refusal(f"{self.name} tier, {key}", room)
+                self._waiting += 1
+                try:
+                    self._room.wait(left)
+                finally:
+                    self._waiting -= 1
+            flight.reserved = room
+
+    def _notify(self) -> None:
+        """Inside the lock."""
+        if self._waiting:
+            self._room.notify_all()
