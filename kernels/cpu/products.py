@@ -23,6 +23,8 @@ Matrix: TypeAlias = WeightMatrix | PackedMatrix
 _BAND: Final = 1 << 20  # elements widened at a time: 4 MiB of fp32, which stay in the last-level cache
 _ONEDNN_FP32: Final = 1 << 19  # elements from which oneDNN multiplies fp32 faster than MKL, for one row, too
 _DOT_ROWS: Final = 5  # up to which half-precision dot products are faster than widening, where those are all there is
+_JIT_ROWS: Final = range(4, 7)  # for which oneDNN's linear layer beats torch's product where bf16 has no instructions
+_MKL_ROWS: Final = 3  # up to which MKL multiplies fp32 faster than oneDNN with AVX-512
 _INT8_ROWS: Final = 4  # up to which torch's product over int8 weights is faster than widening them
 _INT8_STEP: Final = 32  # rows and columns it needs multiples of
 
@@ -39,6 +41,8 @@ def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor) -> Non
         _multiply_int8(x, matrix, out)
     elif matrix.format is not WeightFormat.PLAIN or matrix.data.dtype != x.dtype or _is_slow(x):
         _multiply_widened(x, matrix, out)
+    elif x.dtype == torch.bfloat16 and x.shape[0] == 1 and matrix.data.is_contiguous() and _emulates_bf16():
+        torch.mv(matrix.data, x[0], out=out[0])  # at the memory's speed; torch's matrix product of one row is not
     elif _uses_onednn(x, matrix.data):
         out.copy_(_onednn(x, matrix.data))
     else:
@@ -65,8 +69,11 @@ def _multiply_widened(x: Tensor, matrix: WeightMatrix, out: Tensor) -> None:
 
 
 def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    large = weight.numel() >= _ONEDNN_FP32
-    return large and x.dtype == torch.float32 and x.shape[0] > 0 and weight.is_contiguous() and _mkl_competes()
+    if weight.numel() < _ONEDNN_FP32 or not weight.is_contiguous() or not _mkl_competes():
+        return False
+    if x.dtype == torch.bfloat16:
+        return x.shape[0] in _JIT_ROWS and _emulates_bf16()
+    return x.dtype == torch.float32 and x.shape[0] > (_MKL_ROWS if _has_avx512() else 0)
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -88,6 +95,16 @@ def _is_fast(dtype: torch.dtype) -> bool:
         return False
     ops = torch.ops.mkldnn
     return bool(ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported())
+
+
+def _has_avx512() -> bool:
+    return bool(torch.backends.cpu.get_cpu_capability() == "AVX512")
+
+
+@lru_cache(maxsize=1)
+def _emulates_bf16() -> bool:
+    """Whether oneDNN computes bf16 with the instructions of fp32: AVX-512 without its bf16 extension."""
+    return _has_avx512() and not torch.cpu._is_avx512_bf16_supported()
 
 
 @lru_cache(maxsize=1)

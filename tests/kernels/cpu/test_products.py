@@ -75,6 +75,13 @@ def test_large_fp32_matrices_are_multiplied_in_fp32(rows: int) -> None:
     assert relative_error(out, x.double() @ weight.double().t()) <= 5e-6  # in bf16: 1e-3
 
 
+@pytest.mark.parametrize("rows", [1, 3, 5, 9])
+def test_large_bf16_matrices_are_multiplied_by_every_kernel(rows: int) -> None:
+    weight, x, out = normal(1024, 1024), normal(rows, 1024), torch.empty(rows, 1024, dtype=BF16)
+    multiply(x, WeightMatrix(WeightFormat.PLAIN, weight), None, out)
+    assert relative_error(out, x.double() @ weight.double().t()) <= 2**-8
+
+
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 6, 33])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
