@@ -189,6 +189,7 @@ class LocalExperts:
         self.top_k = loader.top_k
         self.tier = tier
         self.watcher: Watcher | None = None
+        self._keys: dict[tuple[int, torch.dtype], Sequence[WeightsKey]] = {}
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether all experts of the model have room at a time, computing in `dtype`."""
@@ -222,13 +223,26 @@ class LocalExperts:
 
     def _token_rows(self, layer: int, experts: Sequence[int], hidden: Tensor) -> Mapping[int, Tensor]:
         """Unweighted outputs [1, H] for `hidden` [1, H], of resident experts first: the others load meanwhile."""
-        missing = self.tier.note(Uses(layer, {_key(layer, expert, hidden): 1 for expert in experts}))
-        if self.watcher is not None:
-            self.watcher.computing(layer, hidden, experts)
-        if missing:
-            late = {key.expert for key, _ in missing}
-            experts = sorted(experts, key=lambda expert: expert in late)
-        return {expert: self._rows(layer, expert, hidden) for expert in experts}
+        keys = self._layer_keys(layer, hidden.dtype)
+        with self.tier.hold(Uses(layer, {keys[expert]: 1 for expert in experts})) as held:
+            if self.watcher is not None:
+                self.watcher.computing(layer, hidden, experts)
+            rows = {
+                expert: expert_ffn(hidden, entry.value.to(hidden.device), self._spec)
+                for expert, entry in zip(experts, held, strict=True)
+                if entry is not None
+            }
+        for expert in experts:
+            if expert not in rows:
+                rows[expert] = self._rows(layer, expert, hidden)
+        return rows
+
+    def _layer_keys(self, layer: int, dtype: torch.dtype) -> Sequence[WeightsKey]:
+        """By expert. Made once: decoding asks for some of them at every layer and token."""
+        keys = self._keys.get((layer, dtype))
+        if keys is None:
+            keys = self._keys[layer, dtype] = [(ExpertKey(layer, expert), dtype) for expert in range(self._num_experts)]
+        return keys
 
     def _rows(self, layer: int, expert: int, rows: Tensor) -> Tensor:
         """One expert's unweighted output [R, H] for `rows` [R, H]."""

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from .leases import Flight, Lease
+from .leases import Flight, Hold, Lease
 from .loading import Loading
 from .policy import Chances, Uses
 from .residency import Entry, Speculation
@@ -47,12 +47,30 @@ class RamTier(Loading[K, V]):
         the others arrive meanwhile.
         """
         with self._lock:
+            return self._note(uses, ahead)
+
+    def hold(self, uses: Uses[K]) -> Hold[K, V]:
+        """`note`, and a lease of all of it that is resident, in one step: enter it, and only once.
+
+        Decoding does this once per layer and token, and a lock or a call per entry would be felt. Leave it before what
+        is absent is leased.
+        """
+        with self._lock:
+            entries = self._residency.hold_all(uses)
+            if entries is None:
+                self._note(uses, ahead=True)
+                entries = [self._residency.acquire(key) for key in uses.rows]
+        return Hold(self, entries)
+
+    def _note(self, uses: Uses[K], ahead: bool) -> Sequence[K]:
+        """Inside the lock: see `note`."""
+        if self._failed:
             self._failed.clear()
-            missing = self._residency.note(uses, want=ahead)
-            if missing and ahead:
-                self._drop_outdated(uses)
-                # Where nothing is resident, this thread has nothing better to do than to load the first itself.
-                self._load_ahead(uses.layer, missing if len(missing) < len(uses.rows) else missing[1:])
+        missing = self._residency.note(uses, want=ahead)
+        if missing and ahead:
+            self._drop_outdated(uses)
+            # Where nothing is resident, this thread has nothing better to do than to load the first itself.
+            self._load_ahead(uses.layer, missing if len(missing) < len(uses.rows) else missing[1:])
         return missing
 
     def want(self, layer: int, keys: Iterable[K]) -> None:
