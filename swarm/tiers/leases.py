@@ -91,5 +91,4 @@ class Hold(Generic[K, V]):
         tier = self._tier
         with tier._lock:
             tier._residency.release_all(entries)
-            if tier._waiting:
-                tier._notify()
+            tier._notify()

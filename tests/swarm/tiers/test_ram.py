@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moehive.protocol.errors import BudgetTooSmall, MemoryExhausted, StorageError
 from moehive.swarm.tiers.policy import Uses
@@ -513,6 +515,59 @@ def test_memory_that_stays_exhausted_is_an_error_that_says_so() -> None:
     with pytest.raises(MemoryExhausted, match="no memory for 10 bytes"):
         take(tier, "a")
     assert (tier.resident_bytes, tier.stats.reserved_bytes) == (0, 0)
+
+
+# --- a call in one step -------------------------------------------------------------------------------------------
+
+
+def held(tier: RamTier[str, str], keys: str) -> list[str]:
+    """As `call`, in one step as far as the entries are resident."""
+    with tier.hold(uses(keys)) as entries:
+        assert [entry is None or entry.key == key for entry, key in zip(entries, keys, strict=True)] == [True] * len(
+            keys
+        )
+        found = {entry.key: entry.value for entry in entries if entry is not None}
+    for key in keys:
+        if key not in found:
+            with tier.lease(key) as value:
+                found[key] = value
+    return [found[key] for key in keys]
+
+
+CALLS = st.lists(st.sets(st.sampled_from("abcdef"), min_size=1, max_size=3).map(lambda keys: "".join(sorted(keys))))
+
+
+@given(CALLS, st.booleans())
+def test_a_call_in_one_step_counts_and_evicts_as_single_leases_do(calls: list[str], roomy: bool) -> None:
+    one, many = (make(60 if roomy else 30, clock=lambda: 0.0) for _ in range(2))
+    for keys in calls:
+        assert held(one, keys) == call(many, keys) == [value_of(key) for key in keys]
+        if roomy:  # else single leases may evict one of the call's own
+            assert set(one.keys()) == set(many.keys())
+        assert all(entry.in_use == 0 for entry in one._residency.entries.values())
+    if roomy:
+        assert one.stats.meter == many.stats.meter
+
+
+def test_what_a_call_holds_stays_until_it_is_left_and_then_makes_room() -> None:
+    tier = make(20, loaders=0, wait=DEADLINE)
+    call(tier, "ab")
+    with ThreadPoolExecutor(1) as pool:
+        with tier.hold(uses("ab")):
+            assert not tier.evict("a")
+            waiting = pool.submit(take, tier, "c")
+            wait_until(lambda: tier._waiting > 0)
+            assert not waiting.done()
+        assert waiting.result(DEADLINE) == "value c"
+
+
+def test_a_budget_lowered_while_a_call_holds_is_kept_from_its_end_on() -> None:
+    tier = make(20)
+    call(tier, "ab")
+    with tier.hold(uses("ab")):
+        tier.resize(10)
+        assert tier.resident_bytes == 20
+    assert tier.resident_bytes == 10
 
 
 # --- everything at once -----------------------------------------------------------------------------------------------
