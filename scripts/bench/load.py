@@ -1,9 +1,12 @@
 """Many clients at one node: what batching gains, and what happens when more is asked than it can do.
 
-    python scripts/bench/load.py [--clients 16] [--rounds 4] [--seconds 6] [--json FILE]
+    python scripts/bench/load.py [--shape qwen3|deepseek] [--dtype float32] [--clients 16] [--rounds 4] [--seconds 6]
+        [--json FILE]
 
-One `moehive node` process with all experts of a Qwen3-30B-A3B layer (top-8 of 16, bf16, one thread: a memory-bound
-layer), and clients that each are members of their own with a connection of their own, all in this process.
+One `moehive node` process with the experts of a layer (DeepSeek-V3: top-8 of 9; Qwen3-30B-A3B: top-8 of 16; one
+thread), and clients that each are members of their own with a connection of their own, all in this process. In fp32 a
+row more costs next to nothing while the weights are read, so a layer is memory-bound; in bf16 only on processors that
+have instructions for it. `ffn` is what the same experts gain from as many rows without any network: the bound.
 
     batching   tokens per second of many clients that each ask for a token's experts one after the other, against one
     overload   four times as many requests as the node can do with 16 of each client in flight, offered at a fixed
@@ -25,8 +28,9 @@ from pathlib import Path
 import torch
 from _client import Client, joined, running_node
 from _common import arguments, conditions, p50, p99, print_head, print_table, repeat, write_json
-from _layer import QWEN3, Token, make_model, make_tokens
+from _layer import SHAPES, SPEC, Token, load_weights, make_model, make_tokens
 
+from moehive.kernels.cpu.experts import run_experts
 from moehive.protocol.errors import PeerRefused
 from moehive.protocol.ids import ModelId
 from moehive.protocol.ticket import Ticket
@@ -64,21 +68,46 @@ class Round:
 def main() -> None:
     """Start everything, measure, print."""
     parser = arguments(__doc__, rounds=4)
+    parser.add_argument("--shape", default="deepseek", choices=sorted(SHAPES))
+    parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each part")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    facts = conditions(layer=f"{QWEN3} on one node, bfloat16", clients=str(options.clients))
+    shape, dtype = SHAPES[options.shape], getattr(torch, options.dtype)
+    facts = conditions(layer=f"{shape} on one node, {options.dtype}", clients=str(options.clients))
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        converted = make_model(Path(directory))
-        ticket = stack.enter_context(running_node(converted, Path(directory) / "node", threads=1))
+        converted = make_model(Path(directory), shape)
+        tokens = make_tokens(TOKENS, dtype, shape)
+        bound = ffn_gain(converted, tokens, options.clients)
+        ticket = stack.enter_context(running_node(converted, Path(directory) / "node", threads=1, ram="3GiB"))
         clients = stack.enter_context(several(options.clients, ticket, converted))
-        tokens = make_tokens(TOKENS, torch.bfloat16)
         measure(clients, tokens, 1.0)  # loads the experts, opens the connections
         rounds = repeat(options.rounds, lambda: once(clients, tokens, converted, options.seconds))
-    report(facts, rounds.results, options.clients)
+    report(facts, rounds.results, options.clients, bound)
     print(f"{rounds}\n", flush=True)
-    write_json(options.json, facts, {"rounds": [asdict(each) for each in rounds.results], "noise": str(rounds)})
+    write_json(
+        options.json, facts, {"rounds": [asdict(each) for each in rounds.results], "ffn": bound, "noise": str(rounds)}
+    )
+
+
+def ffn_gain(converted: Path, tokens: Sequence[Token], clients: int) -> float:
+    """How much faster the experts compute tokens of all clients together than of one, without any network."""
+    experts = [weights.matrices(SPEC) for weights in load_weights(converted, tokens[0].hidden.dtype).values()]
+    hidden = torch.cat([token.hidden for token in tokens[:clients]])  # [T, H]
+    index = torch.cat([token.index for token in tokens[:clients]])  # [T, K]
+    weights = torch.cat([token.weights for token in tokens[:clients]])  # [T, K]
+
+    def seconds(count: int) -> float:
+        times = []
+        for first in range(8):
+            rows = slice(first, first + 1) if count == 1 else slice(0, count)
+            started = time.perf_counter()
+            run_experts(hidden[rows], index[rows], weights[rows], experts, SPEC)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    return clients * seconds(1) / seconds(clients)
 
 
 @contextmanager
@@ -176,13 +205,13 @@ async def _one(client: Client, token: Token, model: ModelId) -> tuple[str, float
     return "answered", time.perf_counter() - started
 
 
-def report(facts: dict[str, object], rounds: Sequence[Round], clients: int) -> None:
+def report(facts: dict[str, object], rounds: Sequence[Round], clients: int, bound: float) -> None:
     """The tables."""
     print_head("Many clients at one node", facts)
     gain = p50([each.together / each.alone for each in rounds])
     alone, together = (p50([getattr(each, side) for each in rounds]) for side in ("alone", "together"))
     print_table(("", "tokens/s"), [("one client", alone), (f"{clients} clients", together)])
-    print(f"batching: {gain:.2f}x; at least 4x is asked\n")
+    print(f"batching: {gain:.2f}x (ffn: {bound:.2f}x); at least 4x is asked\n")
     answered = [value * 1e3 for each in rounds for value in each.flood.answered]
     refused = [value * 1e3 for each in rounds for value in each.flood.refused] or [0.0]
     rows = [
