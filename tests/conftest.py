@@ -28,7 +28,8 @@ for _name in ("HF_HUB_CACHE", "HF_TOKEN", "TRANSFORMERS_CACHE", "TRITON_CACHE_DI
 
 from hypothesis import settings  # noqa: E402  after the environment
 
-# No deadline: a first call may import or compile. Seeds stay random, and failures are kept in .hypothesis and replayed.
-settings.register_profile("ci", deadline=None, derandomize=False, max_examples=50)
-settings.register_profile("thorough", parent=settings.get_profile("ci"), max_examples=2000)
+# No deadline: a first call may import or compile. A change is judged by the same examples every time: what fails
+# after it is its fault. New counterexamples are looked for with HYPOTHESIS_PROFILE=thorough, and kept as @example.
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -27,7 +27,7 @@ MAX_IN_FLIGHT = 128  # chunks over all peers: what a careless carrier would hold
 GUESSED_RATE = 16e6  # bytes per second, while no peer has sent anything
 SOONER = 1.5  # how many times sooner somebody else must be expected to bring a chunk, to be asked for it as well
 HEAD_START = 0.05  # seconds that this must be worth besides, where its owner is silent
-LONG_HEAD_START = 0.15  # the same where its owner is only slow: its bytes are on the wire, and would come twice
+LONG_HEAD_START = 0.25  # the same where its owner is only slow: its bytes are on the wire, and would come twice
 LOOK_AGAIN = 0.05  # seconds between looks at the clock while peers with nothing to do watch the last chunks
 NEAR = 2.0  # seconds: a peer that is paused for less than that is waited for
 

@@ -156,6 +156,12 @@ alike = st.builds(Script, rate=st.floats(20 * MB, 100 * MB), rtt=st.floats(0.001
 
 
 @given(st.lists(alike, min_size=1, max_size=6), st.text(max_size=4))
+@example(
+    [Script(rate=33038210.0, rtt=1 / 128)] * 2
+    + [Script(rate=55111937.0, rtt=1 / 64), Script(rate=58962848.0, rtt=1 / 64)],
+    "",
+)
+@example([Script(rate=81e6)] * 2 + [Script(rate=100e6)] * 2, "")
 def test_sources_that_are_not_too_different_send_nothing_twice(sources: list[Script], seed: str) -> None:
     assert simulate(named(sources), [CHUNKS], seed=seed).wasted < 0.02 * CHUNKS * CHUNK_SIZE
 
