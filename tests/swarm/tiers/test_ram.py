@@ -615,3 +615,21 @@ def test_real_threads_stay_within_the_budget() -> None:
     assert stats.reserved_bytes == 0
     assert stats.evictions == counts.loads.count - stats.entries
     assert stats.speculation.pending == sum(e.speculation is not None for e in tier._residency.entries.values())
+
+
+def test_a_hold_keeps_what_is_resident_and_counts_as_note_does() -> None:
+    tier = make(20)
+    with tier.hold(uses("ab")) as held:
+        assert list(held) == [None, None]
+    call(tier, "ab")
+    before = tier.stats.total
+    with tier.hold(uses("ab")) as held:
+        assert [entry.value for entry in held if entry is not None] == ["value a", "value b"]
+        assert not tier.evict("a")
+        tier.resize(10)
+        assert tier.resident_bytes == 20, "what is in use stays"
+    after = tier.stats.total
+    assert tier.resident_bytes == 10, "the lowered budget holds from the release on"
+    assert (after.hits - before.hits, after.clean_steps - before.clean_steps) == (2, 1)
+    with tier.hold(uses("ab")) as held:
+        assert sum(entry is None for entry in held) == 1
