@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, closing
 import torch
 
 from moehive.kernels.expert_ffn import ExpertWeights
-from moehive.protocol.errors import CorruptShard
+from moehive.protocol.errors import BudgetTooSmall, CorruptShard
 from moehive.protocol.ids import ExpertKey, PeerId
 from moehive.protocol.manifest import Manifest
 from moehive.protocol.messages import EXPERT, PEER, SHARD, BulkOffer
@@ -18,7 +18,7 @@ from moehive.swarm.dispatch.request import DTYPES
 from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
 from moehive.swarm.memory import default_ram_budget
-from moehive.swarm.model.backend import ExpertLoader, check_ram, weights_tier
+from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.direct import DirectServer
 from moehive.swarm.rpc.server import Inbox, open_gate, stream_handler
@@ -53,7 +53,8 @@ class Serving:
         self._loader = ExpertLoader(manifest, source)
         ram_budget = settings.ram if settings.ram is not None else default_ram_budget()
         dtype = DTYPES[manifest.model.dtype]
-        check_ram(manifest, self._loader.largest_room(dtype), ram_budget)
+        if ram_budget < (room := self._loader.largest_room(dtype)):
+            raise BudgetTooSmall(f"memory for one expert of {manifest.model.name}", budget=ram_budget, needed=room)
         self._tier = weights_tier(self._loader, ram_budget, load=self._load)
         self._acquisition = Acquisition(
             settings,

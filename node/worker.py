@@ -35,13 +35,19 @@ class _Batch:
         self.requests = requests
         self.run = run
         self.started = started
-        self.seconds = 0.0  # of the thread so far
+        self.slice_started: float | None = None  # of the slice that is being computed
+        self.seconds = 0.0  # of the thread for the slices before
         self.rows = sum(queued.waiting.rows for queued in requests)
 
     @property
     def wanted(self) -> bool:
         """Whether anybody still waits for it."""
         return any(not queued.done.done() for queued in self.requests)
+
+    def rows_left(self, now: float, seconds_per_row: float) -> int:
+        """Rows that are not computed yet, by the time that has been spent: who arrives now waits for no more."""
+        spent = self.seconds + (0.0 if self.slice_started is None else now - self.slice_started)
+        return max(self.rows - int(spent / seconds_per_row), 0) if seconds_per_row else self.rows
 
 
 class ComputeWorker:
@@ -78,14 +84,16 @@ class ComputeWorker:
 
     @property
     def facts(self) -> QueueFacts:
-        """How full the queue is, what is being computed included."""
+        """How full the queue is, with what is left of what is being computed."""
         return self._facts()
 
     def _facts(self, client: PeerId | None = None) -> QueueFacts:
         facts = self._queue.facts(client, self._seconds_per_row)
+        now = self._clock()
         for batch in self._computing:
-            small_rows = batch.rows if batch.requests[0].waiting.small else 0
-            facts = replace(facts, rows=facts.rows + batch.rows, small_rows=facts.small_rows + small_rows)
+            rows = batch.rows_left(now, self._seconds_per_row)
+            small_rows = rows if batch.requests[0].waiting.small else 0
+            facts = replace(facts, rows=facts.rows + rows, small_rows=facts.small_rows + small_rows)
         return facts
 
     def refusal(self, message: RunExperts, payload_bytes: int, client: PeerId) -> Refusal | None:
@@ -143,7 +151,7 @@ class ComputeWorker:
 
     async def _advance(self, thread: ThreadPoolExecutor, batch: _Batch) -> bool:
         """Compute a batch's next slice; whether the batch is over, answered or failed."""
-        started = self._clock()
+        started = batch.slice_started = self._clock()
         try:
             over = not batch.wanted or await asyncio.get_running_loop().run_in_executor(thread, batch.run.advance)
         except LocalError as error:
@@ -155,6 +163,7 @@ class ComputeWorker:
             self._fail(batch.requests, LocalError("the computation failed"))
             over = True
         batch.seconds += self._clock() - started
+        batch.slice_started = None
         if over:
             self._computing.remove(batch)
             if batch.wanted:

@@ -13,7 +13,7 @@ from support.swarm_fakes import SECRET, announce, identity, supplying
 from moehive.node.holdings import Holdings
 from moehive.node.serving import Serving
 from moehive.node.settings import NodeSettings
-from moehive.protocol.errors import CorruptShard
+from moehive.protocol.errors import BudgetTooSmall, CorruptShard
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.announcer import Announcer
 from moehive.swarm.directory import Directory
@@ -47,6 +47,23 @@ async def test_an_expert_whose_file_fails_is_no_longer_held(
     with pytest.raises(error), serving._lease(*KEY, torch.float32):
         pass
     assert not serving.holdings.holds(*KEY)
+
+
+def test_memory_for_less_than_one_expert_is_refused_with_what_would_do(
+    mixtral: ConvertedDirectory, tmp_path: Path
+) -> None:
+    us = identity(2)
+    transport = MemoryTransport(MemoryNetwork(), us)
+    announcer = Announcer(transport, us, SECRET, mixtral.model_id)
+
+    def start(ram: int) -> Serving:
+        settings = NodeSettings(str(mixtral.root), tmp_path, ram=ram)
+        return Serving(settings, Member(transport, SECRET), mixtral.manifest, mixtral, announcer)
+
+    with pytest.raises(BudgetTooSmall) as refused:
+        start(100)
+    assert refused.value.needed > 100
+    start(refused.value.needed)
 
 
 async def test_a_node_is_announced_and_supplies_what_it_has_before_it_has_everything(

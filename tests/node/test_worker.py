@@ -241,6 +241,12 @@ async def test_the_speed_is_learnt_and_used_for_admission() -> None:
             with pytest.raises(Refusal) as refused:
                 await world.worker.submit(replace_deadline(work(), 3.0), 100, ALICE)
             assert refused.value.code is RefusalCode.DEADLINE
+            assert world.worker.facts.rows == 2
+            world.clock.now += 3.0  # three quarters of it: who comes now waits for one row
+            assert world.worker.facts.rows == 1
+            assert world.worker.refusal(replace_deadline(work(), 3.0).message, 100, ALICE) is None
+            world.clock.now += 9.0
+            assert world.worker.facts.rows == 0
 
 
 def replace_deadline(one: Work, deadline: float) -> Work:

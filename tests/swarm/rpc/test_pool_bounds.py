@@ -29,14 +29,14 @@ async def answer(peer: PeerId, message: Message, payload: bytearray, reply: Repl
 
 @pytest.fixture
 async def pool() -> AsyncIterator[ConnectionPool]:
-    """With PEERS on its network."""
+    """With PEERS on its network. No time passes: what is not dialled again yet stays so."""
     network = MemoryNetwork()
     async with AsyncExitStack() as stack:
         for key in PEERS:
             server = await stack.enter_async_context(MemoryTransport(network, key))
             await server.serve(SHARD.name, stream_handler(SHARD, SECRET, server.peer, "server", answer))
         client = await stack.enter_async_context(MemoryTransport(network, identity(1)))
-        yield await stack.enter_async_context(ConnectionPool(client, SHARD, SECRET, "client"))
+        yield await stack.enter_async_context(ConnectionPool(client, SHARD, SECRET, "client", clock=lambda: 0.0))
 
 
 async def test_idle_connections_give_way(pool: ConnectionPool, monkeypatch: pytest.MonkeyPatch) -> None:
