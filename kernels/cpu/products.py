@@ -23,6 +23,7 @@ Matrix: TypeAlias = WeightMatrix | PackedMatrix
 _BAND: Final = 1 << 20  # elements widened at a time: 4 MiB of fp32, which stay in the last-level cache
 _ONEDNN_FP32: Final = 1 << 19  # elements from which oneDNN multiplies fp32 faster than MKL, for one row, too
 _DOT_ROWS: Final = 5  # up to which half-precision dot products are faster than widening, where those are all there is
+_EMULATED_ROWS: Final = 15  # the same where oneDNN computes bf16 with the instructions of fp32
 _JIT_ROWS: Final = range(4, 7)  # for which oneDNN's linear layer beats torch's product where bf16 has no instructions
 _MKL_ROWS: Final = 3  # up to which MKL multiplies fp32 faster than oneDNN with AVX-512
 _INT8_ROWS: Final = 4  # up to which torch's product over int8 weights is faster than widening them
@@ -83,7 +84,8 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
 
 def _is_slow(x: Tensor) -> bool:
     """Whether torch would multiply half-precision numbers one dot product at a time, and often enough to matter."""
-    return x.shape[0] > _DOT_ROWS and not _is_fast(x.dtype)
+    emulated = x.dtype == torch.bfloat16 and _emulates_bf16()
+    return x.shape[0] > (_EMULATED_ROWS if emulated else _DOT_ROWS) and not _is_fast(x.dtype)
 
 
 @lru_cache(maxsize=8)
@@ -94,7 +96,9 @@ def _is_fast(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     ops = torch.ops.mkldnn
-    return bool(ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported())
+    if dtype == torch.bfloat16:
+        return bool(ops._is_mkldnn_bf16_supported()) and not _emulates_bf16()
+    return bool(ops._is_mkldnn_fp16_supported())
 
 
 def _has_avx512() -> bool:

@@ -38,7 +38,7 @@ from moehive.swarm.dispatch.request import build_request
 from moehive.swarm.store.directory import ConvertedDirectory
 
 OVER = 4  # times the capacity
-DEADLINE = 2.0  # seconds that an offered request may take
+DEADLINE = 4.0  # seconds that an offered request may take: more than one does at the capacity (256 in flight)
 TOKENS = 64
 IN_FLIGHT = 16  # requests of each client at a time, to find the capacity
 
