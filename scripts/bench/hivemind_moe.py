@@ -49,7 +49,7 @@ from moehive.kernels.expert_ffn import ExpertWeights, expert_ffn
 from moehive.swarm.transport.engine import import_hivemind
 
 IN_FLIGHT = 32
-REQUESTS = 96  # of each side in one round
+REQUESTS = 320  # of each side in one round: ten times what is in flight, so that the ends weigh little
 MIN_RATIO = 10.0
 _UID = "expert."
 
