@@ -70,11 +70,17 @@ def _multiply_widened(x: Tensor, matrix: WeightMatrix, out: Tensor) -> None:
 
 
 def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    if weight.numel() < _ONEDNN_FP32 or not weight.is_contiguous() or not _mkl_competes():
+    return _prefers_onednn(x.dtype, x.shape[0]) and weight.numel() >= _ONEDNN_FP32 and weight.is_contiguous()
+
+
+@lru_cache(maxsize=256)
+def _prefers_onednn(dtype: torch.dtype, rows: int) -> bool:
+    """Of large matrices. Remembered, because a product of few rows takes no longer than a handful of questions."""
+    if not _mkl_competes():
         return False
-    if x.dtype == torch.bfloat16:
-        return x.shape[0] in _JIT_ROWS and _emulates_bf16()
-    return x.dtype == torch.float32 and x.shape[0] > (_MKL_ROWS if _has_avx512() else 0)
+    if dtype == torch.bfloat16:
+        return rows in _JIT_ROWS and _emulates_bf16()
+    return dtype == torch.float32 and rows > (_MKL_ROWS if _has_avx512() else 0)
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
