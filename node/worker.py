@@ -151,7 +151,7 @@ class ComputeWorker:
 
     async def _advance(self, thread: ThreadPoolExecutor, batch: _Batch) -> bool:
         """Compute a batch's next slice; whether the batch is over, answered or failed."""
-        started = batch.slice_started = self._clock()
+        batch.slice_started = self._clock()
         try:
             over = not batch.wanted or await asyncio.get_running_loop().run_in_executor(thread, batch.run.advance)
         except LocalError as error:
@@ -162,7 +162,7 @@ class ComputeWorker:
             _log.exception("a batch failed: a bug", layer=first.layer, requests=len(batch.requests))
             self._fail(batch.requests, LocalError("the computation failed"))
             over = True
-        batch.seconds += self._clock() - started
+        batch.seconds += self._clock() - batch.slice_started
         batch.slice_started = None
         if over:
             self._computing.remove(batch)

@@ -42,7 +42,7 @@ def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor) -> Non
         _multiply_int8(x, matrix, out)
     elif matrix.format is not WeightFormat.PLAIN or matrix.data.dtype != x.dtype or _is_slow(x):
         _multiply_widened(x, matrix, out)
-    elif x.dtype == torch.bfloat16 and x.shape[0] == 1 and matrix.data.is_contiguous() and _emulates_bf16():
+    elif _uses_vector(x, matrix.data):
         torch.mv(matrix.data, x[0], out=out[0])  # at the memory's speed; torch's matrix product of one row is not
     elif _uses_onednn(x, matrix.data):
         out.copy_(_onednn(x, matrix.data))
@@ -54,7 +54,7 @@ def multiply(x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor) -> Non
 
 def is_plain_fastest(x: Tensor, weight: Tensor) -> bool:
     """Whether `multiply` would do nothing else than torch's own product of x [R, K] and a plain weight [N, K]."""
-    return weight.dtype == x.dtype and not _is_slow(x) and not _uses_onednn(x, weight)
+    return weight.dtype == x.dtype and not (_is_slow(x) or _uses_vector(x, weight) or _uses_onednn(x, weight))
 
 
 def _multiply_widened(x: Tensor, matrix: WeightMatrix, out: Tensor) -> None:
@@ -67,6 +67,10 @@ def _multiply_widened(x: Tensor, matrix: WeightMatrix, out: Tensor) -> None:
     for start, stop in bands:
         band = dequantize(matrix.rows(start, stop), dtype, out=memory[: stop - start])  # [n, K]
         out[:, start:stop] = _onednn(x, band) if _uses_onednn(x, band) else F.linear(x, band)
+
+
+def _uses_vector(x: Tensor, weight: Tensor) -> bool:
+    return x.shape[0] == 1 and x.dtype == torch.bfloat16 and weight.is_contiguous() and _emulates_bf16()
 
 
 def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -89,7 +93,7 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _is_slow(x: Tensor) -> bool:
-    """Whether torch would multiply half-precision numbers one dot product at a time, and often enough to matter."""
+    """Whether torch multiplies numbers of x's dtype slowly, dot by dot or emulated, and often enough to matter."""
     emulated = x.dtype == torch.bfloat16 and _emulates_bf16()
     return x.shape[0] > (_EMULATED_ROWS if emulated else _DOT_ROWS) and not _is_fast(x.dtype)
 

@@ -90,5 +90,7 @@ class Hold(Generic[K, V]):
         entries, self._entries = self._entries, ()
         tier = self._tier
         with tier._lock:
-            tier._residency.release_all(entries)
+            for entry in entries:
+                if entry is not None:
+                    tier._residency.release(entry)
             tier._notify()

@@ -132,17 +132,6 @@ class Residency(Generic[K, V]):
             entry.in_use += 1  # type: ignore[union-attr]  # None is not in it
         return entries
 
-    def release_all(self, entries: Iterable[Entry[K, V] | None]) -> None:
-        """`release` of those that are not None."""
-        for entry in entries:
-            if entry is not None:
-                entry.in_use -= 1
-                assert entry.in_use >= 0, f"{entry.key} was released more often than it was leased"
-                if self._wanted:
-                    self._wanted.pop(entry.key, None)
-        if self.resident + self.reserved > self.budget:
-            self._trim()
-
     # --- loads ----------------------------------------------------------------------------------------------------
 
     def reserve(self, key: K, size: int) -> bool:
