@@ -18,7 +18,8 @@ from moehive.kernels.formats import ExpertMatrices
 from moehive.kernels.routing import SortedRows, sort_rows
 
 from .packed import PackedExpert
-from .products import is_plain_fastest, multiply
+from .plain import is_plain_fastest
+from .products import multiply
 
 Expert: TypeAlias = ExpertWeights | ExpertMatrices | PackedExpert
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 import torch
 from support.random_experts import KINDS, random_matrix, relative_error
 
-from moehive.kernels.cpu import products
+from moehive.kernels.cpu import plain, products
 from moehive.kernels.cpu.packed import PackedMatrix, can_pack, pack, pack_expert, packed_product, unpack
+from moehive.kernels.cpu.processor import this_processor
 from moehive.kernels.cpu.products import multiply
 from moehive.kernels.dequantize import dequantize
 from moehive.kernels.formats import ExpertMatrices, WeightFormat, WeightMatrix
@@ -18,6 +23,18 @@ needs_packing = pytest.mark.skipif(not can_pack(), reason="oneDNN has no bf16 pr
 
 def normal(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@contextmanager
+def half_precision_products(fast: bool) -> Iterator[None]:
+    """A processor that has them, or has not, whatever this one is."""
+    processor = replace(this_processor(), bf16_products=fast, fp16_products=fast, bf16_instructions=fast)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (plain, products):
+            patch.setattr(module, "this_processor", lambda: processor)
+        plain._remembered.cache_clear()
+        yield
+    plain._remembered.cache_clear()
 
 
 @needs_packing
@@ -90,20 +107,20 @@ def test_half_precision_with_and_without_fast_products(
     kind: str, dtype: torch.dtype, rows: int, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ragged bands, columns that are no multiple of anything wide, and a band that ends within a block of rows."""
-    monkeypatch.setattr(products, "_is_fast", lambda dtype: fast or dtype == F32)
     monkeypatch.setattr(products, "_BAND", 70 * 96)
     matrix, values = random_matrix(KINDS[kind], 150, 96, torch.Generator().manual_seed(1), lambda tensor: tensor)
     x, bias, out = normal(rows, 96, dtype=dtype), normal(150, dtype=dtype), torch.empty(rows, 150, dtype=dtype)
-    multiply(x, matrix, bias, out)
+    with half_precision_products(fast):
+        multiply(x, matrix, bias, out)
     assert relative_error(out, x.double() @ values.t() + bias.double()) <= 2**-7
 
 
-def test_without_fast_products_weights_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_fast_products_weights_are_not_rounded() -> None:
     """Widened to fp32, all that is rounded is the sum."""
-    monkeypatch.setattr(products, "_is_fast", lambda dtype: dtype == F32)
     matrix, values = random_matrix(KINDS["int4-group-g64"], 64, 128, torch.Generator().manual_seed(1), torch.clone)
     x, out = normal(9, 128), torch.empty(9, 64, dtype=BF16)
-    multiply(x, matrix, None, out)
+    with half_precision_products(False):
+        multiply(x, matrix, None, out)
     wanted = x.double() @ values.t()
     assert ((out.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5).all()
 
