@@ -30,7 +30,7 @@ _BANDED_SMALL_ROWS: Final = 8  # the same for matrices that are too small for on
 
 def plain_product(x: Tensor, weight: Tensor) -> Product | None:
     """The fastest product of x [R, K] and weight [N, K] of one dtype; None: widening the weights to fp32 is faster."""
-    return _remembered(x.dtype, x.shape[0], weight.shape, weight.is_contiguous())
+    return _remembered(x.dtype, x.shape[0], weight.shape, weight.is_contiguous(), torch.get_num_threads() > 1)
 
 
 def is_plain_fastest(x: Tensor, weight: Tensor) -> bool:
@@ -39,17 +39,22 @@ def is_plain_fastest(x: Tensor, weight: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _remembered(dtype: torch.dtype, rows: int, shape: tuple[int, int], contiguous: bool) -> Product | None:
+def _remembered(
+    dtype: torch.dtype, rows: int, shape: tuple[int, int], contiguous: bool, threaded: bool
+) -> Product | None:
     """A product of few rows takes no longer than a handful of questions."""
-    return choose_product(dtype, rows, shape, contiguous, this_processor())
+    return choose_product(dtype, rows, shape, this_processor(), contiguous=contiguous, threaded=threaded)
 
 
 def choose_product(
-    dtype: torch.dtype, rows: int, shape: tuple[int, int], contiguous: bool, processor: Processor
+    dtype: torch.dtype, rows: int, shape: tuple[int, int], processor: Processor, *, contiguous: bool, threaded: bool
 ) -> Product | None:
-    """The fastest product on `processor` of `rows` and a weight of `shape` (N, K); None: widen the weights to fp32."""
+    """The fastest product on `processor` of `rows` and a weight of `shape` (N, K); None: widen the weights to fp32.
+
+    contiguous: the weight is. threaded: more than one thread computes.
+    """
     if dtype == torch.float32:
-        return _choose_fp32(rows, shape, processor) if contiguous else _matrix_product
+        return _choose_fp32(rows, shape, processor, threaded) if contiguous else _matrix_product
     emulated = dtype == torch.bfloat16 and processor.emulates_bf16
     if rows > (_EMULATED_ROWS if emulated else _DOT_ROWS) and not processor.has_fast_products(dtype):
         return None
@@ -60,15 +65,15 @@ def choose_product(
     return _matrix_product
 
 
-def _choose_fp32(rows: int, shape: tuple[int, int], processor: Processor) -> Product:
+def _choose_fp32(rows: int, shape: tuple[int, int], processor: Processor, threaded: bool) -> Product:
     if not (processor.mkl and processor.onednn):
         return _matrix_product  # whichever there is, torch uses
     size = shape[0] * shape[1]
-    if not processor.intel:
+    if not processor.intel and threaded:  # MKL's product of one matrix keeps few rows to one thread there
         limit = _BANDED_SMALL_ROWS if size < _LARGE else _BANDED_ROWS
         if 0 < rows <= limit and size <= _BANDED and shape[0] % _BANDS == 0:
             return _banded_product
-    elif processor.avx512 and rows <= _MKL_ROWS:
+    elif processor.intel and processor.avx512 and rows <= _MKL_ROWS:
         return _matrix_product
     return _onednn_product if size >= _LARGE else _matrix_product
 

@@ -12,9 +12,10 @@ import torch
 class Processor:
     """Instructions and libraries.
 
-    avx512: the processor has it, and torch uses it. intel: made by the maker of MKL, whose products of one matrix reach
-    half the memory's speed on others. mkl, onednn: torch was built with them. bf16_products, fp16_products: oneDNN
-    computes blocked products of these dtypes. bf16_instructions: the processor does; else they are those of fp32.
+    avx512: the processor has it, and torch uses it. intel: made by the maker of MKL, whose products of a few rows are
+    slower than oneDNN's on others, and are not shared among threads. mkl, onednn: torch was built with them.
+    bf16_products, fp16_products: oneDNN computes blocked products of these dtypes. bf16_instructions: the processor
+    does; else they are those of fp32.
     """
 
     avx512: bool

@@ -17,7 +17,7 @@ both measured in the same run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,10 +31,15 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from moehive.kernels.benchmark.layers import Call, make_calls
 from moehive.kernels.benchmark.machine import Ceilings, measure_ceilings
 from moehive.kernels.benchmark.shapes import FORMATS, SHAPES, LayerShape
-from moehive.kernels.cpu.experts import run_experts
+from moehive.kernels.cpu.experts import Expert, run_experts
+from moehive.kernels.cpu.packed import can_pack, pack_expert
 from moehive.kernels.expert_ffn import ExpertWeights
 
 THEIRS = ("eager", "batched_mm", "grouped_mm")
+OURS = (
+    "moehive",
+    "packed",
+)  # on transformers' own weights; and on copies in oneDNN's layout: optimize(model, pack=True)
 HOPELESS = 3.0  # times the best
 LEAST = 2  # rounds; the slowest lines take a minute for one
 CACHE = 1 << 26  # elements of fp32 that are read before each call: far more than any cache holds
@@ -55,6 +60,7 @@ class Result:
     seconds: dict[str, float | None]
     best: str
     ratio: float
+    packed: float | None
     least: float
     most: float
     rounds: int
@@ -87,8 +93,8 @@ def contestants(shape: LayerShape, layer: Any) -> dict[str, Run]:
         for gate_up, down in zip(layer.gate_up_proj.data, layer.down_proj.data, strict=True)
     ]
 
-    def ours(call: Call) -> Tensor:
-        return run_experts(call.hidden, call.index, call.weights, experts, shape.spec)
+    def ours(experts: Sequence[Expert]) -> Run:
+        return lambda call: run_experts(call.hidden, call.index, call.weights, experts, shape.spec)
 
     def theirs(name: str) -> Run:
         def run(call: Call) -> Tensor:
@@ -98,7 +104,10 @@ def contestants(shape: LayerShape, layer: Any) -> dict[str, Run]:
 
         return run
 
-    return {"moehive": ours, **{name: theirs(name) for name in THEIRS}}
+    runs = {"moehive": ours(experts), **{name: theirs(name) for name in THEIRS}}
+    if can_pack() and layer.down_proj.dtype == torch.bfloat16:
+        runs["packed"] = ours([pack_expert(expert) for expert in experts])
+    return runs
 
 
 def fits(name: str, shape: LayerShape, tokens: int, dtype: torch.dtype) -> bool:
@@ -126,9 +135,9 @@ class Race:
             error = float((outputs[name] - outputs["moehive"]).abs().max() / outputs["moehive"].abs().max())
             if error > tolerance:
                 raise ValueError(f"{name} differs from moehive by {error:.1e}")
-        best = min(seconds for name, seconds in times.items() if name != "moehive")
+        best = min(seconds for name, seconds in times.items() if name in THEIRS)
         for name, seconds in times.items():
-            if name != "moehive" and seconds > HOPELESS * best:
+            if name in THEIRS and seconds > HOPELESS * best:
                 self.times[name].append(seconds)
                 del self.runs[name]
 
@@ -155,17 +164,23 @@ def measure(
     race.check(TOLERANCE[dtype])
     with listen_for_noise() as noise:
         race.run(options.rounds, options.budget)
-    medians = {name: p50(race.times[name]) if race.times.get(name) else None for name in runs}
-    best = min((name for name in race.runs if name != "moehive"), key=lambda name: p50(race.times[name]))
+    medians = {name: p50(race.times[name]) if race.times.get(name) else None for name in (*OURS, *THEIRS)}
+    best = min((name for name in race.runs if name in THEIRS), key=lambda name: p50(race.times[name]))
     own = race.times["moehive"]
-    ratios = [theirs / ours for theirs, ours in zip(race.times[best], own, strict=True)]
+    ratios = ratios_of(race.times[best], own)
+    packed = p50(ratios_of(race.times[best], race.times["packed"])) if "packed" in runs else None
     active = race.calls[0].active
     weights = active * shape.kept_as(FORMATS[dtype_name]).expert_bytes
     return Result(
-        shape.name, dtype_name, tokens, active, medians, best, p50(ratios), min(ratios), max(ratios), len(own),
+        shape.name, dtype_name, tokens, active, medians, best, p50(ratios), packed, min(ratios), max(ratios), len(own),
         noise.foreign, weights / p50(own) / ceilings.bandwidth,
         shape.flops(tokens * shape.top_k) / p50(own) / ceilings.rate,
     )  # fmt: skip
+
+
+def ratios_of(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """Theirs over ours, round by round."""
+    return [their / our for their, our in zip(theirs, ours, strict=True)]
 
 
 def row(result: Result) -> list[object]:
@@ -173,6 +188,7 @@ def row(result: Result) -> list[object]:
     times = [None if seconds is None else seconds * 1e3 for seconds in result.seconds.values()]
     return [
         f"{result.shape} {result.dtype}", result.tokens, *times, result.best, f"{result.ratio:.2f}",
+        None if result.packed is None else f"{result.packed:.2f}",
         f"{result.least:.2f} to {result.most:.2f}", result.rounds, f"{result.of_bandwidth:.0%}",
         f"{result.of_rate:.0%}", f"{result.foreign:.0%}",
     ]  # fmt: skip
@@ -202,8 +218,19 @@ def main() -> None:
                 results.append(measure(shape, dtype, tokens, runs, ceilings, options))
                 write_json(options.json, facts, [asdict(result) for result in results])  # it may take long: keep all
             del layer, runs  # before the next one is made: both would not fit
-    names = [f"{name} ms" for name in ("moehive", *THEIRS)]
-    columns = ["layer", "tokens", *names, "best of theirs", "ratio", "spread", "rounds", "of bandwidth", "of rate"]
+    names = [f"{name} ms" for name in (*OURS, *THEIRS)]
+    columns = [
+        "layer",
+        "tokens",
+        *names,
+        "best of theirs",
+        "ratio",
+        "packed",
+        "spread",
+        "rounds",
+        "of bandwidth",
+        "of rate",
+    ]
     print_table([*columns, "others' CPU"], [row(result) for result in results])
 
 

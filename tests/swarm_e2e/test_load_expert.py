@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -61,10 +60,8 @@ def test_a_deadline_holds(nodes: Nodes, checkpoints: Checkpoints, cache: Path) -
     with join(node.ticket, cache=cache) as swarm:
         swarm.load_expert(model_id, 0, 0, timeout=30.0)
         node.freeze()
-        started = time.monotonic()
         with pytest.raises(ShardUnavailable, match="experts/00001/00001"):
-            swarm.load_expert(model_id, 1, 1, timeout=1.0)
-        assert time.monotonic() - started < 1.0 + 10.0  # and a busy machine
+            swarm.load_expert(model_id, 1, 1, timeout=1.0)  # for ever, were it not for the deadline
         node.thaw()
 
 

@@ -23,47 +23,53 @@ PROCESSORS = {"xeon": XEON, "ice lake": ICE_LAKE, "epyc": EPYC, "old": OLD, "arm
 
 
 @pytest.mark.parametrize(
-    ("processor", "dtype", "rows", "shape", "chosen"),
+    ("machine", "dtype", "rows", "shape", "chosen"),
     [
-        (XEON, F32, 1, MIDDLE, "_matrix_product"),
-        (XEON, F32, 4, MIDDLE, "_onednn_product"),
-        (XEON, F32, 4, SMALL, "_matrix_product"),
-        (EPYC, F32, 1, MIDDLE, "_banded_product"),
-        (EPYC, F32, 4, MIDDLE, "_onednn_product"),
-        (EPYC, F32, 1, HUGE, "_onednn_product"),
-        (EPYC, F32, 8, SMALL, "_banded_product"),
-        (EPYC, F32, 9, SMALL, "_matrix_product"),
-        (EPYC, F32, 1, (1000, 256), "_matrix_product"),
-        (OLD, F32, 1, HUGE, "_onednn_product"),
-        (ARM, F32, 1, HUGE, "_matrix_product"),
-        (XEON, BF16, 64, MIDDLE, "_matrix_product"),
-        (ICE_LAKE, BF16, 1, MIDDLE, "_vector_product"),
-        (ICE_LAKE, BF16, 5, MIDDLE, "_onednn_product"),
-        (ICE_LAKE, BF16, 15, MIDDLE, "_matrix_product"),
-        (ICE_LAKE, BF16, 16, MIDDLE, None),
-        (OLD, BF16, 5, MIDDLE, "_matrix_product"),
-        (OLD, BF16, 6, MIDDLE, None),
-        (OLD, F16, 6, MIDDLE, None),
-        (XEON, F16, 6, MIDDLE, "_matrix_product"),
+        ((XEON, True), F32, 1, MIDDLE, "_matrix_product"),
+        ((XEON, True), F32, 4, MIDDLE, "_onednn_product"),
+        ((XEON, True), F32, 4, SMALL, "_matrix_product"),
+        ((EPYC, True), F32, 1, MIDDLE, "_banded_product"),
+        ((EPYC, True), F32, 4, MIDDLE, "_onednn_product"),
+        ((EPYC, True), F32, 1, HUGE, "_onednn_product"),
+        ((EPYC, True), F32, 8, SMALL, "_banded_product"),
+        ((EPYC, True), F32, 9, SMALL, "_matrix_product"),
+        ((EPYC, True), F32, 1, (1000, 256), "_matrix_product"),
+        ((EPYC, False), F32, 1, MIDDLE, "_onednn_product"),
+        ((EPYC, False), F32, 1, SMALL, "_matrix_product"),
+        ((OLD, True), F32, 1, HUGE, "_onednn_product"),
+        ((ARM, True), F32, 1, HUGE, "_matrix_product"),
+        ((XEON, True), BF16, 64, MIDDLE, "_matrix_product"),
+        ((ICE_LAKE, True), BF16, 1, MIDDLE, "_vector_product"),
+        ((ICE_LAKE, True), BF16, 5, MIDDLE, "_onednn_product"),
+        ((ICE_LAKE, True), BF16, 15, MIDDLE, "_matrix_product"),
+        ((ICE_LAKE, True), BF16, 16, MIDDLE, None),
+        ((OLD, True), BF16, 5, MIDDLE, "_matrix_product"),
+        ((OLD, True), BF16, 6, MIDDLE, None),
+        ((OLD, True), F16, 6, MIDDLE, None),
+        ((XEON, True), F16, 6, MIDDLE, "_matrix_product"),
     ],
 )
 def test_the_choice(
-    processor: Processor, dtype: torch.dtype, rows: int, shape: tuple[int, int], chosen: str | None
+    machine: tuple[Processor, bool], dtype: torch.dtype, rows: int, shape: tuple[int, int], chosen: str | None
 ) -> None:
-    product = choose_product(dtype, rows, shape, True, processor)
+    processor, threaded = machine
+    product = choose_product(dtype, rows, shape, processor, contiguous=True, threaded=threaded)
     assert (None if product is None else product.__name__) == chosen
 
 
 @pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
 @pytest.mark.parametrize("shape", [(1024, 640), (80, 48), (33, 17)])
+@pytest.mark.parametrize("threaded", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_what_is_chosen_is_the_product(dtype: torch.dtype, shape: tuple[int, int], processor: Processor) -> None:
+def test_what_is_chosen_is_the_product(
+    dtype: torch.dtype, threaded: bool, shape: tuple[int, int], processor: Processor
+) -> None:
     """Also of strided weights, and whatever the instructions of the machine that tests it."""
     generator = torch.Generator().manual_seed(1)
     for rows in (0, 1, 2, 3, 5, 9, 33):
         x, weight = (torch.randn(n, shape[1], generator=generator).to(dtype) for n in (rows, shape[0]))
         for given in (weight, weight.t().contiguous().t()):
-            product = choose_product(dtype, rows, shape, given.is_contiguous(), processor)
+            product = choose_product(dtype, rows, shape, processor, contiguous=given.is_contiguous(), threaded=threaded)
             if product is None:
                 continue
             out = torch.full((rows, shape[0]), torch.nan, dtype=dtype)
