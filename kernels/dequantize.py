@@ -1,29 +1,34 @@
 """Quantised weights to floating point: the exact value in fp32, rounded once.
 
 The values are those that transformers computes for the formats that it knows. Works through a matrix in bands that
-stay in a core's cache, with a few wide integer operations per band: torch converts an 8-bit float one at a time, which
-is eight times slower.
+stay in the cache, with a few wide operations per band: torch converts 8-bit floats one at a time, and repeats scales
+and looks up tables no faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from .formats import E2M1_MAGNITUDES, E8M0_BIAS, INT4_ZERO, MXFP4_GROUP, WeightFormat, WeightMatrix
+from .formats import E8M0_BIAS, INT4_ZERO, MXFP4_GROUP, WeightFormat, WeightMatrix
 
-_BAND: Final = 1 << 18  # elements: 1 MiB of fp32, a core's second-level cache
+_BAND: Final = 1 << 20  # elements: 1 MiB of fp32, a core's second-level cache
 _ROWS: Final = 64  # of which a band has a multiple, where it has as many: products are slower with ragged bands
 
-# E4M3 has the bits s eeee mmm. Shifted by 4, sign kept, they are a bf16 number whose exponent lacks the difference of
-# the biases, 127 - 7.
-_E4M3_BITS: Final = 0x87F0 - (1 << 16)  # as int16
-_E4M3_MISSING: Final = 2.0**120
+# Small floats become fp16, whose conversion to fp32 is one instruction, subnormal numbers included. As int8 widened to
+# int16, E4M3 has its sign in all upper bits, ssssssss seeeemmm; shifted by 7 and masked it is s0eeeemm m0000000, which
+# lacks the difference of the biases, 15 - 7. E2M1 in the upper half of a byte, ssssssss seem0000, shifted by 5 is
+# s000eem0 00000000 and lacks 15 - 1.
+_E4M3_SHIFT: Final = 7
+_E4M3_BITS: Final = 0xBF80 - (1 << 16)  # as int16
+_E4M3_MISSING: Final = 2.0**8
 _E4M3_NAN: Final = 0x7F  # without its sign
+_E2M1_SHIFT: Final = 5
+_E2M1_BITS: Final = 0x8E00 - (1 << 16)
+_E2M1_MISSING: Final = 2.0**14
 
 
 def dequantize(matrix: WeightMatrix, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
@@ -36,8 +41,14 @@ def dequantize(matrix: WeightMatrix, dtype: torch.dtype, *, out: Tensor | None =
         return matrix.data.to(dtype) if out is None else out.copy_(matrix.data)
     if out is None:
         out = torch.empty(matrix.shape, dtype=dtype, device=matrix.data.device)
-    for start, stop in row_bands(matrix, _BAND):
-        out[start:stop].copy_(_values(matrix.rows(start, stop)))
+    bands = list(row_bands(matrix, _BAND))
+    direct = out.dtype == torch.float32 and out.is_contiguous()
+    memory = out if direct or not bands else out.new_empty(bands[0][1], matrix.shape[1], dtype=torch.float32)
+    for start, stop in bands:  # in the same memory, which stays in the cache
+        values = out[start:stop] if direct else memory[: stop - start]
+        _fill(values, matrix.rows(start, stop))
+        if not direct:
+            out[start:stop].copy_(values)
     return out
 
 
@@ -52,63 +63,70 @@ def row_bands(matrix: WeightMatrix, elements: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def _values(matrix: WeightMatrix) -> Tensor:
-    """A band in fp32 [n, K]."""
+def _fill(values: Tensor, matrix: WeightMatrix) -> None:
+    """A band, into contiguous fp32 values [n, K]."""
     data, scale = matrix.data, matrix.scale
     assert scale is not None
-    width = matrix.shape[1]
     if matrix.format is WeightFormat.FP8_BLOCK:
-        scales = _spread(scale, matrix.block[1], width).repeat_interleave(matrix.block[0], 0)  # [n + cut, K]
-        return e4m3_values(data).mul_(scales[: data.shape[0]])
-    if matrix.format is WeightFormat.INT8_CHANNEL:
-        return data.float().mul_(scale.float()[:, None])
-    if matrix.format is WeightFormat.MXFP4:
-        halved = _half_powers_of_two(data.device)[scale.int()]  # [n, K / 32]
-        return _nibbles(data, _e2m1_pairs(data.device)).mul_(_spread(halved, MXFP4_GROUP, width))
-    values = _nibbles(data, _integer_pairs(data.device))
-    zero = INT4_ZERO if matrix.zero is None else _spread(matrix.zero, matrix.block[1], width)
-    return values.sub_(zero).mul_(_spread(scale, matrix.block[1], width))
+        _fill_e4m3(values, data)
+        _by_blocks(Tensor.mul_, values, scale, matrix.block)
+    elif matrix.format is WeightFormat.INT8_CHANNEL:
+        values.copy_(data).mul_(scale.float()[:, None])
+    elif matrix.format is WeightFormat.MXFP4:
+        _fill_mxfp4(values, data, scale)
+    else:
+        values.copy_(_spread_nibbles(data, 0))
+        if matrix.zero is None:
+            values.sub_(INT4_ZERO)
+        else:
+            _by_blocks(Tensor.sub_, values, matrix.zero, matrix.block)
+        _by_blocks(Tensor.mul_, values, scale, matrix.block)
 
 
 def e4m3_values(data: Tensor) -> Tensor:
     """float8_e4m3fn to fp32, the same shape. Exact, NaN included."""
-    codes = data.view(torch.int8).to(torch.int16)  # the sign fills the upper byte
-    values = codes.bitwise_left_shift_(4).bitwise_and_(_E4M3_BITS).view(torch.bfloat16).float().mul_(_E4M3_MISSING)
-    nan = data.view(torch.uint8).bitwise_and(_E4M3_NAN) == _E4M3_NAN
-    return values.masked_fill_(nan, torch.nan) if nan.any() else values
+    values = torch.empty(data.shape, dtype=torch.float32, device=data.device)
+    _fill_e4m3(values, data)
+    return values
 
 
-def _nibbles(data: Tensor, pairs: Tensor) -> Tensor:
-    """[n, K] fp32 from bytes [n, K / 2] and the two values that each byte stands for, `pairs` [256] as float64."""
-    found = pairs.index_select(0, data.reshape(-1).int())  # one lookup of 8 bytes for two values
-    return found.view(torch.float32).view(data.shape[0], 2 * data.shape[1])
+def _fill_e4m3(values: Tensor, data: Tensor) -> None:
+    _fill_small_floats(values, data.view(torch.int8), _E4M3_SHIFT, _E4M3_BITS)
+    values.mul_(_E4M3_MISSING)
+    magnitudes = data.view(torch.uint8).bitwise_and(_E4M3_NAN)
+    if data.numel() and int(magnitudes.max()) == _E4M3_NAN:  # asked in a way that torch is quick at
+        values.masked_fill_(magnitudes == _E4M3_NAN, torch.nan)
 
 
-def _spread(scale: Tensor, width: int, columns: int) -> Tensor:
-    """Scales [n, G] of groups of `width` columns as fp32 [n, columns]."""
-    return scale.float().repeat_interleave(width, 1)[:, :columns]
+def _fill_mxfp4(values: Tensor, data: Tensor, scale: Tensor) -> None:
+    """From E2M1 [n, K / 2] and E8M0 [n, K / 32]: 255, too, is a power of two, as it is for transformers."""
+    _fill_small_floats(values, _spread_nibbles(data, 4), _E2M1_SHIFT, _E2M1_BITS)
+    values.mul_(2 * _E2M1_MISSING)  # and half the power: 2 ** 128 is no number
+    halved = torch.ldexp(torch.ones(scale.shape, device=scale.device), scale.int() - (E8M0_BIAS + 1))  # [n, K / 32]
+    _by_blocks(Tensor.mul_, values, halved, (1, MXFP4_GROUP))
 
 
-@lru_cache(maxsize=8)
-def _e2m1_pairs(device: torch.device) -> Tensor:
-    """Twice the values: their scale is halved, so that the largest one, 2 ** 128, is a number, too."""
-    magnitudes = torch.tensor(E2M1_MAGNITUDES, dtype=torch.float32, device=device)
-    return _pairs(2 * torch.cat((magnitudes, -magnitudes)))
+def _fill_small_floats(values: Tensor, codes: Tensor, shift: int, bits: int) -> None:
+    """fp32 from int8 codes, still to be multiplied by what their exponents lack."""
+    halves = codes.to(torch.int16).bitwise_left_shift_(shift).bitwise_and_(bits)
+    values.copy_(halves.view(torch.float16))
 
 
-@lru_cache(maxsize=8)
-def _integer_pairs(device: torch.device) -> Tensor:
-    return _pairs(torch.arange(16, dtype=torch.float32, device=device))
+def _spread_nibbles(data: Tensor, shift: int) -> Tensor:
+    """int8 [n, K] from bytes [n, K / 2], low half first: each half in a byte of its own, `shift` bits up.
+
+    Two bytes are made as one int16, which is as they lie in the memory of a little-endian processor.
+    """
+    pairs = data.to(torch.int16)
+    high = pairs.bitwise_and(0xF0).bitwise_left_shift_(4 + shift)
+    return pairs.bitwise_and_(0x0F).bitwise_left_shift_(shift).bitwise_or_(high).view(torch.int8)
 
 
-def _pairs(values: Tensor) -> Tensor:
-    """The values of the low and the high half of every byte, each two fp32 in the bits of one float64: [256]."""
-    byte = torch.arange(256, device=values.device)
-    return torch.stack((values[byte & 0xF], values[byte >> 4]), dim=1).view(torch.float64).flatten()
-
-
-@lru_cache(maxsize=8)
-def _half_powers_of_two(device: torch.device) -> Tensor:
-    """2 ** (code - 127) / 2 for every code of E8M0: [256] fp32. 255 is a power like any other, as for transformers."""
-    exponents = torch.arange(256, device=device) - E8M0_BIAS - 1
-    return torch.ldexp(torch.ones(256, device=device), exponents)
+def _by_blocks(act: Callable[[Tensor, Tensor], Tensor], values: Tensor, grid: Tensor, block: tuple[int, int]) -> None:
+    """`act` in place on fp32 values [n, K] and the number of each one's block, from `grid` [n / height, K / width]."""
+    (rows, columns), (height, width) = values.shape, block
+    grid = grid.float()
+    if rows % height or columns % width:  # the last blocks are cut
+        act(values, grid.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns])
+    else:
+        act(values.view(rows // height, height, columns // width, width), grid[:, None, :, None])
