@@ -210,8 +210,13 @@ class Lfru(Generic[K]):
 
     def _worth(self) -> Floats:
         """What each expert is worth keeping [R, E]: the chance of its use at the next call, or at the one after it."""
-        if self._known_worth is not None:
-            return self._known_worth
+        if self._known_worth is None:
+            chance, usual = self._chances()
+            self._known_worth = self._discount()[:, None] * (chance + (1 - chance) * LATENESS * usual)
+        return self._known_worth
+
+    def _chances(self) -> tuple[Floats, Floats]:
+        """How likely each expert is used at its layer's next call, and at one of which only its own past is known."""
         seen = np.maximum(self._seen, 1e-9)  # [R, F]
         usual = np.matmul((self._usual.weights / seen)[:, None], self._used)[:, 0]  # [R, E]
         np.clip(usual, 1e-6, 1, out=usual)
@@ -225,9 +230,7 @@ class Lfru(Generic[K]):
             *weights, told = self._informed.weights
             informed = np.matmul((np.array(weights) / seen)[:, None], self._used)[:, 0] + told * self._told
             chance = np.where(np.isnan(self._told), chance, np.clip(informed, 1e-6, 1))
-        worth: Floats = self._discount()[:, None] * (chance + (1 - chance) * LATENESS * usual)
-        self._known_worth = worth
-        return worth
+        return chance, usual
 
     def _discount(self) -> Floats:
         """What is left of a use's worth when the layer's turn comes [R]."""

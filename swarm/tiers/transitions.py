@@ -28,7 +28,7 @@ _DOUBT: Final = 16.0  # uses of an expert before half of what followed it is bel
 
 def fits(rows: int, experts: int) -> bool:
     """Whether so many layers and experts can be counted."""
-    return 1 < rows and (rows * experts) ** 2 <= MAX_CELLS
+    return rows > 1 and (rows * experts) ** 2 <= MAX_CELLS
 
 
 class Transitions:
@@ -39,13 +39,17 @@ class Transitions:
 
     def __init__(self, rows: int, experts: int, weights: Floats) -> None:
         self._rows, self._experts = rows, experts
-        self._edges = 1 << np.arange(rows.bit_length())  # [G]: the least distance of each octave
-        octaves = len(self._edges)
+        octaves, features = rows.bit_length(), len(weights)
+        away = (np.arange(rows)[None, :] - np.arange(rows)[:, None] - 1) % rows + 1  # [R, R]: calls from one to another
+        self._octave = np.searchsorted(1 << np.arange(octaves), away, side="right") - 1  # [R, R]
         self._followed: Floats = np.zeros((rows * experts, rows * experts), np.float32)  # [R E, R E]
         self._times: Floats = np.zeros((rows * experts, rows), np.float32)  # [R E, R]: calls that could have followed
-        self._evidence: Floats = np.zeros((octaves, rows, experts))  # [G, R, E] of each layer's next call
+        self._evidence: Floats = np.zeros((rows, octaves, experts))  # [R, G, E] of each layer's next call
         self._recent: deque[NDArray[np.int64]] = deque(maxlen=rows)  # of the last token's time: [K] in R E, by call
-        self._fits = [OnlineRidge(np.append(weights, np.full(octaves - g, _WEIGHT))) for g in range(octaves)]
+        # The calls of the nearest octaves are not known yet when an expert of a layer that far away is judged.
+        unknown = np.arange(features + octaves) - features < np.arange(1, octaves)[:, None]  # [G - 1, F + G]
+        unknown[:, :features] = False
+        self._fit = OnlineRidge(np.append(weights, np.full(octaves, _WEIGHT)), unknown)
 
     @property
     def ready(self) -> bool:
@@ -60,8 +64,7 @@ class Transitions:
     def learn(self, row: int, columns: list[int], averages: Floats) -> None:
         """The layer `row` uses `columns`; its `averages` [F, E] before that are what else there is to expect it by."""
         if self.ready:
-            for octave, fit in enumerate(self._fits):
-                fit.learn(np.vstack((averages, self._evidence[octave:, row])), columns)
+            self._fit.learn(np.concatenate((averages, self._evidence[row])), columns)
         if self._recent:
             sources = np.concatenate(self._recent)
             self._followed[sources[:, None], row * self._experts + np.array(columns)] += 1
@@ -72,10 +75,9 @@ class Transitions:
         cells = row * self._experts + np.array(columns)
         times = self._times[cells][:, :, None]  # [K, R, 1]
         followed = self._followed[cells].reshape(len(cells), self._rows, self._experts)
-        beyond = ((followed - times * usual) / (times + _DOUBT)).mean(axis=0)  # [R, E]
-        self._evidence[:, row] = 0  # what is older than a token's time
-        distances = (np.arange(self._rows) - row - 1) % self._rows + 1  # [R]
-        self._evidence[self._octave(distances), np.arange(self._rows)] += beyond
+        beyond = ((followed - times * usual) / (times + _DOUBT)).sum(axis=0) / len(cells)  # [R, E]
+        self._evidence[row] = 0  # what is older than a token's time
+        self._evidence[np.arange(self._rows), self._octave[row]] += beyond
         self._recent.append(cells)
 
     def chances(self, last: int, used: Floats, seen: Floats) -> Floats:
@@ -83,16 +85,8 @@ class Transitions:
 
         `used` [R, F, E] over `seen` [R, F] are the averages.
         """
-        distances = (np.arange(self._rows) - last - 1) % self._rows + 1
-        octaves = self._octave(distances)
-        found = np.empty((self._rows, self._experts))
-        for octave, fit in enumerate(self._fits):
-            rows = np.flatnonzero(octaves == octave)
-            averages, evidence = np.split(fit.weights, [seen.shape[1]])
-            found[rows] = np.matmul((averages / seen[rows])[:, None], used[rows])[:, 0]
-            found[rows] += np.tensordot(evidence, self._evidence[octave:, rows], 1)
-        return found
-
-    def _octave(self, distances: NDArray[np.int64]) -> NDArray[np.int64]:
-        found: NDArray[np.int64] = np.searchsorted(self._edges, distances, side="right") - 1
+        weights = self._fit.fits[self._octave[last]]  # [R, F + G]
+        features = seen.shape[1]
+        found: Floats = np.matmul((weights[:, :features] / seen)[:, None], used)[:, 0]
+        found += np.matmul(weights[:, None, features:], self._evidence)[:, 0]
         return found
