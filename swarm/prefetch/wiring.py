@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.model.backend import LocalExperts, WeightsTier
+from moehive.swarm.model.seats import backend_of
 from moehive.swarm.tiers.residency import Speculation
 
 from .control import Limits
 from .files import read_predictor
 from .fitting import by_routers
 from .history import REACH
+from .measure import Usefulness
 from .predictors import Predictor, unit
 from .prefetcher import Prefetcher
 from .routers import decoder_layers, routers_of
@@ -115,6 +117,13 @@ def attach_prefetch(
     routers = routers_of(model)
     found = by_routers(routers, backend.top_k) if predictor is None else read_predictor(predictor, routers)
     return ModelPrefetch(model, backend, found, sorted(routers), model.dtype, limits)
+
+
+def usefulness_of(model: nn.Module) -> Usefulness | None:
+    """What prefetch has been worth to `model` so far; None where there is none."""
+    backend = backend_of(model)
+    watcher = backend.watcher if isinstance(backend, LocalExperts) else None
+    return watcher.prefetcher.usefulness if isinstance(watcher, ModelPrefetch) else None
 
 
 def _array(hidden: Tensor) -> Any:
