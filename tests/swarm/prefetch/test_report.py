@@ -26,7 +26,7 @@ def test_numbers_say_what_was_counted() -> None:
 def test_words_say_the_same() -> None:
     first, second = usefulness_lines(worked())
     assert first == (
-        "prefetch: 5 loads on guesses, 3.1 MB used, 1.0 MB (25%) wasted; 0.25 s of loading hidden; "
+        "prefetch: 5 loads on guesses, 3.0 MiB used, 1.0 MiB (25%) wasted; 0.25 s of loading hidden; "
         "switched off 1 times, because it did not pay"
     )
     assert second == "  at before: recall at k 50.0%, at width 3.0 100.0%, precision 66.7%"
