@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from moehive.swarm.log import get_logger
 
-from .adapting import Routers, adapt, adaptable
+from .adapting import Routers, adapt, adaptable, stride
 from .control import Limits, Mode, State, Window, judge, start, tick
 from .history import REACH, Floats, advance, empty_history
 from .measure import Usefulness
@@ -218,7 +218,9 @@ class Prefetcher:
             self.usefulness.points[guess.point].add(guess.ranked, guess.width, used, lead)
             self.profiles[guess.point].learn(guess.grades, [expert in used for expert in guess.absent])
             if self._routers is not None:
-                adapt(self._predictor.maps[guess.point, layer], guess.features, self._routers[layer], row)
+                found = self._predictor.maps[guess.point, layer]
+                if self.usefulness.points[guess.point].guesses // len(self._layers) % stride(found) == 0:
+                    adapt(found, guess.features, self._routers[layer], row)
 
     def _working_time(self) -> float:
         return self._clock() - self._shelf.stalled_seconds

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapting import Routers, adapt, adaptable
+from .adapting import Routers, adapt, adaptable, stride
 from .fitting import States, features
 from .history import Floats
 from .predictors import Point, Predictor, margins, recall
@@ -69,7 +69,8 @@ def all_scores(
         inputs, scores = states.inputs[:, column].astype(np.float32), []
         for token in range(len(known)):
             scores.append(found.scores(known[token]))
-            adapt(found, known[token], routers[layer], inputs[token])
+            if token % stride(found) == 0:
+                adapt(found, known[token], routers[layer], inputs[token])
         yield column, layer, np.array(scores)
 
 

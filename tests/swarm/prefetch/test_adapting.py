@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moehive.protocol.ids import ExpertKey
 from moehive.swarm.prefetch import adapting
-from moehive.swarm.prefetch.adapting import adapt, adaptable
+from moehive.swarm.prefetch.adapting import adapt, adaptable, stride
 from moehive.swarm.prefetch.fitting import Router, States, by_routers
 from moehive.swarm.prefetch.history import PARTS
 from moehive.swarm.prefetch.predictors import LinearMap, Point, Predictor, ranking, unit
+from moehive.swarm.prefetch.replay import Machine, replay
 from moehive.swarm.prefetch.scoring import tokens_recall
+from moehive.swarm.tiers.lfru import Lfru
 
 HIDDEN, EXPERTS, TOP_K, TOKENS = 12, 16, 4, 1500
 LAYERS = (3, 5)
@@ -58,16 +61,33 @@ def test_a_step_takes_its_share_off_the_error() -> None:
     assert left == pytest.approx(np.full(EXPERTS, 1 - adapting.RATE), abs=0.02)
 
 
-def test_what_would_take_too_long_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_maps_learn_seldom_and_only_from_the_token_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     found = LinearMap(np.ones((HIDDEN, EXPERTS), np.float32), np.ones(EXPERTS, np.float32))
-    predictor = Predictor({(Point.ENTRY, 0): found}, TOP_K, HIDDEN)
-    key = (Point.ENTRY, 0)
+    predictor, key = Predictor({(Point.ENTRY, 0): found}, TOP_K, HIDDEN), (Point.ENTRY, 0)
     assert adaptable(predictor).maps[key].weight.shape == ((1 + PARTS) * HIDDEN, EXPERTS)
-    monkeypatch.setattr(adapting, "MAX_WEIGHTS", HIDDEN * EXPERTS)
-    assert adaptable(predictor).maps[key].weight.shape == (HIDDEN, EXPERTS), "no room for the tokens before"
-    monkeypatch.setattr(adapting, "MAX_WEIGHTS", HIDDEN * EXPERTS - 1)
-    large = adaptable(predictor).maps[key]
-    router = Router(np.zeros((EXPERTS, HIDDEN), np.float32), np.zeros(EXPERTS, np.float32), np.ones(HIDDEN))
-    adapt(large, np.ones(HIDDEN, np.float32), router, np.ones(HIDDEN, np.float32))
-    assert (large.weight == 1).all()
-    assert (large.offset == 1).all()
+    assert stride(found) == 1
+    monkeypatch.setattr(adapting, "_MOST", HIDDEN * EXPERTS)
+    assert adaptable(predictor).maps[key].weight.shape == (HIDDEN, EXPERTS)
+    monkeypatch.setattr(adapting, "_CHEAP", HIDDEN * EXPERTS // 3)
+    assert stride(found) == 3
+    states, experts, routers = a_model(np.random.default_rng(0))
+    often = by_routers(routers, TOP_K)
+    seldom, *_ = tokens_recall(often, states, experts, LAYERS, routers)
+    monkeypatch.setattr(adapting, "_CHEAP", HIDDEN * EXPERTS)
+    every, *_ = tokens_recall(often, states, experts, LAYERS, routers)
+    assert seldom.at[0] < every.at[0]
+
+
+def test_a_prefetcher_that_knows_the_routers_learns_as_it_guesses() -> None:
+    states, experts, routers = a_model(np.random.default_rng(0))
+    machine = Machine(attention=0.5, experts=0.5, load=lambda _: 0.2, slots=2 * TOP_K + 1)
+    recalls = [
+        replay(states, experts, LAYERS, by_routers(routers, TOP_K), lfru(), machine, routers=known).usefulness
+        for known in (None, routers)
+    ]
+    plain, learned = (found.points[Point.ENTRY].recall_at_k for found in recalls)
+    assert learned > plain + 0.05
+
+
+def lfru() -> Lfru[ExpertKey]:
+    return Lfru(lambda key: (key.layer, key.expert), top_k=TOP_K)
