@@ -28,7 +28,7 @@ NAMES = (
 ASKED = 0.30  # of the way from LRU to Belady
 
 # Where the past does not tell enough for that, the mark is what a fit to the trace itself reaches, less this.
-SHORT = 0.05
+SHORT = 0.06
 
 # What is reached there, less than a point of it: it is not to get worse. Demo and Mixtral at 25 % have room for exactly
 # one token's experts. In the synthetic traces layers and experts are independent, so that nothing but an expert's own
