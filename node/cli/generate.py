@@ -17,6 +17,7 @@ from moehive.node.logs import configure_logs
 from moehive.protocol.errors import ConfigError
 from moehive.protocol.ids import is_hash
 from moehive.protocol.ticket import Ticket
+from moehive.swarm.prefetch.report import usefulness_json, usefulness_lines
 from moehive.swarm.telemetry.report import device_lines, tier_json, tier_lines
 
 from .arguments import Flag, NotNegative, Positive, Size, TicketText
@@ -30,12 +31,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moehive.swarm.dispatch.stats import DispatchStats
+    from moehive.swarm.prefetch.measure import Usefulness
     from moehive.swarm.tiers.stats import TierStats
 
     from .generation import Generated
 
-    # Memory for experts, where its misses came from, and the device's memory above it
-    Tier = tuple[TierStats, str, TierStats | None]
+    # Memory for experts, where its misses came from, the device's memory above it, and what prefetch was worth
+    Tier = tuple[TierStats, str, TierStats | None, Usefulness | None]
 
 _MAX_SEED = (1 << 32) - 1
 
@@ -109,8 +111,8 @@ def generate(
 ) -> None:
     """Continue a prompt; the text appears on stdout while it is made.
 
-    Then a summary on stderr: tokens per second, which peer computed how much, which experts were in memory, where keys
-    and values were.
+    Then a summary on stderr: tokens per second, which peer computed how much, which experts were in memory, what
+    prefetch was worth, where keys and values were.
 
     Parameters
     ----------
@@ -204,8 +206,9 @@ def summary(result: Generated, seed: int, stats: DispatchStats | None, tier: Tie
         lines += [f"  {stats.retries} requests were repeated at another peer"] * bool(stats.retries)
         lines += [f"  {stats.hedges} late requests were asked of a second peer too"] * bool(stats.hedges)
     if tier is not None:
-        ram, source, device = tier
+        ram, source, device, prefetch = tier
         lines += ([] if device is None else device_lines(device)) + tier_lines(ram, source)
+        lines += [] if prefetch is None else usefulness_lines(prefetch)
     if result.kv is not None:
         lines += kv_lines(result.kv, result.kv_error)
     return "\n".join(lines)
@@ -232,7 +235,8 @@ def result_json(result: Generated, seed: int, stats: DispatchStats | None, tier:
         "firstTokenSeconds": round(result.first_token_seconds, 4),
         "tokensPerSecond": round(result.tokens_per_second, 2),
         "swarm": None if stats is None else _stats_json(stats, len(result.tokens)),
-        "experts": None if tier is None else tier_json(*tier),
+        "experts": None if tier is None else tier_json(*tier[:3]),
+        "prefetch": None if tier is None or tier[3] is None else usefulness_json(tier[3]),
         "kv": None if result.kv is None else kv_json(result.kv, result.kv_error),
     }
 
@@ -294,12 +298,17 @@ def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
     if options.join is None:
         from moehive.swarm import open_local
         from moehive.swarm.model.seats import device_statistics, tier_statistics
+        from moehive.swarm.prefetch.wiring import usefulness_of
 
         prefetch = _prefetch(options.prefetch)
         model, tokenizer = open_local(
             options.model, dtype=dtype, ram=options.ram, device=options.device, vram=options.vram, prefetch=prefetch
         )
-        yield _Loaded(model, tokenizer, None, lambda: _tier(tier_statistics(model), "disk", device_statistics(model)))
+
+        def tier() -> Tier | None:
+            return _tier(tier_statistics(model), "disk", device_statistics(model), usefulness_of(model))
+
+        yield _Loaded(model, tokenizer, None, tier)
         return
     from moehive.swarm.client import join
     from moehive.swarm.store.directory import ConvertedDirectory
@@ -319,8 +328,10 @@ def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
         yield _Loaded(model, tokenizer, swarm.stats(model_id), lambda: _tier(swarm.tier_stats(model_id), "swarm"))
 
 
-def _tier(stats: TierStats | None, source: str, device: TierStats | None = None) -> Tier | None:
-    return None if stats is None else (stats, source, device)
+def _tier(
+    stats: TierStats | None, source: str, device: TierStats | None = None, prefetch: Usefulness | None = None
+) -> Tier | None:
+    return None if stats is None else (stats, source, device, prefetch)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -4,10 +4,11 @@
 
 For each model (the bundled demo model by default) the first nine tenths of the text give the tokens that predictors are
 fitted to, and the last tenth, which the bundled model was not trained on, those that they are measured on, as if they
-were decoded one at a time. Nothing is timed: links and layers are simulated (swarm/prefetch/replay.py), in units of the
-time that a layer takes, half of which is its attention. Recall at k is the share of the experts that tokens use among
-as many guesses; with a width, guesses want as many more as it takes, on average, to reach a recall. Wasted bytes are
-those of guesses not used, of all that were loaded: with nothing resident, and then with a memory.
+were decoded one at a time. Those called "learning" adapt as they guess, as they do in a running model and in the
+replays. Nothing is timed: links and layers are simulated (swarm/prefetch/replay.py), in units of the time that a layer
+takes, half of which is its attention. Recall at k is the share of the experts that tokens use among as many guesses;
+with a width, guesses want as many more as it takes, on average, to reach a recall. Wasted bytes are those of guesses
+not used, of all that were loaded: with nothing resident, and then with a memory.
 """
 
 from __future__ import annotations
@@ -143,10 +144,13 @@ def recalls(recorded: Recorded, predictors: dict[str, Predictor]) -> list[dict[s
     """Recall by width; and width and waste by recall, with nothing resident."""
     rows: list[dict[str, Any]] = []
     for name, predictor in predictors.items():
-        for found in tokens_recall(predictor, recorded.states, recorded.experts, recorded.layers):
-            asked = (predictor, recorded.states, recorded.experts, recorded.layers, found.point)
-            row = {"predictor": name, "guessed": found.point.name.lower(), "at": found.at, "layers": dict(found.layers)}
-            rows.append(row | {"to_reach": [asdict(width_for(*asked, wanted)) for wanted in RECALLS]})
+        for label, routers in ((name, None), (f"{name}, learning", recorded.routers)):
+            asked = (predictor, recorded.states, recorded.experts, recorded.layers)
+            for found in tokens_recall(*asked, routers):
+                reach = [asdict(width_for(*asked, found.point, wanted, routers)) for wanted in RECALLS]
+                guessed = found.point.name.lower()
+                row = {"predictor": label, "guessed": guessed, "at": found.at, "layers": dict(found.layers)}
+                rows.append(row | {"to_reach": reach})
     head = ["predictor", "guessed", "recall at k", "k + 1", "k + 2", "worst layer at k"]
     for wanted in RECALLS:
         head += [f"width for {wanted:.2f}", "wasted"]
@@ -179,7 +183,7 @@ def _replay(recorded: Recorded, predictor: Predictor | None, share: float, load:
     policy: Lfru[ExpertKey] = Lfru(lambda key: (key.layer, key.expert), top_k=recorded.top_k)
     cut = States(recorded.states.inputs[:tokens], recorded.states.residuals[:tokens], recorded.states.starts[:tokens])
     machine = Machine(attention=0.5, experts=0.5, load=lambda _: load, slots=slots)
-    return replay(cut, recorded.experts[:tokens], recorded.layers, predictor, policy, machine)
+    return replay(cut, recorded.experts[:tokens], recorded.layers, predictor, policy, machine, routers=recorded.routers)
 
 
 def _row(name: str, share: float, load: float, plain: Outcome, guessed: Outcome) -> dict[str, Any]:

@@ -74,11 +74,15 @@ class Predictor:
         Before the layer the row is the input of an earlier layer's experts; at ENTRY what enters the decoder layer,
         divided by its root mean square. `history` [PARTS, H] is of the same point.
         """
+        features = self.features(point, layer, row, history)
+        return None if features is None else self.maps[point, layer].scores(features)
+
+    def features(self, point: Point, layer: int, row: Floats, history: Floats) -> Floats | None:
+        """What the map multiplies, [F], for the arguments of `scores`; None where there is no map."""
         found = self.maps.get((point, layer))
         if found is None:
             return None
-        features = np.concatenate((row[None], history)).reshape(-1) if found.weight.shape[0] > len(row) else row
-        return found.scores(features)
+        return np.concatenate((row[None], history)).reshape(-1) if found.weight.shape[0] > len(row) else row
 
 
 def unit(hidden: Floats) -> Floats:

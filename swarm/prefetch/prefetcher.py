@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from moehive.swarm.log import get_logger
 
+from .adapting import Routers, adapt, adaptable, stride
 from .control import Limits, Mode, State, Window, judge, start, tick
 from .history import REACH, Floats, advance, empty_history
 from .measure import Usefulness
@@ -67,6 +68,7 @@ class Shelf(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Guess:
     point: Point
+    features: Floats
     ranked: Sequence[int]
     width: int
     absent: Sequence[int]  # of the ranked
@@ -77,7 +79,8 @@ class _Guess:
 class Prefetcher:
     """Prefetch for one model on one tier. Not thread-safe: one model computes one call at a time.
 
-    `layers` are those with routed experts, ascending. `clock` gives seconds.
+    `layers` are those with routed experts, ascending. With the `routers` of the model the predictor learns as it
+    guesses (adapting.py). `clock` gives seconds.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Prefetcher:
         shelf: Shelf,
         layers: Sequence[int],
         *,
+        routers: Routers | None = None,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -94,8 +98,9 @@ class Prefetcher:
         self.plan: Plan = NOTHING
         self.usefulness = Usefulness()
         self.profiles = {point: Profile() for point in Point}
-        self._predictor = predictor
-        self._uses_history = predictor.uses_history
+        self._predictor = predictor if routers is None else adaptable(predictor)
+        self._routers = routers
+        self._uses_history = self._predictor.uses_history
         self._shelf = shelf
         self._layers = tuple(layers)
         self._column = {layer: column for column, layer in enumerate(self._layers)}
@@ -154,7 +159,7 @@ class Prefetcher:
         if not self._single or len(rows) != 1:
             self._guesses.clear()
         else:
-            self._settle(layer, used)
+            self._settle(layer, rows[0], used)
             if self.active:
                 self._look_ahead(layer, rows)
         self._remember(False, layer, rows)
@@ -172,9 +177,10 @@ class Prefetcher:
         """Guess the experts of `layer`, and begin to load as many as the plan says."""
         if self.state.loading and self.plan.least[point] > 1 and self._shadow:
             return  # only now and then, to know what it would be worth
-        scores = self._predictor.scores(point, layer, row, history)  # [E]
-        if scores is None:
+        features = self._predictor.features(point, layer, row, history)
+        if features is None:
             return
+        scores = self._predictor.maps[point, layer].scores(features)  # [E]
         ranked = ranking(scores, self.bounds.width).tolist()
         beyond = margins(scores, self._predictor.top_k)[ranked]
         grades = [grade(margin) for margin in beyond.tolist()]
@@ -184,9 +190,8 @@ class Prefetcher:
         width = self._predictor.top_k
         if self.state.loading:
             width = self._load(point, layer, ranked, chances, absent)
-        guess = _Guess(
-            point, ranked, width, [ranked[i] for i in absent], [grades[i] for i in absent], self._working_time()
-        )
+        missed, classes = [ranked[index] for index in absent], [grades[index] for index in absent]
+        guess = _Guess(point, features, ranked, width, missed, classes, self._working_time())
         self._guesses.setdefault(layer, []).append(guess)
 
     def _load(
@@ -203,8 +208,8 @@ class Prefetcher:
             self.usefulness.loads += started
         return width
 
-    def _settle(self, layer: int, used: frozenset[int]) -> None:
-        """What the guesses of this layer were worth."""
+    def _settle(self, layer: int, row: Floats, used: frozenset[int]) -> None:
+        """What the guesses of this layer were worth, and what there is to learn from them."""
         now = self._working_time()
         for guess in self._guesses.pop(layer, ()):
             lead = now - guess.made
@@ -212,6 +217,10 @@ class Prefetcher:
             self._leads[guess.point] = before + _SMOOTHING * (lead - before)
             self.usefulness.points[guess.point].add(guess.ranked, guess.width, used, lead)
             self.profiles[guess.point].learn(guess.grades, [expert in used for expert in guess.absent])
+            if self._routers is not None:
+                found = self._predictor.maps[guess.point, layer]
+                if self.usefulness.points[guess.point].guesses // len(self._layers) % stride(found) == 0:
+                    adapt(found, guess.features, self._routers[layer], row)
 
     def _working_time(self) -> float:
         return self._clock() - self._shelf.stalled_seconds

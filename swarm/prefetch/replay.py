@@ -18,6 +18,7 @@ from moehive.protocol.ids import ExpertKey
 from moehive.swarm.tiers.policy import Policy, Uses
 from moehive.swarm.tiers.residency import Entry, Residency, Speculation
 
+from .adapting import Routers
 from .control import Limits
 from .fitting import States
 from .measure import Usefulness
@@ -173,12 +174,16 @@ def replay(
     policy: Policy[ExpertKey],
     machine: Machine,
     limits: Limits | None = None,
+    routers: Routers | None = None,
 ) -> Outcome:
-    """Decode the recorded tokens, whose `experts` are [T, L, K], one by one. Without a predictor nothing is guessed."""
+    """Decode the recorded tokens, whose `experts` are [T, L, K], one by one. Without a predictor nothing is guessed.
+
+    With `routers` it learns as it guesses.
+    """
     tier = SimulatedTier(policy, machine.slots, machine.load(0))
     prefetcher = None
     if predictor is not None:
-        prefetcher = Prefetcher(predictor, tier, layers, limits=limits, clock=lambda: tier.now)
+        prefetcher = Prefetcher(predictor, tier, layers, routers=routers, limits=limits, clock=lambda: tier.now)
     residuals, inputs = states.residuals.astype(np.float32), states.inputs.astype(np.float32)
     seconds: list[float] = []
     switched: list[tuple[int, str]] = []

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .adapting import Routers, adapt, adaptable, stride
 from .fitting import States, features
 from .history import Floats
 from .predictors import Point, Predictor, margins, recall
@@ -50,23 +51,38 @@ def split(states: States, experts: Experts, share: float) -> tuple[tuple[States,
 
 
 def all_scores(
-    predictor: Predictor, states: States, layers: Sequence[int], point: Point
+    predictor: Predictor, states: States, layers: Sequence[int], point: Point, routers: Routers | None = None
 ) -> Iterator[tuple[int, int, Floats]]:
-    """Column, layer and scores [T, E] of every layer that is guessed at this point."""
+    """Column, layer and scores [T, E] of every layer that is guessed at this point.
+
+    With `routers` the predictor learns as it guesses: each token's scores are those of what it knew until then.
+    """
+    predictor = predictor if routers is None else adaptable(predictor)
     for column, layer in enumerate(layers):
         found, rows = predictor.maps.get((point, layer)), states.at(point, column)
-        if found is not None and rows is not None:
-            known = features(rows, states.starts) if found.weight.shape[0] > rows.shape[1] else rows
+        if found is None or rows is None:
+            continue
+        known = features(rows, states.starts) if found.weight.shape[0] > rows.shape[1] else rows
+        if routers is None:
             yield column, layer, found.scores(known)
+            continue
+        inputs, scores = states.inputs[:, column].astype(np.float32), []
+        for token in range(len(known)):
+            scores.append(found.scores(known[token]))
+            if token % stride(found) == 0:
+                adapt(found, known[token], routers[layer], inputs[token])
+        yield column, layer, np.array(scores)
 
 
-def tokens_recall(predictor: Predictor, states: States, experts: Experts, layers: Sequence[int]) -> list[Recall]:
-    """At every point that the predictor knows, the closest first."""
+def tokens_recall(
+    predictor: Predictor, states: States, experts: Experts, layers: Sequence[int], routers: Routers | None = None
+) -> list[Recall]:
+    """At every point that the predictor knows, the closest first; `routers` as for `all_scores`."""
     found = []
     for point in Point:
         by_layer = [
             (layer, tuple(recall(scores, experts[:, column], predictor.top_k + extra) for extra in WIDTHS))
-            for column, layer, scores in all_scores(predictor, states, layers, point)
+            for column, layer, scores in all_scores(predictor, states, layers, point, routers)
         ]
         if by_layer:
             means = np.mean([at for _, at in by_layer], axis=0)
@@ -75,11 +91,12 @@ def tokens_recall(predictor: Predictor, states: States, experts: Experts, layers
 
 
 def width_for(
-    predictor: Predictor, states: States, experts: Experts, layers: Sequence[int], point: Point, wanted: float
-) -> Width:
-    """The least that has to be loaded, over all layers, to reach the recall `wanted`."""
+    predictor: Predictor, states: States, experts: Experts, layers: Sequence[int], point: Point, wanted: float,
+    routers: Routers | None = None,
+) -> Width:  # fmt: skip
+    """The least that has to be loaded, over all layers, to reach the recall `wanted`; `routers` as for `all_scores`."""
     beyond, used = [], []
-    for column, _, scores in all_scores(predictor, states, layers, point):
+    for column, _, scores in all_scores(predictor, states, layers, point, routers):
         hit = np.zeros(scores.shape, dtype=np.bool_)
         np.put_along_axis(hit, experts[:, column].astype(np.intp), True, axis=1)
         beyond.append(margins(scores, predictor.top_k).ravel())

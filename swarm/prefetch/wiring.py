@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.model.backend import LocalExperts, WeightsTier
+from moehive.swarm.model.seats import backend_of
 from moehive.swarm.tiers.residency import Speculation
 
+from .adapting import Routers
 from .control import Limits
 from .files import read_predictor
 from .fitting import by_routers
 from .history import REACH
+from .measure import Usefulness
 from .predictors import Predictor, unit
 from .prefetcher import Prefetcher
 from .routers import decoder_layers, routers_of
@@ -57,10 +60,11 @@ class TierShelf:
 class ModelPrefetch:
     """A Prefetcher that a model tells what it computes. `close` ends that."""
 
-    def __init__(self, model: nn.Module, backend: LocalExperts, predictor: Predictor, layers: Sequence[int],
+    def __init__(self, model: nn.Module, backend: LocalExperts, predictor: Predictor, routers: Routers,
                  dtype: torch.dtype, limits: Limits | None = None) -> None:  # fmt: skip
         self._shelf = TierShelf(backend.tier, dtype)
-        self.prefetcher = Prefetcher(predictor, self._shelf, layers, limits=limits)
+        layers = sorted(routers)
+        self.prefetcher = Prefetcher(predictor, self._shelf, layers, routers=routers, limits=limits)
         self._backend = backend
         self._first = layers[0]
         # Two generations of one model at a time spoil each other's guesses, and nothing else.
@@ -106,15 +110,22 @@ def attach_prefetch(
 ) -> ModelPrefetch | None:
     """Let `model` load experts into `backend`'s tier before it needs them.
 
-    Guesses come from a file that `moehive trace fit` wrote, or from the model's own routers. None where all experts
-    fit, so that there is nothing to gain. Raises UnsupportedModel where routers cannot be found; what read_predictor
-    raises.
+    Guesses come from a file that `moehive trace fit` wrote, or from the model's own routers, and get better as the
+    model generates. None where all experts fit, so that there is nothing to gain. Raises UnsupportedModel where routers
+    cannot be found; what read_predictor raises.
     """
     if backend.fits(model.dtype):
         return None
     routers = routers_of(model)
     found = by_routers(routers, backend.top_k) if predictor is None else read_predictor(predictor, routers)
-    return ModelPrefetch(model, backend, found, sorted(routers), model.dtype, limits)
+    return ModelPrefetch(model, backend, found, routers, model.dtype, limits)
+
+
+def usefulness_of(model: nn.Module) -> Usefulness | None:
+    """What prefetch has been worth to `model` so far; None where there is none."""
+    backend = backend_of(model)
+    watcher = backend.watcher if isinstance(backend, LocalExperts) else None
+    return watcher.prefetcher.usefulness if isinstance(watcher, ModelPrefetch) else None
 
 
 def _array(hidden: Tensor) -> Any:

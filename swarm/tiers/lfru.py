@@ -3,7 +3,8 @@
 How likely an expert is used at its layer's next call is estimated from how often it was used: a weighted sum of
 averages that forget at different speeds, in the layer's own tokens, so that a walk over the layers is no scan. How much
 recency and frequency are worth is a property of the model, so the weights are fitted as it goes, from what the averages
-said and what then was used. A forecast from hidden states, where there is one, is one more term of the sum.
+said and what then was used. What other layers used since its last call says more (transitions.py), where layers come
+in order. A forecast from hidden states, where there is one, is one more term of the sum, and says more than those.
 
 An entry's worth is that likelihood, less the longer its layer's next turn is away: the experts of the layer that was
 just computed are needed last of all. The statistics of all experts are kept, resident or not, which makes them a ghost
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from .policy import Chances, K, Place, Uses
 from .regression import OnlineRidge
+from .transitions import Transitions, fits
 
 Floats = NDArray[np.floating[Any]]
 
@@ -35,7 +37,7 @@ _REMEMBERED: Final = 4096  # steps
 
 
 class Lfru(Generic[K]):
-    """See the module. O(experts of a layer) per step, O(all experts) per decision; numpy does both in microseconds.
+    """See the module. O(top k * all experts) per step and per decision; numpy does both in tens of microseconds.
 
     Steps are only written down until there is something to decide, and of a long time without decisions only the end
     counts: where everything is resident, a step costs next to nothing. `uploads` is how many newcomers of one layer and
@@ -52,11 +54,13 @@ class Lfru(Generic[K]):
         self._decay: Floats = 0.5 ** (1 / HALF_LIVES)  # [F]
         self._rows: dict[int, int] = {}  # layer: its row in the arrays
         self._turn = np.zeros(0, dtype=np.int64)  # [R]: the rank of a row's layer among the layers
+        self._order = np.zeros(0, dtype=np.int64)  # [R]: rows by rank
         self._used: Floats = np.zeros((0, _TERMS, 0))  # [R, F, E]: decayed uses per token
         self._seen: Floats = np.zeros((0, _TERMS))  # [R, F]: the same of an expert that is always used
         self._told: Floats = np.zeros((0, 0))  # [R, E]: forecasts, else NaN
         self._usual = OnlineRidge(WEIGHTS)
         self._informed = OnlineRidge(np.append(np.zeros(_TERMS), 1.0))
+        self._transitions: Transitions | None = None  # by rank; none before a second token, or where too many experts
         self._resident = np.zeros((0, 0), dtype=np.bool_)  # [R, E]
         self._counts = np.zeros(0, dtype=np.int64)  # [R]: resident entries
         self._entries: dict[tuple[int, int], dict[K, int]] = {}  # cell: its resident keys and their bytes
@@ -79,6 +83,9 @@ class Lfru(Generic[K]):
         columns = [self._place(key)[1] for key in uses.rows]
         row = self._row(uses.layer, max(columns, default=0))
         decay = self._decay
+        follows = self._last >= 0 and self._turn[row] == (self._turn[self._last] + 1) % len(self._rows)
+        if self._transitions is not None and not (follows and uses.tokens == 1):
+            self._transitions.forget()
         if uses.tokens == 1:
             self._learn(row, columns)
         else:
@@ -93,9 +100,12 @@ class Lfru(Generic[K]):
         self._taken.pop(row, None)
         self._known_worth = None
         if self._last >= 0:
-            follows = self._turn[row] == (self._turn[self._last] + 1) % len(self._rows)
             self._in_order += _SMOOTHING * (float(follows) - self._in_order)
         self._last = row
+        if self._transitions is not None and uses.tokens == 1:
+            order = self._order
+            usual = self._used[order, -1] / np.maximum(self._seen[order, -1:], 1e-9)  # [R, E]
+            self._transitions.follow(int(self._turn[row]), columns, usual)
 
     def forecast(self, layer: int, chances: Chances) -> None:
         """See Policy."""
@@ -129,7 +139,11 @@ class Lfru(Generic[K]):
         """Compare what was expected of a layer with what it uses now."""
         if not self._seen[row, 0]:
             return
+        if self._transitions is None and fits(*self._resident.shape):
+            self._transitions = Transitions(*self._resident.shape, WEIGHTS)
         averages = self._used[row] / self._seen[row][:, None]  # [F, E]
+        if self._transitions is not None:
+            self._transitions.learn(int(self._turn[row]), columns, averages)
         told = self._told[row]
         if np.isnan(told[0]):
             self._usual.learn(averages, columns)
@@ -196,20 +210,27 @@ class Lfru(Generic[K]):
 
     def _worth(self) -> Floats:
         """What each expert is worth keeping [R, E]: the chance of its use at the next call, or at the one after it."""
-        if self._known_worth is not None:
-            return self._known_worth
+        if self._known_worth is None:
+            chance, usual = self._chances()
+            self._known_worth = self._discount()[:, None] * (chance + (1 - chance) * LATENESS * usual)
+        return self._known_worth
+
+    def _chances(self) -> tuple[Floats, Floats]:
+        """How likely each expert is used at its layer's next call, and at one of which only its own past is known."""
         seen = np.maximum(self._seen, 1e-9)  # [R, F]
         usual = np.matmul((self._usual.weights / seen)[:, None], self._used)[:, 0]  # [R, E]
         np.clip(usual, 1e-6, 1, out=usual)
-        if np.isnan(self._told).all():
-            chance = usual
-        else:
+        chance = usual
+        if self._transitions is not None and self._transitions.ready:
+            order = self._order
+            chance = np.empty_like(usual)
+            chance[order] = self._transitions.chances(int(self._turn[self._last]), self._used[order], seen[order])
+            np.clip(chance, 1e-6, 1, out=chance)
+        if not np.isnan(self._told).all():
             *weights, told = self._informed.weights
             informed = np.matmul((np.array(weights) / seen)[:, None], self._used)[:, 0] + told * self._told
-            chance = np.where(np.isnan(self._told), usual, np.clip(informed, 1e-6, 1))
-        worth: Floats = self._discount()[:, None] * (chance + (1 - chance) * LATENESS * usual)
-        self._known_worth = worth
-        return worth
+            chance = np.where(np.isnan(self._told), chance, np.clip(informed, 1e-6, 1))
+        return chance, usual
 
     def _discount(self) -> Floats:
         """What is left of a use's worth when the layer's turn comes [R]."""
@@ -227,7 +248,8 @@ class Lfru(Generic[K]):
         if entries >= layers * wanted:
             return wanted
         # Too few slots for that. Equal shares are what LRU comes to; who knows what comes next shares better.
-        return 0 if np.isfinite(self._told).any() else entries // max(1, layers)
+        knows = (self._transitions is not None and self._transitions.ready) or bool(np.isfinite(self._told).any())
+        return 0 if knows else entries // max(1, layers)
 
     # --- arrays ---------------------------------------------------------------------------------------------------
 
@@ -243,7 +265,7 @@ class Lfru(Generic[K]):
 
     def _grow(self, rows: int, experts: int) -> None:
         """Add rows for new layers and cells for new experts. Happens while the first token is computed."""
-        self._known_worth = None
+        self._known_worth = self._transitions = None
         self._used = np.pad(self._used, ((0, rows), (0, 0), (0, experts)))
         self._seen = np.pad(self._seen, ((0, rows), (0, 0)))
         self._told = np.pad(self._told, ((0, rows), (0, experts)), constant_values=np.nan)
@@ -251,3 +273,4 @@ class Lfru(Generic[K]):
         self._counts = np.pad(self._counts, (0, rows))
         layers = sorted(self._rows)
         self._turn = np.array([layers.index(layer) for layer in self._rows])
+        self._order = np.argsort(self._turn)

@@ -16,14 +16,26 @@ _JITTER: Final = 1e-6  # keeps the equations solvable where features are copies 
 
 
 class OnlineRidge:
-    """`weights` [F], which move from `prior` [F] to what fits the samples best. Deterministic."""
+    """`weights` [F], which move from `prior` [F] to what fits the samples best. Deterministic.
 
-    def __init__(self, prior: Floats) -> None:
-        self.weights: Floats = prior
+    `without` [P, F] asks for further fits to the same samples, each without the features that its row marks: `fits`
+    [1 + P, F] has all of them, with weights of 0 there.
+    """
+
+    def __init__(self, prior: Floats, without: NDArray[np.bool_] | None = None) -> None:
+        left_out = np.zeros((0, len(prior)), np.bool_) if without is None else without
+        self._known = np.vstack((np.ones((1, len(prior)), np.bool_), ~left_out))  # [1 + P, F]
+        self.fits: Floats = self._known * prior
         self._prior = prior
         self._squares: Floats = np.zeros((len(prior), len(prior)))  # [F, F]
         self._products: Floats = np.zeros(len(prior))  # [F]
         self._samples = self._calls = 0.0
+
+    @property
+    def weights(self) -> Floats:
+        """Of the fit with all features."""
+        found: Floats = self.fits[0]
+        return found
 
     def learn(self, features: Floats, hits: list[int]) -> None:
         """Samples `features` [F, N], whose target is 1 for the columns `hits` and 0 for all others."""
@@ -37,7 +49,10 @@ class OnlineRidge:
     def _fit(self) -> None:
         scale = _PRIOR / self._samples
         pull = scale * self._squares + _JITTER * self._samples * np.eye(len(self._prior))  # [F, F]
-        self.weights = np.linalg.solve(self._squares + pull, self._products + pull @ self._prior)
+        for fit, known in zip(self.fits, self._known, strict=True):
+            some = np.ix_(known, known)
+            targets = self._products[known] + pull[some] @ self._prior[known]
+            fit[known] = np.linalg.solve(self._squares[some] + pull[some], targets)
         self._squares *= _FORGET
         self._products *= _FORGET
         self._samples *= _FORGET

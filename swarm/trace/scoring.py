@@ -7,7 +7,7 @@ al., "Not all models suit expert offloading", arXiv 2505.16056, section 4).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moehive.protocol.ids import ExpertKey
@@ -16,6 +16,7 @@ from moehive.swarm.tiers.lfru import Lfru
 from moehive.swarm.tiers.policy import Lru, Policy
 from moehive.swarm.tiers.replay import Replay, replay
 
+from .hindsight import Fitted, Hindsight, fit_halves
 from .routing import RoutingTrace
 
 
@@ -26,14 +27,23 @@ class Scores:
     slots: int  # experts that fit
     lru: Replay
     lfu: Replay
+    fitted: Replay  # the better of two that are told what a fit to the trace's other half says (hindsight.py)
     belady: Replay
     lfru: Replay
 
     @property
     def closed(self) -> float:
         """Which share of the way from LRU to Belady's optimum the policy goes; 0 where there is no way."""
+        return self._share(self.lfru)
+
+    @property
+    def closed_by_fit(self) -> float:
+        """The same of the fitted one: how far this trace's past tells its future."""
+        return self._share(self.fitted)
+
+    def _share(self, found: Replay) -> float:
         gap = self.belady.hit_rate - self.lru.hit_rate
-        return (self.lfru.hit_rate - self.lru.hit_rate) / gap if gap > 0 else 0.0
+        return (found.hit_rate - self.lru.hit_rate) / gap if gap > 0 else 0.0
 
 
 def slots_of(trace: RoutingTrace, resident: float) -> int:
@@ -41,8 +51,13 @@ def slots_of(trace: RoutingTrace, resident: float) -> int:
     return max(1, round(resident * len(trace.layers) * trace.num_experts))
 
 
-def score(trace: RoutingTrace, slots: int) -> Scores:
-    """Replay a trace with room for `slots` experts under every policy."""
+def fits_of(trace: RoutingTrace) -> Sequence[Fitted]:
+    """What `score` needs of a trace, whatever the slots: it takes longer than a replay."""
+    return [fit_halves(trace, others=others) for others in (False, True)]
+
+
+def score(trace: RoutingTrace, slots: int, fits: Sequence[Fitted]) -> Scores:
+    """Replay a trace with room for `slots` experts under every policy; `fits` are those of the trace."""
     steps = list(trace.steps())
     policies: dict[str, Callable[[], Policy[ExpertKey]]] = {
         "lru": Lru,
@@ -51,7 +66,9 @@ def score(trace: RoutingTrace, slots: int) -> Scores:
         "lfru": lambda: policy_for(trace.top_k),
     }
     results = {name: replay(make(), steps, _one, slots) for name, make in policies.items()}
-    return Scores(slots, **results)
+    told = [replay(Hindsight(trace, fit), steps, _one, slots) for fit in fits]
+    fitted = max(told, key=lambda found: found.hits)
+    return Scores(slots, **results, fitted=fitted)
 
 
 def policy_for(top_k: int) -> Lfru[ExpertKey]:

@@ -78,6 +78,21 @@ def test_a_small_memory_for_experts_changes_no_token_and_is_told(moehive, conver
     assert "most misses: layer" in text
 
 
+def test_what_prefetch_was_worth_is_told_where_there_was_any(moehive, converted):
+    arguments = ("generate", "ROMEO:", "--model", converted, "--max-tokens", 40, "--temperature", 0, "--ram", "2MiB")
+    told = json.loads(moehive(*arguments, "--json").out)["prefetch"]
+    points = {point["guessed"]: point for point in told["points"]}
+    assert set(points) == {"entry", "before", "earlier"}
+    for point in points.values():
+        assert point["guesses"] > 0
+        assert 0.4 < point["recallAtK"] <= 1, "its routers guess far better than by chance, which is a quarter"
+        assert 0 < point["precision"] <= 1
+    assert told["usedBytes"] + told["wastedBytes"] >= 0 <= told["hiddenSeconds"]
+    assert "  at before: recall at k " in moehive(*arguments).err
+    assert json.loads(moehive(*arguments, "--prefetch", "off", "--json").out)["prefetch"] is None
+    assert "prefetch" not in moehive(*arguments, "--prefetch", "off").err
+
+
 def test_too_little_memory_for_a_token_is_refused_with_the_least_that_works(moehive, converted):
     arguments = ("generate", "ROMEO:", "--model", converted, "--max-tokens", 2)
     outcome = moehive(*arguments, "--ram", "1000")

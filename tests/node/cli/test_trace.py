@@ -33,8 +33,8 @@ def test_a_generation_is_recorded_and_replayed(
     outcome = moehive("trace", "replay", ours, "--resident", "100", "--resident", "50")
     assert outcome.code == 0, outcome.err
     assert "100 % resident: 48 of 48 experts" in outcome.out
-    assert [line.split()[0] for line in outcome.out.splitlines() if line.startswith("  ")][:5] == [
-        "policy", "LRU", "LFU", "moehive", "Belady",
+    assert [line.split()[0] for line in outcome.out.splitlines() if line.startswith("  ")][:6] == [
+        "policy", "LRU", "LFU", "moehive", "fitted", "Belady",
     ]  # fmt: skip
 
 
@@ -44,7 +44,8 @@ def test_a_replay_in_json(moehive: Moehive) -> None:
     found = json.loads(outcome.out)
     [scores] = found["scores"]
     assert (scores["residentPercent"], scores["slots"], scores["gapClosed"]) == (100, 48, 0)
-    uses = {name: scores[name]["hits"] + scores[name]["misses"] for name in ("lru", "lfu", "lfru", "belady")}
+    assert scores["gapClosedByFit"] == 0, "there is no gap"
+    uses = {name: scores[name]["hits"] + scores[name]["misses"] for name in ("lru", "lfu", "lfru", "fitted", "belady")}
     assert len(set(uses.values())) == 1
     assert all(scores[name]["misses"] == 48 and scores[name]["evictions"] == 0 for name in uses), "each is loaded once"
 
