@@ -20,6 +20,8 @@ from moehive.kernels.cpu.experts import expert_rows_fast
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
 from moehive.protocol.messages import RunExperts
 from moehive.swarm.dispatch.request import parse_request
+from moehive.swarm.model.device import DeviceExperts
+from moehive.swarm.model.device_call import WeightedRows
 
 # (layer, expert, dtype) -> the weights, held while the context lasts
 LeaseExpert = Callable[[int, int, torch.dtype], AbstractContextManager[ExpertWeights]]
@@ -60,12 +62,14 @@ class BatchRun:
         *,
         slice_rows: int = 1 << 30,
         note: NoteUses | None = None,
+        device: DeviceExperts | None = None,
     ) -> None:
         self._batch = batch
         self._lease = lease
         self._spec = spec
         self._slice_rows = slice_rows
         self._note = note
+        self._device = device  # computes where it is given, instead of what `lease` gives
         self._outputs: dict[int, Tensor] = {}  # by the index in the batch
         self._steps = self._compute()
 
@@ -96,7 +100,7 @@ class BatchRun:
 
     def _tell(self, works: Sequence[Work]) -> None:
         """Say what is used next, all at once: so that it can be got ready, and the rest be judged by it."""
-        if self._note is None:
+        if self._note is None or self._device is not None:  # which is told when it plans
             return
         first, tokens = works[0], sum(work.message.tokens for work in works)
         rows: Mapping[int, int] = dict(zip(first.message.experts, first.message.counts, strict=True))  # ascending
@@ -111,6 +115,9 @@ class BatchRun:
         """Unweighted expert outputs [R, H]: each expert's rows in one product, as its caller relies on."""
         message, dtype = work.message, work.hidden.dtype
         out = self._outputs[index] = torch.empty(message.rows, message.hidden, dtype=dtype)  # [R, H]
+        if self._device is not None:
+            yield from self._rows_on(self._device, work, out)
+            return
         start = 0
         for expert, count in zip(message.experts, message.counts, strict=True):
             token = work.token[start : start + count]
@@ -119,18 +126,36 @@ class BatchRun:
             start += count
             yield count
 
+    def _rows_on(self, device: DeviceExperts, work: Work, out: Tensor) -> Iterator[int]:
+        """The same into out [R, H], each expert where the device's plan says."""
+        message = work.message
+        counts = dict(zip(message.experts, message.counts, strict=True))
+        first = dict(zip(message.experts, accumulate(message.counts, initial=0), strict=False))
+        plan = device.plan(message.layer, counts, message.tokens, out.dtype)
+        for expert in plan.order:
+            span = slice(first[expert], first[expert] + counts[expert])
+            with device.lease(plan, expert) as weights:
+                rows = work.hidden[work.token[span]].to(weights.gate_up.device)
+                out[span] = expert_ffn(rows, weights, self._spec).to(out.device)
+            yield counts[expert]
+
     def _merged(self, merged: Sequence[int]) -> Iterator[int]:
         """Weighted sums, [T, H] of each request: accumulated in fp32 in ascending expert order, rounded once."""
         batch = [self._batch[index] for index in merged]
         tokens = [work.message.tokens for work in batch]
-        if tokens == [1]:
+        if tokens == [1] and self._device is None:
             self._outputs[merged[0]] = _run_token(batch[0], self._lease, self._spec)
             yield batch[0].message.rows
             return
         layer, dtype = batch[0].message.layer, batch[0].hidden.dtype
         hidden = batch[0].hidden if len(batch) == 1 else torch.cat([work.hidden for work in batch])  # [sum T, H]
         total = torch.zeros(hidden.shape, dtype=torch.float32)  # [sum T, H]
-        for expert, token, row_weights in _rows_by_expert(batch, tokens):
+        groups = _rows_by_expert(batch, tokens)
+        if self._device is not None:
+            rows = [WeightedRows(*group) for group in groups]
+            yield from self._device.add_sums(layer, hidden, rows, total, slice_rows=self._slice_rows)
+            groups = iter(())
+        for expert, token, row_weights in groups:
             for part, weight in self._slices(token, row_weights):
                 with self._lease(layer, expert, dtype) as weights:
                     add_weighted(total, part, expert_rows_fast(hidden[part], weights, self._spec), weight)

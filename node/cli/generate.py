@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from moehive.protocol.ids import is_hash
 from moehive.protocol.ticket import Ticket
 from moehive.swarm.telemetry.report import device_lines, tier_json, tier_lines
 
-from .arguments import Flag, NotNegative, Positive, Size, TicketText
+from .arguments import DeviceName, Flag, NotNegative, Positive, Size, TicketText, check_device
 from .drafting import check_draft, drafting
 from .kv import KvFlags, kv_json, kv_lines
 from .node import check_converted
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from .generation import Generated
 
     # Memory for experts, where its misses came from, and the device's memory above it
-    Tier = tuple[TierStats, str, TierStats | None]
+    Tier = tuple[TierStats, str, TierStats | None, TierStats | None]
 
 _MAX_SEED = (1 << 32) - 1
 
@@ -77,9 +76,9 @@ class GenerateOptions:
     here; by default none are kept. Without it for those that are read from the model's directory; by default half
     of what is free."""
 
-    device: Annotated[str, Parameter(metavar="cpu|cuda|cuda:N")] = "cpu"
-    """Where the model computes, without --join. Experts are then kept there too, within --vram, and the processor
-    computes those that do not get there in time."""
+    device: DeviceName = "cpu"
+    """Where the model computes. Experts are then kept there too, within --vram; with --join those that --ram keeps. The
+    processor computes those that do not get there in time."""
 
     vram: Size | None = None
     """Memory of --device for experts. By default what is free there once the dense part is."""
@@ -174,19 +173,9 @@ def check_options(options: GenerateOptions) -> None:
 
 
 def _check_device(options: GenerateOptions) -> None:
-    if options.device == "cpu" and options.vram is None:
-        return
-    if options.join is not None:
-        raise ConfigError("--device and --vram are for models in a local directory: leave them or --join out")
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", options.device):
-        raise ConfigError(f"--device {options.device} is not cpu, cuda or cuda:N")
-    if options.device == "cpu":
-        raise ConfigError("--vram is memory of a GPU: add --device cuda")
-    import torch
-
-    number = int(options.device.partition(":")[2] or 0)
-    if number >= torch.cuda.device_count():
-        raise ConfigError(f"torch finds {torch.cuda.device_count()} CUDA devices here, not {options.device}")
+    if options.join is not None and options.vram is not None and not options.ram:
+        raise ConfigError("--vram with --join is for experts that are kept here: add --ram")
+    check_device(options.device, options.vram)
 
 
 # --- what it prints -------------------------------------------------------------------------------------------------
@@ -204,8 +193,8 @@ def summary(result: Generated, seed: int, stats: DispatchStats | None, tier: Tie
         lines += [f"  {stats.retries} requests were repeated at another peer"] * bool(stats.retries)
         lines += [f"  {stats.hedges} late requests were asked of a second peer too"] * bool(stats.hedges)
     if tier is not None:
-        ram, source, device = tier
-        lines += ([] if device is None else device_lines(device)) + tier_lines(ram, source)
+        ram, source, device, stored = tier
+        lines += ([] if device is None else device_lines(device)) + tier_lines(ram, source, stored)
     if result.kv is not None:
         lines += kv_lines(result.kv, result.kv_error)
     return "\n".join(lines)
@@ -293,13 +282,17 @@ def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
     dtype = _torch_dtype(options.dtype)
     if options.join is None:
         from moehive.swarm import open_local
-        from moehive.swarm.model.seats import device_statistics, tier_statistics
+        from moehive.swarm.model.seats import device_statistics, stored_statistics, tier_statistics
 
         prefetch = _prefetch(options.prefetch)
         model, tokenizer = open_local(
             options.model, dtype=dtype, ram=options.ram, device=options.device, vram=options.vram, prefetch=prefetch
         )
-        yield _Loaded(model, tokenizer, None, lambda: _tier(tier_statistics(model), "disk", device_statistics(model)))
+
+        def tier() -> Tier | None:
+            return _tier(tier_statistics(model), "disk", device_statistics(model), stored_statistics(model))
+
+        yield _Loaded(model, tokenizer, None, tier)
         return
     from moehive.swarm.client import join
     from moehive.swarm.store.directory import ConvertedDirectory
@@ -313,14 +306,22 @@ def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
                 dtype=dtype,
                 answers=options.answers,
                 ram=options.ram or 0,
+                device=options.device,
+                vram=options.vram,
                 expect_tokens=options.max_tokens,
                 observer=(lambda seen: move(seen.verified, seen.total)) if move else None,
             )
-        yield _Loaded(model, tokenizer, swarm.stats(model_id), lambda: _tier(swarm.tier_stats(model_id), "swarm"))
+
+        def kept() -> Tier | None:
+            return _tier(swarm.tier_stats(model_id), "swarm", swarm.device_stats(model_id))
+
+        yield _Loaded(model, tokenizer, swarm.stats(model_id), kept)
 
 
-def _tier(stats: TierStats | None, source: str, device: TierStats | None = None) -> Tier | None:
-    return None if stats is None else (stats, source, device)
+def _tier(
+    stats: TierStats | None, source: str, device: TierStats | None = None, stored: TierStats | None = None
+) -> Tier | None:
+    return None if stats is None else (stats, source, device, stored)
 
 
 def _set_threads(threads: int | None) -> None:
