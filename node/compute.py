@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, starmap
 
 import torch
 from torch import Tensor
@@ -151,16 +151,19 @@ class BatchRun:
         hidden = batch[0].hidden if len(batch) == 1 else torch.cat([work.hidden for work in batch])  # [sum T, H]
         total = torch.zeros(hidden.shape, dtype=torch.float32)  # [sum T, H]
         groups = _rows_by_expert(batch, tokens)
-        if self._device is not None:
-            rows = [WeightedRows(*group) for group in groups]
-            yield from self._device.add_sums(layer, hidden, rows, total, slice_rows=self._slice_rows)
-            groups = iter(())
-        for expert, token, row_weights in groups:
-            for part, weight in self._slices(token, row_weights):
-                with self._lease(layer, expert, dtype) as weights:
+        if self._device is None:
+            yield from self._add_sums(layer, hidden, groups, total)
+        else:
+            yield from self._device.add_sums(layer, hidden, list(groups), total, slice_rows=self._slice_rows)
+        self._outputs |= zip(merged, torch.split(total.to(dtype), tokens), strict=True)
+
+    def _add_sums(self, layer: int, hidden: Tensor, groups: Iterable[WeightedRows], total: Tensor) -> Iterator[int]:
+        """Add the weighted rows of hidden [T, H] to total [T, H] fp32."""
+        for group in groups:
+            for part, weight in self._slices(group.token, group.weight):
+                with self._lease(layer, group.expert, hidden.dtype) as weights:
                     add_weighted(total, part, expert_rows_fast(hidden[part], weights, self._spec), weight)
                 yield part.shape[0]
-        self._outputs |= zip(merged, torch.split(total.to(dtype), tokens), strict=True)
 
     def _slices(self, token: Tensor, row_weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """One expert's rows, cut where there are more than a slice has."""
@@ -186,8 +189,8 @@ def _run_token(work: Work, lease: LeaseExpert, spec: FfnSpec) -> Tensor:
     return total.to(work.hidden.dtype)
 
 
-def _rows_by_expert(batch: Sequence[Work], tokens: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each expert, ascending: token indices [R] into the merged batch, and fp32 weights [R]."""
+def _rows_by_expert(batch: Sequence[Work], tokens: Sequence[int]) -> Iterator[WeightedRows]:
+    """Each expert, ascending: tokens are those of the merged batch, weights fp32."""
     starts = accumulate(tokens, initial=0)
     token = torch.cat([work.token + start for work, start in zip(batch, starts, strict=False)])  # [sum R]
     row_weights = torch.cat([work.weights.float() for work in batch if work.weights is not None])  # [sum R]
@@ -196,6 +199,5 @@ def _rows_by_expert(batch: Sequence[Work], tokens: Sequence[int]) -> Iterator[tu
     expert, order = torch.sort(experts.repeat_interleave(counts), stable=True)  # [sum R]
     found, sizes = torch.unique_consecutive(expert, return_counts=True)
     parts = sizes.tolist()
-    yield from zip(
-        found.tolist(), torch.split(token[order], parts), torch.split(row_weights[order], parts), strict=True
-    )
+    rows = zip(found.tolist(), torch.split(token[order], parts), torch.split(row_weights[order], parts), strict=True)
+    yield from starmap(WeightedRows, rows)
