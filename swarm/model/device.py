@@ -306,7 +306,7 @@ def grouped_experts(loader: ExpertLoader, layout: SlotLayout, device: torch.devi
     from .grouped import GroupedExperts, reads
 
     form = layout.matrices(torch.empty(layout.nbytes, dtype=torch.uint8, device="meta"))
-    return GroupedExperts(loader.num_experts, loader.spec, device) if reads(form) else None
+    return GroupedExperts(loader.num_experts, loader.top_k, loader.spec, device) if reads(form) else None
 
 
 def accelerator_for(device: torch.device | str | None, vram: int | None) -> Accelerator | None:

@@ -19,8 +19,9 @@ from .device_call import WeightedRows
 class GroupedExperts:
     """The experts of one model that are on `device`. Thread-safe, for threads that compute on one stream."""
 
-    def __init__(self, num_experts: int, spec: FfnSpec, device: torch.device) -> None:
+    def __init__(self, num_experts: int, top_k: int, spec: FfnSpec, device: torch.device) -> None:
         self._num_experts = num_experts
+        self._top_k = top_k
         self._spec = spec
         self._device = device
         self._tables: dict[int, tuple[ExpertTable, dict[int, int]]] = {}  # by layer; the slot of each expert
@@ -38,7 +39,7 @@ class GroupedExperts:
         `slots` has a slot's number and its views for each of these experts; they must not be written to before the
         work enqueued here is done. What the table still says of experts that are not among them is not looked at.
         """
-        index, weights = choices(groups, hidden.shape[0], self._num_experts)
+        index, weights = choices(groups, hidden.shape[0], self._top_k, self._num_experts)
         index, weights = index.to(self._device), weights.to(self._device)
         with self._lock:
             table, placed = self._table(layer)
@@ -65,10 +66,10 @@ def reads(form: ExpertMatrices) -> bool:
     return True
 
 
-def choices(groups: Sequence[WeightedRows], tokens: int, absent: int) -> tuple[Tensor, Tensor]:
-    """What each token chose of `groups`: index int64 [T, k] and weights fp32 [T, k], k the most of any token.
+def choices(groups: Sequence[WeightedRows], tokens: int, top_k: int, absent: int) -> tuple[Tensor, Tensor]:
+    """What each token chose of `groups`: index int64 [T, k] and weights fp32 [T, k]; `absent` fills up.
 
-    `absent` stands where a token chose fewer.
+    k is `top_k`, doubled until all fit, because the kernels are compiled anew for every k.
     """
     token = torch.cat([group.token for group in groups])  # [R]
     counts = torch.tensor([group.token.shape[0] for group in groups])
@@ -78,7 +79,10 @@ def choices(groups: Sequence[WeightedRows], tokens: int, absent: int) -> tuple[T
     chosen = torch.bincount(token, minlength=tokens)  # [T]
     first = chosen.cumsum(0) - chosen  # [T]
     position = torch.arange(token.shape[0]) - first[token]  # [R]
-    shape = tokens, int(chosen.max())
+    width, most = top_k, int(chosen.max())
+    while width < most:
+        width *= 2
+    shape = tokens, width
     index, weights = torch.full(shape, absent), torch.zeros(shape)
     index[token, position] = expert[order]
     weights[token, position] = weight[order]

@@ -94,15 +94,17 @@ def test_a_slot_as_stored_holds_fewer_bytes_and_the_same_values(checkpoints: Any
     ram.close()
 
 
-@given(st.integers(0, 1000), st.integers(1, 6), st.integers(1, 4))
-def test_choices_are_those_that_the_groups_came_from(seed: int, tokens: int, top_k: int) -> None:
+@given(st.integers(0, 1000), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
+def test_choices_are_those_that_the_groups_came_from(seed: int, tokens: int, top_k: int, width: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     index = torch.stack([torch.randperm(6, generator=generator)[:top_k] for _ in range(tokens)])
     weights = torch.rand(tokens, top_k, generator=generator)
     groups = [WeightedRows(g.expert, g.token, weights[g.token, g.position]) for g in group_by_expert(index, 5)]
     if not groups:
         return
-    found, found_weights = choices(groups, tokens, absent=5)
+    found, found_weights = choices(groups, tokens, width, absent=5)
+    assert found.shape == found_weights.shape
+    assert found.shape[1] in (width, 2 * width, 4 * width)
     for token in range(tokens):
         wanted = {int(e): float(w) for e, w in zip(index[token], weights[token], strict=True) if e < 5}
         here = {int(e): float(w) for e, w in zip(found[token], found_weights[token], strict=True) if e < 5}
