@@ -79,9 +79,9 @@ class WeightsTier(RamTier[WeightsKey, ExpertWeights]):
         """
         forms = forms_of(self._loader, dtype, experts)
         share = bytes_as_stored(self._whole, forms, always=uploads)
-        parts = [(self.stored, share), (self, self._whole - share)]
-        for tier, size in sorted(parts, key=lambda part: part[1] > part[0].budget_bytes):  # first the one that shrinks
-            tier.resize(size)
+        self.stored.resize(min(share, self.stored.budget_bytes))  # what grows comes last
+        self.resize(self._whole - share)
+        self.stored.resize(share)
 
     @contextmanager
     def as_stored(self, key: ExpertKey) -> Iterator[ExpertMatrices]:
