@@ -8,8 +8,9 @@ other; never keeps a whole shard alive for the sake of a small tensor in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,10 +25,16 @@ _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FUSED = ("gate_up_proj", "down_proj")
 
 Block = tuple[int, int]
+Empty = Callable[[tuple[int, ...]], Tensor]  # an uninitialised tensor of that shape, of the dtype that is asked for
 
 
 def canonical_weights(
-    tensors: Mapping[str, Tensor], spec: FfnSpec, dtype: torch.dtype, *, block: Block | None = None
+    tensors: Mapping[str, Tensor],
+    spec: FfnSpec,
+    dtype: torch.dtype,
+    *,
+    block: Block | None = None,
+    empty: Empty | None = None,
 ) -> ExpertWeights:
     """The weights of one expert, of `dtype`; quantised ones are widened.
 
@@ -35,19 +42,21 @@ def canonical_weights(
     (or w1, w3, w2), each with an optional `.bias`; with `.weight_scale_inv` for FP8 in blocks; or instead of `.weight`
     `.weight_packed`, `.weight_scale`, `.weight_shape` and an optional `.weight_zero_point` (INT4 of
     compressed-tensors). Or fused `gate_up_proj`, `down_proj`, each with an optional `_bias`, or as `_blocks` and
-    `_scales` (MXFP4). `block` has the rows and columns that share a scale, for FP8 and INT4.
+    `_scales` (MXFP4). `block` has the rows and columns that share a scale, for FP8 and INT4. `empty` makes the matrices
+    that are no views, of `dtype`.
 
     Weights already of `dtype` are views of the given tensors; gate and up become one view when they lie next to each
     other. Raises ValueError for missing, unknown or misshapen tensors.
     """
     source = _Source(tensors, block)
+    make = partial(torch.empty, dtype=dtype) if empty is None else empty
     if source.fused:
-        gate_up, down = (_widened(_fused_matrix(source, name, spec), spec, dtype) for name in _FUSED)
+        gate_up, down = (_widened(_fused_matrix(source, name, spec), spec, dtype, make) for name in _FUSED)
         biases = [source.take_optional(f"{name}_bias") for name in _FUSED]
     else:
         gate, up, projection = source.projections(spec)
-        gate_up = _join_widened(gate, up, dtype)
-        down, biases = dequantize(projection, dtype), source.projection_biases()
+        gate_up = _join_widened(gate, up, dtype, make)
+        down, biases = _widened(projection, spec, dtype, make), source.projection_biases()
     source.done()
     weights = ExpertWeights(gate_up, down, *(None if bias is None else bias.to(dtype) for bias in biases))
     weights.matrices(spec)  # raises for shapes that do not fit each other
@@ -151,18 +160,31 @@ def _fused_matrix(source: _Source, name: str, spec: FfnSpec) -> WeightMatrix:
     return replace(matrix, data=matrix.data.t()) if spec.transposed else matrix
 
 
-def _widened(matrix: WeightMatrix, spec: FfnSpec, dtype: torch.dtype) -> Tensor:
+def widened(expert: ExpertMatrices, spec: FfnSpec, dtype: torch.dtype) -> ExpertWeights:
+    """An expert as it is stored in the form that is computed with, on its device: as `canonical_weights` makes it."""
+    make = partial(torch.empty, dtype=dtype, device=expert.down.data.device)
+    gate_up, down = (_widened(matrix, spec, dtype, make) for matrix in (expert.gate_up, expert.down))
+    biases = (None if bias is None else bias.to(dtype) for bias in (expert.gate_up_bias, expert.down_bias))
+    return ExpertWeights(gate_up, down, *biases)
+
+
+def _widened(matrix: WeightMatrix, spec: FfnSpec, dtype: torch.dtype, empty: Empty) -> Tensor:
     """In the orientation that is computed with: transformers transposes what it widens, too."""
-    weight = dequantize(matrix, dtype)
-    return weight.t().contiguous() if spec.transposed else weight
+    if matrix.data.dtype == dtype:
+        return matrix.data.t() if spec.transposed else matrix.data
+    if spec.transposed:
+        out = empty(matrix.shape[::-1])  # [K, N]
+        dequantize(matrix, dtype, out=out.t())
+        return out
+    return dequantize(matrix, dtype, out=empty(matrix.shape))
 
 
-def _join_widened(gate: WeightMatrix, up: WeightMatrix, dtype: torch.dtype) -> Tensor:
+def _join_widened(gate: WeightMatrix, up: WeightMatrix, dtype: torch.dtype, empty: Empty) -> Tensor:
     """[gate; up] as [2I, H]: a view where they are neighbours of the right dtype, else one new tensor."""
     if gate.data.dtype == up.data.dtype == dtype and (view := _neighbours(gate.data, up.data)) is not None:
         return view
     rows, columns = gate.shape
-    joined = torch.empty(2 * rows, columns, dtype=dtype, device=gate.data.device)  # [2I, H]
+    joined = empty((2 * rows, columns))  # [2I, H]
     for matrix, half in zip((gate, up), joined.chunk(2), strict=True):
         dequantize(matrix, dtype, out=half)
     return joined

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from moehive.swarm.directory import Holders
 from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
 from moehive.swarm.model_fetcher import ModelFetcher
-from moehive.swarm.policy.placement import fill_budget, rarest_first
+from moehive.swarm.policy.budgets import ExpertForms
+from moehive.swarm.policy.placement import choose_experts, rarest_first
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.threads import to_its_end
@@ -40,7 +41,8 @@ class Acquisition:
         holdings: Holdings,
         *,
         ram_budget: int,
-        expert_ram: int,
+        forms: ExpertForms,
+        on_selected: Callable[[int], None] = lambda experts: None,
     ) -> None:
         self._settings = settings
         self._member = member
@@ -51,7 +53,8 @@ class Acquisition:
         self._uses = ExitStack()
         self._manifest = holdings.manifest
         self._ram_budget = ram_budget  # bytes
-        self._expert_ram = expert_ram  # bytes of one expert in memory: quantised ones grow there
+        self._forms = forms  # of one expert in memory: quantised ones grow where they are computed with
+        self._on_selected = on_selected  # told how many experts are to be held
 
     def close(self) -> None:
         """What is held is no longer in use: others may evict it."""
@@ -99,6 +102,7 @@ class Acquisition:
     async def _choose(self) -> list[ShardEntry]:
         """What is to be held: first what the swarm lacks most, and what others who load now do not begin with."""
         selected = await self._select()
+        self._on_selected(len(selected))
         replicas = self._member.directory(self._manifest.model_id).holders.replicas
         order = rarest_first(selected, replicas, seed=self._member.transport.peer)
         experts = [self._manifest.experts[key] for key in order]
@@ -115,8 +119,16 @@ class Acquisition:
         budgets = [self._ram_budget]
         if self._fetcher is not None:
             budgets.append(await asyncio.to_thread(self._disk_for_experts, self._fetcher.store))
-        costs = {key: (self._expert_ram, size)[: len(budgets)] for key, size in self._obtainable(directory.holders)}
-        return fill_budget(costs, directory.holders.replicas, budgets=budgets, seed=self._member.transport.peer)
+        sizes, forms = dict(self._obtainable(directory.holders)), self._forms
+        return choose_experts(
+            sizes,
+            directory.holders.replicas,
+            budgets=budgets,
+            widened=forms.widened,
+            stored=min(forms.stored, forms.widened),
+            reserve=forms.floor * forms.widened,
+            seed=self._member.transport.peer,
+        )
 
     def _disk_for_experts(self, store: ContentStore) -> int:
         """Bytes that experts may take of the disk budget: what they take already, and what is free beyond the skeleton.

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, starmap
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from moehive.kernels.cpu.experts import expert_rows_fast
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
 from moehive.protocol.messages import RunExperts
 from moehive.swarm.dispatch.request import parse_request
+from moehive.swarm.model.device import DeviceExperts
+from moehive.swarm.model.device_call import WeightedRows
 
 # (layer, expert, dtype) -> the weights, held while the context lasts
 LeaseExpert = Callable[[int, int, torch.dtype], AbstractContextManager[ExpertWeights]]
@@ -60,12 +62,14 @@ class BatchRun:
         *,
         slice_rows: int = 1 << 30,
         note: NoteUses | None = None,
+        device: DeviceExperts | None = None,
     ) -> None:
         self._batch = batch
         self._lease = lease
         self._spec = spec
         self._slice_rows = slice_rows
         self._note = note
+        self._device = device  # computes where it is given, instead of what `lease` gives
         self._outputs: dict[int, Tensor] = {}  # by the index in the batch
         self._steps = self._compute()
 
@@ -96,7 +100,7 @@ class BatchRun:
 
     def _tell(self, works: Sequence[Work]) -> None:
         """Say what is used next, all at once: so that it can be got ready, and the rest be judged by it."""
-        if self._note is None:
+        if self._note is None or self._device is not None:  # which is told when it plans
             return
         first, tokens = works[0], sum(work.message.tokens for work in works)
         rows: Mapping[int, int] = dict(zip(first.message.experts, first.message.counts, strict=True))  # ascending
@@ -111,6 +115,9 @@ class BatchRun:
         """Unweighted expert outputs [R, H]: each expert's rows in one product, as its caller relies on."""
         message, dtype = work.message, work.hidden.dtype
         out = self._outputs[index] = torch.empty(message.rows, message.hidden, dtype=dtype)  # [R, H]
+        if self._device is not None:
+            yield from self._rows_on(self._device, work, out)
+            return
         start = 0
         for expert, count in zip(message.experts, message.counts, strict=True):
             token = work.token[start : start + count]
@@ -119,23 +126,44 @@ class BatchRun:
             start += count
             yield count
 
+    def _rows_on(self, device: DeviceExperts, work: Work, out: Tensor) -> Iterator[int]:
+        """The same into out [R, H], each expert where the device's plan says."""
+        message = work.message
+        counts = dict(zip(message.experts, message.counts, strict=True))
+        first = dict(zip(message.experts, accumulate(message.counts, initial=0), strict=False))
+        plan = device.plan(message.layer, counts, message.tokens, out.dtype)
+        for expert in plan.order:
+            span = slice(first[expert], first[expert] + counts[expert])
+            with device.lease(plan, expert) as weights:
+                rows = work.hidden[work.token[span]].to(weights.gate_up.device)
+                out[span] = expert_ffn(rows, weights, self._spec).to(out.device)
+            yield counts[expert]
+
     def _merged(self, merged: Sequence[int]) -> Iterator[int]:
         """Weighted sums, [T, H] of each request: accumulated in fp32 in ascending expert order, rounded once."""
         batch = [self._batch[index] for index in merged]
         tokens = [work.message.tokens for work in batch]
-        if tokens == [1]:
+        if tokens == [1] and self._device is None:
             self._outputs[merged[0]] = _run_token(batch[0], self._lease, self._spec)
             yield batch[0].message.rows
             return
         layer, dtype = batch[0].message.layer, batch[0].hidden.dtype
         hidden = batch[0].hidden if len(batch) == 1 else torch.cat([work.hidden for work in batch])  # [sum T, H]
         total = torch.zeros(hidden.shape, dtype=torch.float32)  # [sum T, H]
-        for expert, token, row_weights in _rows_by_expert(batch, tokens):
-            for part, weight in self._slices(token, row_weights):
-                with self._lease(layer, expert, dtype) as weights:
+        groups = _rows_by_expert(batch, tokens)
+        if self._device is None:
+            yield from self._add_sums(layer, hidden, groups, total)
+        else:
+            yield from self._device.add_sums(layer, hidden, list(groups), total, slice_rows=self._slice_rows)
+        self._outputs |= zip(merged, torch.split(total.to(dtype), tokens), strict=True)
+
+    def _add_sums(self, layer: int, hidden: Tensor, groups: Iterable[WeightedRows], total: Tensor) -> Iterator[int]:
+        """Add the weighted rows of hidden [T, H] to total [T, H] fp32."""
+        for group in groups:
+            for part, weight in self._slices(group.token, group.weight):
+                with self._lease(layer, group.expert, hidden.dtype) as weights:
                     add_weighted(total, part, expert_rows_fast(hidden[part], weights, self._spec), weight)
                 yield part.shape[0]
-        self._outputs |= zip(merged, torch.split(total.to(dtype), tokens), strict=True)
 
     def _slices(self, token: Tensor, row_weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         """One expert's rows, cut where there are more than a slice has."""
@@ -161,8 +189,8 @@ def _run_token(work: Work, lease: LeaseExpert, spec: FfnSpec) -> Tensor:
     return total.to(work.hidden.dtype)
 
 
-def _rows_by_expert(batch: Sequence[Work], tokens: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each expert, ascending: token indices [R] into the merged batch, and fp32 weights [R]."""
+def _rows_by_expert(batch: Sequence[Work], tokens: Sequence[int]) -> Iterator[WeightedRows]:
+    """Each expert, ascending: tokens are those of the merged batch, weights fp32."""
     starts = accumulate(tokens, initial=0)
     token = torch.cat([work.token + start for work, start in zip(batch, starts, strict=False)])  # [sum R]
     row_weights = torch.cat([work.weights.float() for work in batch if work.weights is not None])  # [sum R]
@@ -171,6 +199,5 @@ def _rows_by_expert(batch: Sequence[Work], tokens: Sequence[int]) -> Iterator[tu
     expert, order = torch.sort(experts.repeat_interleave(counts), stable=True)  # [sum R]
     found, sizes = torch.unique_consecutive(expert, return_counts=True)
     parts = sizes.tolist()
-    yield from zip(
-        found.tolist(), torch.split(token[order], parts), torch.split(row_weights[order], parts), strict=True
-    )
+    rows = zip(found.tolist(), torch.split(token[order], parts), torch.split(row_weights[order], parts), strict=True)
+    yield from starmap(WeightedRows, rows)

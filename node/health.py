@@ -166,6 +166,26 @@ def check_fit(name: str, experts: int, expert_bytes: int, top_k: int, ram: int) 
     return Check("model", "note", share, "it runs, and reads the others from disk as they are used")
 
 
+def check_stored_fit(name: str, experts: int, stored: int, widened: int, top_k: int, ram: int) -> Check | None:
+    """Whether experts that do not all fit a RAM budget as they are computed with do so as they are stored.
+
+    Bytes of one expert in each form. None where there is nothing to say: all fit, or not even so.
+    """
+    total = experts * stored + least_ram(widened, top_k)
+    if stored >= widened or ram >= experts * widened or ram < total:
+        return None
+    return Check("model", "note", f"all experts of {name} fit as they are stored ({format_size(experts * stored)})")
+
+
+def check_device_fit(name: str, experts: int, slot: int, top_k: int, device: str, vram: int) -> Check:
+    """How many of a model's experts, `slot` bytes each, fit a budget in an accelerator's memory."""
+    least = min(experts * slot, least_ram(slot, top_k))
+    if vram < least:
+        found = f"{format_size(vram)} are too little for experts of {name}, which need {format_size(least)}"
+        return Check(device, "note", found, "the processor computes them, unless that memory is freed")
+    return Check(device, "ok", f"{min(experts, vram // slot)} of {experts} experts of {name} fit")
+
+
 def check_threads(threads: int, cores: float) -> Check:
     """Threads that torch would start against the processor time that this process gets."""
     if threads > cores + 0.5:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing
+from functools import partial
 
 import torch
 
@@ -17,8 +18,10 @@ from moehive.swarm.announcer import Announcer
 from moehive.swarm.dispatch.request import DTYPES
 from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
-from moehive.swarm.memory import default_ram_budget
-from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.memory import default_ram_budget, default_vram_budget
+from moehive.swarm.model.device import DeviceExperts, accelerator_for
+from moehive.swarm.model.loader import ExpertLoader, StoredExpert
+from moehive.swarm.model.tier import WeightsTier, forms_of
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.direct import DirectServer
 from moehive.swarm.rpc.server import Inbox, open_gate, stream_handler
@@ -55,16 +58,22 @@ class Serving:
         dtype = DTYPES[manifest.model.dtype]
         if ram_budget < (room := self._loader.largest_room(dtype)):
             raise BudgetTooSmall(f"memory for one expert of {manifest.model.name}", budget=ram_budget, needed=room)
-        self._tier = weights_tier(self._loader, ram_budget, load=self._load)
+        self._tier = WeightsTier(self._loader, ram_budget, read=self._read)
+        self._device = self._open_device(dtype)
+        forms = forms_of(self._loader, dtype, 1)
+        self._slots = 0 if self._device is None else self._device.slots
         self._acquisition = Acquisition(
             settings,
             member,
             source,
             self.holdings,
-            ram_budget=ram_budget,
-            expert_ram=self._loader.nbytes(dtype),
+            ram_budget=ram_budget + self._slots * forms.widened,  # what is in device memory need not be in RAM
+            forms=forms,
+            on_selected=partial(self._divide_ram, dtype),
         )
-        self._worker = ComputeWorker(self._lease, self._loader.spec, settings.queue, note=self._note)
+        self._worker = ComputeWorker(
+            self._lease, self._loader.spec, settings.queue, note=self._note, device=self._device
+        )
         self._uploads = Uploads(UploadLimits(slots=settings.upload_slots), rate=settings.upload_rate)
         self._bulk = BulkServer(
             settings.listen, settings.bulk_port, agent=member.agent, shelf=self.holdings, uploads=self._uploads
@@ -85,7 +94,7 @@ class Serving:
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         """Hold, serve, announce; leave when `stop` is set."""
-        with closing(self._acquisition), closing(self._tier):
+        with closing(self._acquisition), closing(self._device or self._tier):
             await self._run(stop, on_ready)
 
     async def _run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
@@ -124,6 +133,9 @@ class Serving:
             held=len(holdings.experts),
             experts=len(holdings.manifest.experts),
             tier=self._tier.stats,
+            stored=self._tier.stored_stats,
+            device=self._settings.device,
+            device_tier=None if self._device is None else self._device.device_stats,
             queue=self._worker.facts,
             requests=self._worker.requests_done,
             rows=self._worker.rows_done,
@@ -133,6 +145,23 @@ class Serving:
             sending=dict(member.downloads.sending),
             peers=len(member.directory(holdings.manifest.model_id).holders.inventories),
         )
+
+    def _open_device(self, dtype: torch.dtype) -> DeviceExperts | None:
+        """The experts in the memory of the device that the settings name; None: the processor computes.
+
+        Raises ConfigError where it is not here, BudgetTooSmall.
+        """
+        settings = self._settings
+        accelerator = accelerator_for(settings.device, settings.vram)
+        if accelerator is None:
+            return None
+        vram = default_vram_budget(accelerator.device) if settings.vram is None else settings.vram
+        return DeviceExperts(self._loader, self._tier, accelerator, dtype, vram)
+
+    def _divide_ram(self, dtype: torch.dtype, experts: int) -> None:
+        """How RAM holds them: so many are to be held, some of them on the device."""
+        uploads = self._device is not None and self._device.takes_stored
+        self._tier.hold_stored(dtype, experts if uploads else max(1, experts - self._slots), uploads=uploads)
 
     def _claim(self) -> None:
         holdings = self.holdings
@@ -148,9 +177,9 @@ class Serving:
             Uses(layer, {(ExpertKey(layer, expert), dtype): count for expert, count in rows.items()}, tokens)
         )
 
-    def _load(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
+    def _read(self, key: ExpertKey) -> StoredExpert:
         try:
-            return self._loader.load(key, dtype)
+            return self._loader.read(key)
         except (CorruptShard, NotHeld):  # somebody changed or deleted the file
             self.holdings.drop(self.holdings.manifest.experts[key].hash)
             raise

@@ -40,6 +40,8 @@ class NodeSettings:
     upload_rate: int | None = None  # bytes per second of all uploads; None: no limit
     upload_slots: int = 8  # uploads at the same time
     ram: int | None = None  # bytes for experts in memory; None: from the memory that is free
+    device: str = "cpu"  # where experts are computed: torch's name of it
+    vram: int | None = None  # bytes for experts in its memory; None: what is free there; the processor has none
     disk: int = 20 << 30  # bytes for fetched objects
     seeds: tuple[SeedName, ...] = ()  # stand in for peers that are missing
     skeleton: bool = True  # also keep and serve the dense part

@@ -51,6 +51,9 @@ class NodeFacts:
     received: int  # bytes of objects
     sending: Mapping[PeerId, float]  # who sends objects to us now: bytes per second
     peers: int  # that announce the model
+    stored: TierStats | None = None  # experts as they are stored, below `tier`
+    device: str = "cpu"  # where experts are computed
+    device_tier: TierStats | None = None  # in that device's memory
 
     def to_json(self) -> dict[str, Any]:
         """Seconds and bytes."""
@@ -59,7 +62,8 @@ class NodeFacts:
             "modelName": self.model_name,
             "expertsHeld": self.held,
             "expertsTotal": self.experts,
-            "experts": tier_json(self.tier, "disk"),
+            "device": self.device,
+            "experts": tier_json(self.tier, "disk", self.device_tier, self.stored),
             "requests": {
                 "waiting": self.queue.requests,
                 "expectedWait": round(self.queue.expected_wait, 6),

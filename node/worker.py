@@ -17,6 +17,7 @@ from moehive.protocol.errors import LocalError, RefusalCode
 from moehive.protocol.ids import PeerId
 from moehive.protocol.messages import RunExperts
 from moehive.swarm.log import get_logger
+from moehive.swarm.model.device import DeviceExperts
 from moehive.swarm.rpc.server import Refusal
 from moehive.swarm.telemetry.histogram import Histogram, Latencies
 
@@ -60,10 +61,12 @@ class ComputeWorker:
         limits: QueueLimits,
         *,
         note: NoteUses | None = None,
+        device: DeviceExperts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lease = lease
         self._note = note
+        self._device = device
         self._spec = spec
         self._limits = limits
         self._clock = clock
@@ -144,7 +147,7 @@ class ComputeWorker:
         self._served = computed(self._served, [queued.waiting for queued in requests], self._queue.clients)
         slice_rows = self._limits.batch_rows if small else self._limits.slice_rows
         works = [queued.work for queued in requests]
-        run = BatchRun(works, self._lease, self._spec, slice_rows=slice_rows, note=self._note)
+        run = BatchRun(works, self._lease, self._spec, slice_rows=slice_rows, note=self._note, device=self._device)
         batch = _Batch(requests, run, self._clock())
         self._computing.append(batch)
         return batch

@@ -118,6 +118,8 @@ class Swarm:
         dtype: torch.dtype | None = None,
         answers: AnswerForm = "sum",
         ram: int = 0,
+        device: torch.device | str | None = None,
+        vram: int | None = None,
         expect_tokens: int | None = None,
         kv: KvMode | KvOptions = "full",
         timeout: float = 60.0,
@@ -134,18 +136,28 @@ class Swarm:
         the budget is the same for all loads of one model. `expect_tokens` says about how many tokens, those of prompts
         included, will be computed: with it the choice is within 15 % of the best, without it within twice the best.
 
+        `device` is where the model computes, by default the processor. Experts that are kept here are then kept in its
+        memory, too, once they were used, in `vram` bytes, by default what is free there.
+
         Waits up to `timeout` seconds for a peer that has the model. Raises ModelUnavailable, ShardUnavailable,
-        ManifestError, StorageError, TransportError, BudgetTooSmall; ConfigError for a `model` that is neither, or when
-        not joined.
+        ManifestError, StorageError, TransportError, BudgetTooSmall; ConfigError for a `model` that is neither, for a
+        `device` that is not here, for `vram` without `ram`, or when not joined.
         """
         from .loading import open_local
+        from .model.device import accelerator_for
 
+        if vram is not None and not ram:
+            raise ConfigError("vram is for experts that are kept here: give ram, too")
+        accelerator = accelerator_for(device, vram)
         directory, manifest = self._skeleton(model, timeout, observer)
         opened = self._open_portal.call(self._open_model, manifest, ram)
         if opened.resident is not None and expect_tokens is not None:
             opened.resident.expect(expect_tokens)
         backend = opened.backend(answers)
-        return open_local(directory, dtype=dtype, backend=backend, kv=kv)
+        loaded, tokenizer = open_local(directory, dtype=dtype, backend=backend, device=device, kv=kv)
+        if opened.resident is not None and accelerator is not None:
+            opened.keep_on(accelerator, loaded.dtype, vram)
+        return loaded, tokenizer
 
     def load_expert(
         self, model_id: str, layer: int, expert: int, *, dtype: torch.dtype | None = None, timeout: float = 10.0
@@ -184,6 +196,11 @@ class Swarm:
         """What the memory for experts has counted, of a model that was loaded with `ram`; None without."""
         resident = self._loaded(model_id).resident
         return None if resident is None else resident.tier_stats
+
+    def device_stats(self, model_id: str) -> TierStats | None:
+        """The same of a device's memory, of a model that was loaded with `ram` and `device`; None without."""
+        resident = self._loaded(model_id).resident
+        return None if resident is None else resident.device_stats
 
     def liars(self, model_id: str) -> Sequence[LiarReport]:
         """Peers that were shown to have computed wrongly, with the forward passes that used their answers."""

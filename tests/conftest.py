@@ -33,3 +33,17 @@ from hypothesis import settings  # noqa: E402  after the environment
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("thorough", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+import pytest  # noqa: E402
+from support.interpreted import InterpretedTests, ReportWriter, is_interpreter  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests marked `interpreted` run under Triton's interpreter, in a process of their own.
+
+    In that child reports go to the parent; the parent forwards; by hand with TRITON_INTERPRET=1 tests just run.
+    """
+    if not is_interpreter():
+        config.pluginmanager.register(InterpretedTests(config))
+    elif (writer := ReportWriter.from_environment(config)) is not None:
+        config.pluginmanager.register(writer)

@@ -48,7 +48,7 @@ def this_processor() -> Processor:
     return Processor(
         avx512=torch.backends.cpu.get_cpu_capability() == "AVX512",
         intel="AMD" not in str(capabilities.get("cpu_name", "")),  # also where torch cannot tell
-        mkl=bool(mkl.is_available()),
+        mkl=bool(mkl.is_available()),  # type: ignore[no-untyped-call]
         onednn=has_onednn,
         bf16_products=has_onednn and bool(ops._is_mkldnn_bf16_supported()),
         fp16_products=has_onednn and bool(ops._is_mkldnn_fp16_supported()),

@@ -17,6 +17,7 @@ from moehive.swarm.policy.upload import MIN_RATE
 _MAX_PORT = 65535
 _IPV6_PORT = re.compile(r"\[([^\[\]]+)\]:([0-9]{1,5})")
 _HOST_PORT = re.compile(r"([^\[\]:]+):([0-9]{1,5})")
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?")
 _DNS_NAME = re.compile(r"[A-Za-z0-9.-]+")
 
 
@@ -71,4 +72,20 @@ AnnounceAddresses = Annotated[tuple[str, ...], _ADDRESSES, Parameter(converter=_
 Port = Annotated[int, Parameter(validator=validators.Number(gte=0, lte=_MAX_PORT), metavar="PORT")]
 Positive = Annotated[int, Parameter(validator=validators.Number(gte=1), metavar="N")]
 NotNegative = Annotated[float, Parameter(validator=validators.Number(gte=0), metavar="X")]
+DeviceName = Annotated[str, Parameter(metavar="cpu|cuda|cuda:N")]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
+
+
+def check_device(name: str, vram: int | None) -> None:
+    """Raise ConfigError for the name of a device that is not here, and for `vram` without one."""
+    if not _DEVICE.fullmatch(name):
+        raise ConfigError(f"--device {name} is not cpu, cuda or cuda:N")
+    if name == "cpu":
+        if vram is not None:
+            raise ConfigError("--vram is memory of a GPU: add --device cuda")
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    if int(name.partition(":")[2] or 0) >= count:
+        raise ConfigError(f"torch finds {count} CUDA devices here, not {name}; `moehive doctor` shows them")

@@ -48,7 +48,7 @@ def doctor(model: Path | None = None, /, *, json: Flag = False) -> int | None:
     paths = Paths.of(os.environ)
     memory, disk = detect_memory(devices=detect_devices()), detect_disk(paths.store)
     budgets = plan_budgets(memory, disk)
-    checks = [*_checks(paths, disk), *([] if model is None else [_fit(model, budgets)])]
+    checks = [*_checks(paths, disk), *([] if model is None else _fit(model, budgets))]
     if json:
         say_json(_as_json(memory, disk, budgets, checks), indent=2)
     else:
@@ -166,18 +166,27 @@ def _store_check(store: Path) -> Check:
     return check_store(len(catalogue.objects), sum(catalogue.objects.values()), names, len(catalogue.partials))
 
 
-def _fit(model: Path, budgets: Sequence[Budget]) -> Check:
-    """Whether a model's experts fit the RAM budget: all, some, or too few to run."""
-    from moehive.node.health import check_fit
+def _fit(model: Path, budgets: Sequence[Budget]) -> Iterator[Check]:
+    """Whether a model's experts fit the RAM budget, and those of accelerators: all, some, or too few to run."""
+    from moehive.node.health import check_device_fit, check_fit, check_stored_fit
     from moehive.swarm.dispatch.request import DTYPES
-    from moehive.swarm.model.backend import ExpertLoader
+    from moehive.swarm.model.device import slot_layout
+    from moehive.swarm.model.loader import ExpertLoader
     from moehive.swarm.store.directory import ConvertedDirectory
 
     directory = ConvertedDirectory(model)
     manifest = directory.manifest
-    each = ExpertLoader(manifest, directory).nbytes(DTYPES[manifest.model.dtype])
+    loader, dtype = ExpertLoader(manifest, directory), DTYPES[manifest.model.dtype]
+    name, experts, top_k = manifest.model.name, len(manifest.experts), manifest.model.top_k
     ram = next(budget.bytes for budget in budgets if budget.tier == "ram")
-    return check_fit(manifest.model.name, len(manifest.experts), each, manifest.model.top_k, ram)
+    yield check_fit(name, experts, loader.nbytes(dtype), top_k, ram)
+    stored = max(loader.stored_room(key) for key in manifest.experts)
+    if (check := check_stored_fit(name, experts, stored, loader.widened_room(dtype), top_k, ram)) is not None:
+        yield check
+    for budget in budgets:
+        if budget.tier.startswith("vram cuda") and budget.bytes:
+            slot = slot_layout(loader, dtype, kernels=True).nbytes
+            yield check_device_fit(name, experts, slot, top_k, budget.tier, budget.bytes)
 
 
 def _is_writable(path: Path) -> bool:

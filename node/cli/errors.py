@@ -48,7 +48,7 @@ _HINTS: tuple[tuple[type[MoehiveError], str], ...] = (
     (SeedChanged, "name the checkpoint that was converted; of the hub with its revision: --seed hub:REPO@REVISION"),
     (SeedError, "check --seed, and whether this machine reaches the hub where it is there"),
     (MemoryExhausted, "something else took the memory: give a smaller --ram, or end what takes it"),
-    (BudgetTooSmall, "see --ram and --disk, of a KV cache --kv-budget"),
+    (BudgetTooSmall, "see --ram, --vram and --disk, of a KV cache --kv-budget"),
     (
         ModelUnavailable,
         "`moehive inspect DIR` shows the id of a model; a node has to serve it: `moehive node DIR --join TICKET`",

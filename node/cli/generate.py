@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from moehive.protocol.ticket import Ticket
 from moehive.swarm.prefetch.report import usefulness_json, usefulness_lines
 from moehive.swarm.telemetry.report import device_lines, tier_json, tier_lines
 
-from .arguments import Flag, NotNegative, Positive, Size, TicketText
+from .arguments import DeviceName, Flag, NotNegative, Positive, Size, TicketText, check_device
 from .drafting import check_draft, drafting
 from .kv import KvFlags, kv_json, kv_lines
 from .node import check_converted
@@ -36,10 +35,21 @@ if TYPE_CHECKING:
 
     from .generation import Generated
 
-    # Memory for experts, where its misses came from, the device's memory above it, and what prefetch was worth
-    Tier = tuple[TierStats, str, TierStats | None, Usefulness | None]
 
 _MAX_SEED = (1 << 32) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """What the memory for experts did: RAM, where its misses came from, the device above it, the stored part below it,
+    and what prefetch was worth.
+    """
+
+    ram: TierStats
+    source: str
+    device: TierStats | None = None
+    stored: TierStats | None = None
+    prefetch: Usefulness | None = None
 
 
 @Parameter(name="*")
@@ -79,9 +89,9 @@ class GenerateOptions:
     here; by default none are kept. Without it for those that are read from the model's directory; by default half
     of what is free."""
 
-    device: Annotated[str, Parameter(metavar="cpu|cuda|cuda:N")] = "cpu"
-    """Where the model computes, without --join. Experts are then kept there too, within --vram, and the processor
-    computes those that do not get there in time."""
+    device: DeviceName = "cpu"
+    """Where the model computes. Experts are then kept there too, within --vram; with --join those that --ram keeps. The
+    processor computes those that do not get there in time."""
 
     vram: Size | None = None
     """Memory of --device for experts. By default what is free there once the dense part is."""
@@ -176,25 +186,15 @@ def check_options(options: GenerateOptions) -> None:
 
 
 def _check_device(options: GenerateOptions) -> None:
-    if options.device == "cpu" and options.vram is None:
-        return
-    if options.join is not None:
-        raise ConfigError("--device and --vram are for models in a local directory: leave them or --join out")
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", options.device):
-        raise ConfigError(f"--device {options.device} is not cpu, cuda or cuda:N")
-    if options.device == "cpu":
-        raise ConfigError("--vram is memory of a GPU: add --device cuda")
-    import torch
-
-    number = int(options.device.partition(":")[2] or 0)
-    if number >= torch.cuda.device_count():
-        raise ConfigError(f"torch finds {torch.cuda.device_count()} CUDA devices here, not {options.device}")
+    if options.join is not None and options.vram is not None and not options.ram:
+        raise ConfigError("--vram with --join is for experts that are kept here: add --ram")
+    check_device(options.device, options.vram)
 
 
 # --- what it prints -------------------------------------------------------------------------------------------------
 
 
-def summary(result: Generated, seed: int, stats: DispatchStats | None, tier: Tier | None = None) -> str:
+def summary(result: Generated, seed: int, stats: DispatchStats | None, tier: Tiers | None = None) -> str:
     """For people."""
     lines = [
         f"{len(result.tokens)} tokens in {result.seconds:.1f} s ({result.tokens_per_second:.1f} tokens/s), "
@@ -206,9 +206,9 @@ def summary(result: Generated, seed: int, stats: DispatchStats | None, tier: Tie
         lines += [f"  {stats.retries} requests were repeated at another peer"] * bool(stats.retries)
         lines += [f"  {stats.hedges} late requests were asked of a second peer too"] * bool(stats.hedges)
     if tier is not None:
-        ram, source, device, prefetch = tier
-        lines += ([] if device is None else device_lines(device)) + tier_lines(ram, source)
-        lines += [] if prefetch is None else usefulness_lines(prefetch)
+        lines += [] if tier.device is None else device_lines(tier.device)
+        lines += tier_lines(tier.ram, tier.source, tier.stored)
+        lines += [] if tier.prefetch is None else usefulness_lines(tier.prefetch)
     if result.kv is not None:
         lines += kv_lines(result.kv, result.kv_error)
     return "\n".join(lines)
@@ -224,7 +224,7 @@ def peer_table(stats: DispatchStats) -> str:
     return table(("peer", "rows", "share", "latency", "failures"), rows)
 
 
-def result_json(result: Generated, seed: int, stats: DispatchStats | None, tier: Tier | None = None) -> dict[str, Any]:
+def result_json(result: Generated, seed: int, stats: DispatchStats | None, tier: Tiers | None = None) -> dict[str, Any]:
     """For programs. Seconds and bytes."""
     return {
         "text": result.text,
@@ -235,8 +235,8 @@ def result_json(result: Generated, seed: int, stats: DispatchStats | None, tier:
         "firstTokenSeconds": round(result.first_token_seconds, 4),
         "tokensPerSecond": round(result.tokens_per_second, 2),
         "swarm": None if stats is None else _stats_json(stats, len(result.tokens)),
-        "experts": None if tier is None else tier_json(*tier[:3]),
-        "prefetch": None if tier is None or tier[3] is None else usefulness_json(tier[3]),
+        "experts": None if tier is None else tier_json(tier.ram, tier.source, tier.device, tier.stored),
+        "prefetch": None if tier is None or tier.prefetch is None else usefulness_json(tier.prefetch),
         "kv": None if result.kv is None else kv_json(result.kv, result.kv_error),
     }
 
@@ -289,7 +289,7 @@ class _Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     stats: DispatchStats | None  # of the swarm
-    tier: Callable[[], Tier | None]
+    tier: Callable[[], Tiers | None]
 
 
 @contextmanager
@@ -297,7 +297,7 @@ def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
     dtype = _torch_dtype(options.dtype)
     if options.join is None:
         from moehive.swarm import open_local
-        from moehive.swarm.model.seats import device_statistics, tier_statistics
+        from moehive.swarm.model.seats import device_statistics, stored_statistics, tier_statistics
         from moehive.swarm.prefetch.wiring import usefulness_of
 
         prefetch = _prefetch(options.prefetch)
@@ -305,8 +305,10 @@ def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
             options.model, dtype=dtype, ram=options.ram, device=options.device, vram=options.vram, prefetch=prefetch
         )
 
-        def tier() -> Tier | None:
-            return _tier(tier_statistics(model), "disk", device_statistics(model), usefulness_of(model))
+        def tier() -> Tiers | None:
+            return _tier(
+                tier_statistics(model), "disk", device_statistics(model), stored_statistics(model), usefulness_of(model)
+            )
 
         yield _Loaded(model, tokenizer, None, tier)
         return
@@ -322,16 +324,26 @@ def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
                 dtype=dtype,
                 answers=options.answers,
                 ram=options.ram or 0,
+                device=options.device,
+                vram=options.vram,
                 expect_tokens=options.max_tokens,
                 observer=(lambda seen: move(seen.verified, seen.total)) if move else None,
             )
-        yield _Loaded(model, tokenizer, swarm.stats(model_id), lambda: _tier(swarm.tier_stats(model_id), "swarm"))
+
+        def kept() -> Tiers | None:
+            return _tier(swarm.tier_stats(model_id), "swarm", swarm.device_stats(model_id))
+
+        yield _Loaded(model, tokenizer, swarm.stats(model_id), kept)
 
 
 def _tier(
-    stats: TierStats | None, source: str, device: TierStats | None = None, prefetch: Usefulness | None = None
-) -> Tier | None:
-    return None if stats is None else (stats, source, device, prefetch)
+    ram: TierStats | None,
+    source: str,
+    device: TierStats | None = None,
+    stored: TierStats | None = None,
+    prefetch: Usefulness | None = None,
+) -> Tiers | None:
+    return None if ram is None else Tiers(ram, source, device, stored, prefetch)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -27,6 +27,7 @@ from moehive.swarm.seeds.base import parse_seed
 
 from .arguments import (
     AnnounceAddresses,
+    DeviceName,
     Flag,
     ListenAddresses,
     Port,
@@ -35,6 +36,7 @@ from .arguments import (
     SeedNames,
     Size,
     TicketText,
+    check_device,
 )
 from .errors import INTERRUPTED
 from .output import facts, say, say_json
@@ -87,6 +89,13 @@ class NodeOptions:
 
     ram: Size | None = None
     """Memory for experts, such as 4GiB. By default half of what is free; `moehive doctor` shows how much that is."""
+
+    device: DeviceName = "cpu"
+    """Where experts are computed. On a GPU they are kept in its memory, too, within --vram; the processor computes
+    those that do not get there in time."""
+
+    vram: Size | None = None
+    """Memory of --device for experts. By default what is free there, but for the space that computing needs."""
 
     disk: Size | None = None
     """Disk space for experts fetched from the swarm. By default 20 GiB, or less where the disk has less."""
@@ -143,6 +152,7 @@ def settings_of(model: str, options: NodeOptions, environment: Mapping[str, str]
 
     ticket = Ticket.parse(options.join) if options.join is not None else None
     _check_model(model, ticket)
+    check_device(options.device, options.vram)
     paths = Paths.of(environment)
     return NodeSettings(
         model=model,
@@ -157,6 +167,8 @@ def settings_of(model: str, options: NodeOptions, environment: Mapping[str, str]
         upload_rate=options.upload_rate,
         upload_slots=options.upload_slots,
         ram=options.ram,
+        device=options.device,
+        vram=options.vram,
         disk=default_disk_budget(paths.store) if options.disk is None else options.disk,
         seeds=tuple(parse_seed(text) for text in options.seed),
         skeleton=options.skeleton,

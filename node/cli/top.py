@@ -89,22 +89,25 @@ def describe(statuses: Sequence[Status], before: Mapping[str, Status], now: floa
 
 def _node(status: Status, before: Status | None, now: float) -> str:
     experts, requests, transfers = status["experts"], status["requests"], status["transfers"]
-    ram, disk = experts["tiers"]
+    tiers = {tier["tier"]: tier for tier in experts["tiers"]}
+    ram, disk = tiers["ram"], tiers["disk"]
     silent = now - status["updated"]
     rate = _Rates(status, before)
     lines: list[tuple[str, object]] = [
         ("node", f"{status['peer']}, process {status['pid']}, up {_duration(now - status['started'])}"),
         ("model", f"{status['modelName']}: holds {status['expertsHeld']} of {status['expertsTotal']} experts"),
+        *([(status["device"], _device(tiers["vram"], rate))] if "vram" in tiers else []),
         (
             "memory",
             f"{_share(ram['hits'], ram['misses'])} of {ram['hits'] + ram['misses']:,} uses, "
             f"{_share(experts['layerCallsWithoutMiss'], experts['layerCalls'] - experts['layerCallsWithoutMiss'])} of "
             f"layer calls missed none; {format_size(ram['residentBytes'])} of {format_size(ram['budgetBytes'])}",
         ),
+        *([("as stored", _stored(tiers["ram-stored"]))] if "ram-stored" in tiers else []),
         (
             "disk",
             f"{disk['hits']:,} loads, {format_size(disk['movedBytes'])}, "
-            f"{rate.of_bytes('experts', 'tiers', 1, 'movedBytes')}; {_latency(disk['latency'])}",
+            f"{rate.of_bytes('experts', 'tiers', -1, 'movedBytes')}; {_latency(disk['latency'])}",
         ),
         (
             "requests",
@@ -127,6 +130,20 @@ def _node(status: Status, before: Status | None, now: float) -> str:
         lines.insert(1, ("silent", f"for {_duration(silent)}: is the machine overloaded?"))
     layers = _layers(experts["layers"])
     return "\n".join((facts(lines), *([layers] if layers else [])))
+
+
+def _device(vram: Mapping[str, Any], rate: _Rates) -> str:
+    """The tier in an accelerator's memory."""
+    uses = f"{_share(vram['hits'], vram['misses'])} of {vram['hits'] + vram['misses']:,} uses"
+    room = f"{format_size(vram['residentBytes'])} of {format_size(vram['budgetBytes'])}"
+    moved = f"{format_size(vram['movedBytes'])} uploaded, {rate.of_bytes('experts', 'tiers', 0, 'movedBytes')}"
+    return f"{uses}; {room}; {moved}; {_latency(vram['latency'])}"
+
+
+def _stored(tier: Mapping[str, Any]) -> str:
+    """The part of RAM that holds experts as they are stored."""
+    room = f"{format_size(tier['residentBytes'])} of {format_size(tier['budgetBytes'])}"
+    return f"{_share(tier['hits'], tier['misses'])} of {tier['hits'] + tier['misses']:,} that memory missed; {room}"
 
 
 def _layers(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
 from moehive.kernels.routing import Assignment, group_by_expert
 from moehive.swarm.convert import convert
 from moehive.swarm.dispatch.request import LayerInput
-from moehive.swarm.model.backend import ExpertLoader
+from moehive.swarm.model.loader import ExpertLoader
 from moehive.swarm.store.directory import ConvertedDirectory
 
 SPEC = FfnSpec()

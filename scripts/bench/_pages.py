@@ -13,7 +13,8 @@ from _common import drop_from_page_cache, listen_for_noise, p50, p99, print_tabl
 from _moe import mixtral_shaped
 
 from moehive.swarm.convert import convert
-from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.model.loader import ExpertLoader
+from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.store.directory import ConvertedDirectory
 
 PAGE_SHAPES = (("80 MB", 3264, 6), ("352 MB", 14336, 3))  # name, inner size, experts
@@ -49,7 +50,7 @@ def page(shape: str, directory: Path, state: str, rounds: int) -> Page:
     loader = ExpertLoader(source.manifest, source)
     nbytes = loader.nbytes(torch.bfloat16)
     budget = 2 * loader.largest_room(torch.bfloat16)
-    tier, keys, seconds = weights_tier(loader, budget), list(source.manifest.experts), []
+    tier, keys, seconds = WeightsTier(loader, budget), list(source.manifest.experts), []
     with listen_for_noise() as noise:
         for turn in range(rounds + 1):
             for key in keys:

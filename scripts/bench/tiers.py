@@ -43,13 +43,15 @@ from torch import Tensor
 from transformers.utils import logging
 
 from moehive.kernels.combine import add_token_row, combine_rows
-from moehive.kernels.expert_ffn import ExpertWeights, expert_ffn
+from moehive.kernels.expert_ffn import expert_ffn
 from moehive.kernels.routing import group_by_expert, order_of_token
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm import open_local
 from moehive.swarm.convert import convert
-from moehive.swarm.model.backend import ExpertLoader, LocalExperts, weights_tier
+from moehive.swarm.model.backend import LocalExperts
+from moehive.swarm.model.loader import ExpertLoader, StoredExpert
 from moehive.swarm.model.seats import attach_backend
+from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.store.directory import ConvertedDirectory
 
 DEMO = Path(__file__).parents[2] / "node" / "demo" / "model"
@@ -72,14 +74,14 @@ class Reader:
         self.spec = self._loader.spec
         self.nbytes = self._loader.nbytes
 
-    def load(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
+    def read(self, key: ExpertKey) -> StoredExpert:
         """See ExpertLoader."""
-        weights = self._loader.load(key, dtype)
+        tensors = self._loader.read(key)
         if self._cold:
             path = self._source.path(self._source.manifest.experts[key].hash)
             assert path is not None
             drop_from_page_cache(path)
-        return weights
+        return tensors
 
 
 @torch.inference_mode()
@@ -133,7 +135,7 @@ def _experts(source: ConvertedDirectory, dtype: torch.dtype, share: float, *, co
     reader = Reader(source, cold=cold)
     loader = ExpertLoader(source.manifest, source)
     budget = int(share * len(source.manifest.experts)) * loader.largest_room(dtype)
-    return LocalExperts(loader, weights_tier(loader, budget, load=reader.load))
+    return LocalExperts(loader, WeightsTier(loader, budget, read=reader.read))
 
 
 def _round(model: Any, experts: dict[float, LocalExperts], rows: dict[float, Resident], tokens: int) -> None:

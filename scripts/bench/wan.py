@@ -59,8 +59,9 @@ from moehive.swarm.dispatch.backend import SwarmExperts
 from moehive.swarm.dispatch.caller import CallSettings
 from moehive.swarm.dispatch.resident import ResidentExperts
 from moehive.swarm.loading import open_local
-from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.model.loader import ExpertLoader
 from moehive.swarm.model.seats import attach_backend
+from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.tasks import start_on
 
@@ -217,7 +218,7 @@ class Bench:
         manifest: Manifest = self._source.manifest
         opened = swarm._models[manifest.model_id]
         loader = ExpertLoader(manifest, self._source)
-        tier = weights_tier(loader, 8 << 30)
+        tier = WeightsTier(loader, 8 << 30)
         chance = random.Random(0)
         for layer in manifest.model.moe_layers:
             keys = sorted(key for key in manifest.experts if key.layer == layer)

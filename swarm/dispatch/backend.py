@@ -70,6 +70,7 @@ class SwarmExperts:
         """The weights of the chosen experts that are resident here."""
         if self._resident is None:
             return {}
+        self._resident.begin(call.layer, assignments, call.hidden.shape[0], call.hidden.dtype)
         found = {a.expert: self._resident.lease(call.layer, a.expert, call.hidden.dtype) for a in assignments}
         return {expert: leases.enter_context(lease) for expert, lease in found.items() if lease is not None}
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +22,10 @@ from moehive.protocol.errors import SwarmError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import Manifest
 from moehive.swarm.log import get_logger
-from moehive.swarm.model.backend import WeightsTier
+from moehive.swarm.model.device import DeviceExperts
+from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.policy.fetch_or_send import LayerFacts, experts_to_fetch
 from moehive.swarm.prefetch.session import PROMPT, begin_session
-from moehive.swarm.tiers.leases import Lease
 from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.tiers.stats import TierStats
 
@@ -38,7 +39,7 @@ FETCH_TIMEOUT = 60.0
 _SMOOTHING = 0.2
 _log = get_logger(__name__)
 
-ExpertLease = Lease[tuple[ExpertKey, torch.dtype], ExpertWeights]
+ExpertLease = AbstractContextManager[ExpertWeights]
 
 
 @dataclass(slots=True)
@@ -63,7 +64,8 @@ class ResidentExperts:
     ) -> None:
         self._manifest = manifest
         self._weights = weights
-        self._tier = tier
+        self.tier = tier
+        self._device: DeviceExperts | None = None
         self._expected = 0  # tokens in all, as far as the caller has said
         self._clock = clock
         self._layers: dict[int, _LayerCounts] = {}
@@ -75,9 +77,14 @@ class ResidentExperts:
         self.fetched_bytes = 0
 
     @property
+    def device_stats(self) -> TierStats | None:
+        """Of those that are in an accelerator's memory, too; None without one."""
+        return None if self._device is None else self._device.device_stats
+
+    @property
     def tier_stats(self) -> TierStats:
         """Of the experts that are kept. A miss is a use that a peer computed; a load, an expert that was fetched."""
-        return self._tier.stats
+        return self.tier.stats
 
     # --- the model's thread ---------------------------------------------------------------------------------------
 
@@ -87,9 +94,28 @@ class ResidentExperts:
             seen = max((counts.seen for counts in self._layers.values()), default=0)
             self._expected = max(self._expected, seen) + tokens
 
+    def use_device(self, device: DeviceExperts) -> None:
+        """From now on keep what is used in the memory of `device`, too, and compute it there. Its RAM tier is ours."""
+        self._device = device
+
+    def close(self) -> None:
+        """End the threads of the tiers."""
+        (self._device or self.tier).close()
+
+    def begin(self, layer: int, assignments: Sequence[Assignment], tokens: int, dtype: torch.dtype) -> None:
+        """A layer call begins, whose leases come next."""
+        if self._device is not None:
+            self._device.note(layer, {one.expert: one.token.shape[0] for one in assignments}, tokens, dtype)
+
     def lease(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertLease | None:
         """A resident expert's weights, to be entered once; None where it is not here."""
-        return self._tier.try_lease((ExpertKey(layer, expert), dtype))
+        key = ExpertKey(layer, expert)
+        if self._device is not None and (there := self._device.try_lease(key, dtype)) is not None:
+            return there
+        lease = self.tier.try_lease((key, dtype))
+        if lease is not None and self._device is not None:
+            self._device.upload(key, dtype)  # for its next use: this one is computed with what is here
+        return lease
 
     def part(self, call: LayerInput, assignment: Assignment, weights: ExpertWeights) -> Part:
         """One expert's part of a call, computed here."""
@@ -101,7 +127,7 @@ class ResidentExperts:
         """Count one layer call: which experts its tokens chose, and the seconds that it waited for peers."""
         self._dtype = dtype
         rows = {(ExpertKey(layer, one.expert), dtype): one.token.shape[0] for one in assignments}
-        self._tier.note(Uses(layer, rows, tokens), ahead=False)
+        self.tier.note(Uses(layer, rows, tokens), ahead=False)
         with self._lock:
             counts = self._layers.setdefault(layer, _LayerCounts())
             if tokens >= PROMPT:
@@ -143,8 +169,10 @@ class ResidentExperts:
 
     def _facts(self, layer: int, counts: _LayerCounts) -> LayerFacts:
         assert self._dtype is not None
-        here = self._tier.keys()
-        resident = {key.expert for key, _ in here if key.layer == layer}
+        in_ram = self.tier.keys()
+        on_device = () if self._device is None else self._device.tier.keys()
+        here = {*on_device, *(key for key, _ in in_ram)}
+        resident = {key.expert for key in here if key.layer == layer}
         size = self._weights.nbytes(self._dtype)
         to_come = self._expected - counts.seen
         return LayerFacts(
@@ -156,7 +184,7 @@ class ResidentExperts:
             price=self._shard_bytes(layer) * self._seconds_per_byte,
             horizon=to_come if to_come > 0 else None,
             paid=counts.paid,
-            room=(self._tier.budget_bytes - self._tier.resident_bytes) // size,
+            room=(self.tier.budget_bytes - self.tier.resident_bytes) // size,
         )
 
     def _shard_bytes(self, layer: int) -> int:
@@ -173,7 +201,7 @@ class ResidentExperts:
             _log.info("an expert could not be fetched in the background", expert=str(key), reason=str(error))
             return False
         seconds = self._clock() - started
-        if not self._tier.put((key, dtype), weights, seconds):
+        if not self.tier.put((key, dtype), weights, seconds):
             _log.info("there is no room for an expert that was fetched in the background", expert=str(key))
             return False
         measured = seconds / size

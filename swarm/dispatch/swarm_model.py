@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING
 
 from moehive.protocol.errors import BudgetTooSmall
 from moehive.protocol.manifest import Manifest, ShardEntry
-from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.memory import default_vram_budget
+from moehive.swarm.model.device import DeviceExperts
+from moehive.swarm.model.loader import ExpertLoader
+from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.tasks import start_on, task_group
+from moehive.swarm.tiers.accelerator import Accelerator
 
 from .backend import SwarmExperts
 from .caller import CallSettings, ExpertCaller
@@ -19,6 +23,8 @@ from .resident import ResidentExperts
 from .weights import SwarmWeights
 
 if TYPE_CHECKING:
+    import torch
+
     from moehive.swarm.member import Member
 
 
@@ -36,7 +42,7 @@ class SwarmModel:
         self._member = member
         self._directory = member.directory(manifest.model_id)
         self._num_experts = manifest.model.num_experts
-        loader = ExpertLoader(manifest, source)
+        loader = self._loader = ExpertLoader(manifest, source)
         self.weights = SwarmWeights(manifest, loader, self._fetch)
         self.caller = ExpertCaller(
             manifest.model_id,
@@ -51,14 +57,29 @@ class SwarmModel:
             largest = max(shard.size for shard in manifest.experts.values())
             if ram < largest:  # what is not kept is computed by peers: one is enough
                 raise BudgetTooSmall("experts kept by this client", budget=ram, needed=largest)
-            self.resident = ResidentExperts(manifest, self.weights, weights_tier(loader, ram))
+            self.resident = ResidentExperts(manifest, self.weights, WeightsTier(loader, ram))
 
     async def run(self) -> None:
         """Everything that goes on beside the calls."""
-        async with task_group() as group:
-            group.create_task(self.caller.watch(), name="watch peers")
+        try:
+            async with task_group() as group:
+                group.create_task(self.caller.watch(), name="watch peers")
+                if self.resident is not None:
+                    group.create_task(self.resident.run(), name="fetch what pays")
+        finally:
             if self.resident is not None:
-                group.create_task(self.resident.run(), name="fetch what pays")
+                self.resident.close()
+
+    def keep_on(self, accelerator: Accelerator, dtype: torch.dtype, vram: int | None) -> None:
+        """Keep experts that are kept here on a device, too, in `vram` bytes (None: what is free there).
+
+        Only for the first of several loads. Raises BudgetTooSmall.
+        """
+        if self.resident is not None and self.resident.device_stats is None:
+            budget = default_vram_budget(accelerator.device) if vram is None else vram
+            # Rows of each expert go back to be added to those of peers, so torch's products compute them one by one.
+            experts = DeviceExperts(self._loader, self.resident.tier, accelerator, dtype, budget, kernels=False)
+            self.resident.use_device(experts)
 
     def backend(self, form: str) -> SwarmExperts:
         """What computes the routed experts of a transformers model, on other threads."""

@@ -14,7 +14,7 @@ from moehive.kernels.expert_ffn import ExpertWeights, expert_ffn
 from moehive.kernels.routing import Assignment
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import Manifest, ShardEntry
-from moehive.swarm.model.backend import ExpertLoader
+from moehive.swarm.model.loader import ExpertLoader
 
 from .request import LayerInput, Part
 
@@ -43,11 +43,15 @@ class SwarmWeights:
             if len(self._buffer) != shard.size:
                 self._buffer = bytearray(shard.size)
             await self._fetch(shard, memoryview(self._buffer), deadline)
-            return await asyncio.to_thread(self._loader.from_bytes, key, self._buffer, dtype)
+            return await asyncio.to_thread(self._from_bytes, key, dtype)
+
+    def _from_bytes(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
+        return self._loader.widen(key, self._loader.from_bytes(key, self._buffer), dtype)
 
     def part(self, call: LayerInput, assignment: Assignment, weights: ExpertWeights) -> Part:
         """One expert's part of a layer call, as a peer would have answered it."""
-        rows = expert_ffn(call.hidden[assignment.token], weights, self._loader.spec)  # [R, H]
+        inputs = call.hidden[assignment.token].to(weights.gate_up.device)  # [R, H]
+        rows = expert_ffn(inputs, weights, self._loader.spec).to(call.hidden.device)  # [R, H]
         if call.form == "rows":
             return Part((assignment,), None, rows)
         weight = call.top_k_weights[assignment.token, assignment.position, None]  # [R, 1]

@@ -8,29 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from moehive.kernels.canonical import canonical_weights
 from moehive.kernels.combine import add_token_row, combine_rows
-from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
+from moehive.kernels.expert_ffn import expert_ffn
 from moehive.kernels.routing import group_by_expert, order_of_token
-from moehive.protocol.errors import BudgetTooSmall, ManifestError
+from moehive.protocol.errors import BudgetTooSmall
 from moehive.protocol.ids import ExpertKey
-from moehive.protocol.manifest import ExpertFfn, Manifest
+from moehive.protocol.manifest import Manifest
 from moehive.swarm.memory import default_ram_budget
 from moehive.swarm.policy.budgets import least_ram
 from moehive.swarm.store.base import ObjectSource
-from moehive.swarm.tiers.lfru import Lfru
 from moehive.swarm.tiers.policy import Uses
-from moehive.swarm.tiers.ram import RamTier
 from moehive.swarm.tiers.stats import TierStats
 
-from .buffers import HostBuffers
-from .reading import read_tensors, tensor_table
-from .tensors import ALIGNMENT, TORCH_DTYPE, short_name, tensors_of
+from .loader import ExpertLoader
+from .tier import WeightsKey, WeightsTier
 
 
 class ExpertsBackend(Protocol):
@@ -42,121 +38,6 @@ class ExpertsBackend(Protocol):
         `hidden` is [T, H]; `top_k_index` [T, K] int64, where the number of experts stands for "none"; `top_k_weights`
         [T, K], possibly of a wider dtype than `hidden`. An error leaves `generate` as it is; nothing is left out.
         """
-
-
-def spec_of(ffn: ExpertFfn) -> FfnSpec:
-    """A manifest's description of the experts in the kernels' terms. Raises ManifestError for unknown mathematics."""
-    try:
-        return FfnSpec(ffn.gate.value, ffn.activation, ffn.transposed, ffn.alpha, ffn.limit)
-    except ValueError as error:
-        raise ManifestError(f"expertFfn: {error}") from error
-
-
-class ExpertLoader:
-    """Experts of one model from `source` in the form that is computed with. Thread-safe; keeps only free buffers."""
-
-    def __init__(self, manifest: Manifest, source: ObjectSource) -> None:
-        self.spec = spec_of(manifest.model.ffn)
-        self.num_experts = manifest.model.num_experts
-        self.top_k = manifest.model.top_k
-        self._manifest = manifest
-        self._source = source
-        quantization = manifest.model.quantization
-        self._block = quantization.block if quantization else None
-        self._biased = manifest.model.ffn.bias
-        self.buffers = HostBuffers()
-
-    @property
-    def manifest(self) -> Manifest:
-        """Of the model."""
-        return self._manifest
-
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one expert's weights of `dtype`."""
-        model = self._manifest.model
-        parameters = 3 * model.hidden_size * model.intermediate_size
-        if model.ffn.bias:
-            parameters += 2 * model.intermediate_size + model.hidden_size
-        return parameters * dtype.itemsize
-
-    def room(self, key: ExpertKey, dtype: torch.dtype) -> int:
-        """Bytes that loading an expert takes at most: its shard, and its weights where they are not views of it."""
-        shard = self._manifest.experts[key]
-        stored = (entry.dtype for entry in tensor_table(self._manifest, shard).values())
-        views = not self.spec.transposed and not self._biased and all(TORCH_DTYPE[name] == dtype for name in stored)
-        return shard.size + ALIGNMENT + (0 if views else self.nbytes(dtype))
-
-    def largest_room(self, dtype: torch.dtype) -> int:
-        """The most that `room` says of any expert."""
-        return max(self.room(key, dtype) for key in self._manifest.experts)
-
-    def total_room(self, dtype: torch.dtype) -> int:
-        """What `room` says of all experts together."""
-        return sum(self.room(key, dtype) for key in self._manifest.experts)
-
-    def load(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
-        """One expert's verified weights of `dtype`.
-
-        Raises NotHeld, StorageError, CorruptShard; ManifestError where its tensors make no expert of this model.
-        """
-        shard = self._manifest.experts[key]
-        tensors = read_tensors(self._source, self._manifest, shard, allocate=self.buffers.allocate)
-        return self._canonical(key, tensors, dtype)
-
-    def from_bytes(self, key: ExpertKey, shard: bytearray, dtype: torch.dtype) -> ExpertWeights:
-        """One expert's weights of `dtype` from its shard's verified bytes, a copy of them. Raises ManifestError."""
-        tensors = tensors_of(bytearray(shard), tensor_table(self._manifest, self._manifest.experts[key]))
-        return self._canonical(key, tensors, dtype)
-
-    def _canonical(self, key: ExpertKey, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> ExpertWeights:
-        short = {short_name(name): tensor for name, tensor in tensors.items()}
-        try:
-            return canonical_weights(short, self.spec, dtype, block=self._block)
-        except ValueError as error:
-            raise ManifestError(f"{self._manifest.experts[key].file}: {error}") from error
-
-
-WeightsKey: TypeAlias = tuple[ExpertKey, torch.dtype]
-WeightsTier: TypeAlias = RamTier[WeightsKey, ExpertWeights]
-
-
-def weights_tier(
-    loader: ExpertLoader, budget_bytes: int, *, load: Callable[[ExpertKey, torch.dtype], ExpertWeights] | None = None
-) -> WeightsTier:
-    """A RAM tier for one model's experts in the form that is computed with. `load` stands for `loader.load`."""
-    make = loader.load if load is None else load
-    return RamTier(
-        budget_bytes,
-        lambda key: make(*key),
-        room=lambda key: loader.room(*key),
-        size=_size,
-        policy=Lfru(_place, top_k=loader.top_k),
-        group=_layer,
-        out_of_memory=is_out_of_memory,
-        freed=loader.buffers.drop,
-    )
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the machine had no memory: as Python says it, as torch's allocators say it."""
-    allocator = isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator" in str(error) or "allocate memory" in str(error)
-    )
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or allocator
-
-
-def _place(key: WeightsKey) -> tuple[int, int]:
-    return key[0].layer, key[0].expert
-
-
-def _layer(key: WeightsKey) -> int:
-    return key[0].layer
-
-
-def _size(weights: ExpertWeights) -> int:
-    """Bytes of all memory that the weights keep alive: of whole buffers, where they are views."""
-    storages = [tensor.untyped_storage() for tensor in weights.tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class Watcher(Protocol):
@@ -172,7 +53,11 @@ class Tiered(Protocol):
 
     @property
     def tier_stats(self) -> TierStats:
-        """Of the RAM tier; its misses were read from this machine's disk."""
+        """Of the RAM tier; its misses came from the tier below, or were read from this machine's disk."""
+
+    @property
+    def stored_stats(self) -> TierStats | None:
+        """Of the part of RAM below it that holds experts as they are stored; None where there is none."""
 
     @property
     def device_stats(self) -> TierStats | None:
@@ -197,8 +82,13 @@ class LocalExperts:
 
     @property
     def tier_stats(self) -> TierStats:
-        """Of the RAM tier; its misses were read from this machine's disk."""
+        """See Tiered."""
         return self.tier.stats
+
+    @property
+    def stored_stats(self) -> TierStats | None:
+        """See Tiered."""
+        return self.tier.stored_stats
 
     @property
     def device_stats(self) -> None:
@@ -263,7 +153,9 @@ def local_experts(manifest: Manifest, source: ObjectSource, dtype: torch.dtype, 
     loader = ExpertLoader(manifest, source)
     budget = default_ram_budget() if ram is None else ram
     check_ram(manifest, loader.largest_room(dtype), budget)
-    return LocalExperts(loader, weights_tier(loader, budget))
+    tier = WeightsTier(loader, budget)
+    tier.hold_stored(dtype, len(manifest.experts))
+    return LocalExperts(loader, tier)
 
 
 def check_ram(manifest: Manifest, expert_bytes: int, budget: int) -> None:

@@ -1,111 +1,59 @@
 """Routed experts on an accelerator: a tier in its memory, over the RAM tier, over the disk.
 
 What is resident there is computed there. Of what is not, a part is uploaded and waited for and the processor computes
-the rest from RAM meanwhile (policy/offload.py): the same experts for the same rows either way, nothing left out. The
-order in which outputs are added is eager's, so that on one device results equal those of `LocalExperts` bit for bit.
+the rest from RAM meanwhile (policy/offload.py): the same experts for the same rows either way, nothing left out.
+
+On a GPU the experts that are there are computed by one launch of the kernels (grouped.py), in the format that they are
+stored in where the kernels read it. With torch's products the order in which outputs are added is eager's, so that on
+one device results equal those of `LocalExperts` bit for bit.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from math import prod
-from typing import TYPE_CHECKING, Final
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moehive.kernels.combine import add_token_row, combine_rows
 from moehive.kernels.expert_ffn import ExpertWeights, expert_ffn
-from moehive.kernels.routing import group_by_expert, order_of_token
-from moehive.protocol.errors import BudgetTooSmall, ManifestError, MemoryExhausted
+from moehive.kernels.formats import ExpertMatrices
+from moehive.kernels.routing import Assignment, group_by_expert, order_of_token
+from moehive.protocol.errors import BudgetTooSmall, MemoryExhausted
 from moehive.protocol.ids import ExpertKey
-from moehive.protocol.manifest import ModelFacts
 from moehive.swarm.log import get_logger
 from moehive.swarm.memory import default_vram_budget
 from moehive.swarm.policy.budgets import least_ram
 from moehive.swarm.policy.offload import Costs, uploads_to_await
 from moehive.swarm.tiers.accelerator import Accelerator, TorchAccelerator
-from moehive.swarm.tiers.device import UPLOADS, DeviceTier, Slot
+from moehive.swarm.tiers.device import UPLOADS, DeviceLease, DeviceTier, Slot
 from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.tiers.stats import TierStats
 
-from .backend import ExpertLoader, LocalExperts, WeightsTier, is_out_of_memory
+from .backend import LocalExperts
+from .device_call import PROCESSOR, CallInputs, CallPlan, WeightedRows
+from .device_sums import DeviceSums
+from .loader import ExpertLoader
 from .seats import attach_backend, backend_of
+from .slots import ExpertLayout, SlotLayout, StoredLayout
+from .tier import WeightsTier, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ALIGNMENT: Final = 256  # bytes: a GPU's allocator's own
-_PROCESSOR: Final = torch.device("cpu")
+    from .grouped import GroupedExperts
+
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertLayout:
-    """Where one expert's weights lie in a slot: `shapes` of gate_up, down and the biases, where there are any."""
-
-    dtype: torch.dtype
-    shapes: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, model: ModelFacts, dtype: torch.dtype) -> ExpertLayout:
-        """Of all experts of a model; they have one shape."""
-        inner, hidden = model.intermediate_size, model.hidden_size
-        gate_up, down = (2 * inner, hidden), (hidden, inner)
-        matrices = (gate_up[::-1], down[::-1]) if model.ffn.transposed else (gate_up, down)
-        return cls(dtype, (*matrices, (2 * inner,), (hidden,)) if model.ffn.bias else matrices)
-
-    @property
-    def nbytes(self) -> int:
-        """Of a slot."""
-        return sum(self._sizes)
-
-    @property
-    def _sizes(self) -> Sequence[int]:
-        exact = (prod(shape) * self.dtype.itemsize for shape in self.shapes)
-        return [-(-size // _ALIGNMENT) * _ALIGNMENT for size in exact]
-
-    def view(self, memory: Tensor) -> ExpertWeights:
-        """The weights in `memory`, uint8 [nbytes], as views of it."""
-        parts = torch.split(memory, list(self._sizes))
-        views = (
-            part[: prod(shape) * self.dtype.itemsize].view(self.dtype).view(shape)
-            for part, shape in zip(parts, self.shapes, strict=True)
-        )
-        return ExpertWeights(*views)
-
-    def write(self, weights: ExpertWeights, memory: Tensor) -> None:
-        """Copy weights to `memory`, uint8 [nbytes]. Raises ManifestError for those of another shape."""
-        found = tuple(tuple(tensor.shape) for tensor in weights.tensors)
-        if found != self.shapes:
-            raise ManifestError(f"an expert has the shapes {found}, the manifest says {self.shapes}")
-        for target, source in zip(self.view(memory).tensors, weights.tensors, strict=True):
-            target.copy_(source)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CallPlan:
-    """Where the experts of one call of one layer are computed."""
-
-    layer: int
-    dtype: torch.dtype
-    rows: Mapping[int, int]  # of each expert
-    processor: frozenset[int]  # experts that the processor computes
-    awaited: Sequence[int]  # experts that are uploaded for this call
-
-    @property
-    def order(self) -> Sequence[int]:
-        """What is resident, what the processor computes while the device and its link are busy, what is to come."""
-        late = frozenset(self.awaited)
-        rank = {expert: (expert in late, expert in self.processor) for expert in self.rows}
-        return sorted(self.rows, key=rank.__getitem__)
 
 
 class DeviceExperts:
     """An ExpertsBackend for a model that is on `accelerator`, with `budget` bytes for experts there.
+
+    `kernels`: whether our kernels compute there, by default on a GPU; else torch's products do, one by one. Where it
+    `takes_stored`, `ram` should hold experts so (WeightsTier.hold_stored).
 
     Computes in `dtype`; calls in another are computed by the processor. Raises BudgetTooSmall where the budget holds
     less than a token's experts need, and names the least that works.
@@ -119,12 +67,16 @@ class DeviceExperts:
         dtype: torch.dtype,
         budget: int,
         *,
+        kernels: bool | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         manifest = loader.manifest
         self._num_experts = loader.num_experts
-        self._spec = loader.spec
-        self._layout = ExpertLayout.of(manifest.model, dtype)
+        self.spec = loader.spec
+        if kernels is None:
+            kernels = accelerator.device.type == "cuda"
+        self._layout = slot_layout(loader, dtype, kernels=kernels)
+        self.grouped = grouped_experts(loader, self._layout, accelerator.device) if kernels else None
         slot, everything = self._layout.nbytes, len(manifest.experts) * self._layout.nbytes
         needed = min(least_ram(slot, loader.top_k), everything)
         if budget < needed:
@@ -134,14 +86,16 @@ class DeviceExperts:
             accelerator,
             min(budget, everything),
             slot,
-            self._pack,
+            lambda key, memory: self._layout.pack(key, ram, memory),
             place=lambda key: (key.layer, key.expert),
             top_k=loader.top_k,
             out_of_memory=is_out_of_memory,
         )
         self.ram = ram
+        self.device = accelerator.device
         self.costs = Costs()
         self._views: dict[int, ExpertWeights] = {}  # by slot
+        self._matrices: dict[int, ExpertMatrices] = {}  # by slot
         self._clock = clock
 
     def close(self) -> None:
@@ -150,9 +104,24 @@ class DeviceExperts:
         self.ram.close()
 
     @property
+    def slots(self) -> int:
+        """How many experts the device has room for."""
+        return self.tier.budget_bytes // self.tier.slot_bytes
+
+    @property
+    def takes_stored(self) -> bool:
+        """Whether experts lie on the device as they are stored."""
+        return isinstance(self._layout, StoredLayout)
+
+    @property
     def tier_stats(self) -> TierStats:
         """Of the RAM tier; a use of it is a miss of the device's tier."""
         return self.ram.stats
+
+    @property
+    def stored_stats(self) -> TierStats | None:
+        """See Tiered."""
+        return self.ram.stored_stats
 
     @property
     def device_stats(self) -> TierStats:
@@ -161,12 +130,14 @@ class DeviceExperts:
 
     def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See ExpertsBackend. Raises what `ExpertLoader.load` and RamTier.lease raise."""
+        chosen = top_k_index.to(PROCESSOR)
+        if self.grouped is not None:
+            return self._sum(layer, hidden, group_by_expert(chosen, self._num_experts), top_k_weights)
         out = torch.zeros_like(hidden)  # [T, H]
-        chosen = top_k_index.to(_PROCESSOR)
         if hidden.shape[0] == 1:
             order = order_of_token(chosen, self._num_experts)
             plan = self.plan(layer, {expert: 1 for expert, _ in order}, 1, hidden.dtype)
-            inputs = _Inputs(hidden, plan)
+            inputs = CallInputs(hidden, plan)
             rows = {expert: self._rows(plan, expert, inputs) for expert in plan.order}
             for expert, position in order:
                 add_token_row(out, rows[expert], position, top_k_weights)
@@ -174,7 +145,7 @@ class DeviceExperts:
         groups = group_by_expert(chosen, self._num_experts)
         counts = {group.expert: group.token.shape[0] for group in groups}
         plan = self.plan(layer, counts, hidden.shape[0], hidden.dtype)
-        inputs = _Inputs(hidden, plan)
+        inputs = CallInputs(hidden, plan)
         there = [group._replace(token=group.token.to(out.device), position=group.position.to(out.device))
                  for group in groups]  # fmt: skip
         outputs = ((group, self._ahead(plan, group.expert, inputs, group.token)) for group in there)
@@ -189,7 +160,8 @@ class DeviceExperts:
         missing = self.tier.note(uses)
         if not missing:
             return CallPlan(layer, dtype, rows, frozenset(), ())
-        self._note_ram(layer, {key.expert: uses.rows[key] for key in missing}, tokens, dtype)
+        if not self.takes_stored:  # else the RAM tier has nothing that an upload needs
+            self._note_ram(layer, {key.expert: uses.rows[key] for key in missing}, tokens, dtype)
         order = sorted(missing, key=lambda key: -uses.rows[key])
         coming = self.tier.begin(layer, order[:UPLOADS] if tokens == 1 else order)
         order = [*coming, *(key for key in order if key not in coming)]
@@ -198,6 +170,8 @@ class DeviceExperts:
         count = uploads_to_await([uses.rows[key] for key in order], self.costs_now, most)
         self.tier.spare(layer, [key for key in uses.rows if key not in order[count:]])
         processor = frozenset(key.expert for key in order[count:])
+        if self.takes_stored and processor:
+            self._note_ram(layer, {expert: rows[expert] for expert in sorted(processor)}, tokens, dtype)
         return CallPlan(layer, dtype, rows, processor, sorted(key.expert for key in order[:count]))
 
     @property
@@ -213,19 +187,57 @@ class DeviceExperts:
         """
         key = ExpertKey(plan.layer, expert)
         with ExitStack() as stack:
-            slot = None if expert in plan.processor else self._enter(stack, key)
+            slot = None if expert in plan.processor else self.enter(stack, key)
             if slot is not None:
-                weights = self._views.get(slot.index)
-                if weights is None:
-                    weights = self._views[slot.index] = self._layout.view(slot.memory)
-                yield weights
+                yield self.weights_in(slot)
                 return
-            weights = stack.enter_context(self.ram.lease((key, plan.dtype)))
+            yield stack.enter_context(self.lease_here(plan, expert, most_rows))
+
+    def try_lease(self, key: ExpertKey, dtype: torch.dtype) -> AbstractContextManager[ExpertWeights] | None:
+        """The weights of an expert that is on the device, to be entered once; None where it is not."""
+        lease = self.tier.try_lease(key) if dtype == self._layout.dtype else None
+        return None if lease is None else self._weights_of(lease)
+
+    @contextmanager
+    def _weights_of(self, lease: DeviceLease[ExpertKey]) -> Iterator[ExpertWeights]:
+        with lease as slot:
+            yield self.weights_in(slot)
+
+    def upload(self, key: ExpertKey, dtype: torch.dtype) -> None:
+        """Begin to bring an expert that is in RAM to the device, if a thread is free and a slot is worth it."""
+        if dtype == self._layout.dtype:
+            self.tier.begin(key.layer, [key])
+
+    def note(self, layer: int, rows: Mapping[int, int], tokens: int, dtype: torch.dtype) -> None:
+        """What a call uses, where nothing has to wait for it."""
+        if dtype == self._layout.dtype:
+            self.tier.note(Uses(layer, {ExpertKey(layer, expert): count for expert, count in rows.items()}, tokens))
+
+    @contextmanager
+    def lease_here(self, plan: CallPlan, expert: int, most_rows: int) -> Iterator[ExpertWeights]:
+        """In host memory; how long the processor takes is measured."""
+        with self.ram.lease((ExpertKey(plan.layer, expert), plan.dtype)) as weights:
             started = self._clock()
             yield weights
             self.costs = self.costs.measured(min(plan.rows[expert], most_rows), self._clock() - started)
 
-    def _enter(self, stack: ExitStack, key: ExpertKey) -> Slot | None:
+    def weights_in(self, slot: Slot) -> ExpertWeights:
+        """What torch computes with, of a leased slot."""
+        weights = self._views.get(slot.index)
+        if weights is None:
+            weights = self._layout.weights(slot.memory)
+            if not self.takes_stored:  # views, which change with the slot
+                self._views[slot.index] = weights
+        return weights
+
+    def matrices_in(self, slot: Slot) -> ExpertMatrices:
+        """What the kernels compute with, of a leased slot."""
+        matrices = self._matrices.get(slot.index)
+        if matrices is None:
+            matrices = self._matrices[slot.index] = self._layout.matrices(slot.memory)
+        return matrices
+
+    def enter(self, stack: ExitStack, key: ExpertKey) -> Slot | None:
         """A leased slot; None where the device has no memory for it, or too much is in use: the processor can do it."""
         try:
             return stack.enter_context(self.tier.lease(key))
@@ -233,46 +245,77 @@ class DeviceExperts:
             _log.warning("an expert finds no room in device memory; the processor computes it", reason=str(error))
             return None
 
+    def add_sums(
+        self, layer: int, hidden: Tensor, groups: Sequence[WeightedRows], total: Tensor, *, slice_rows: int = 1 << 30
+    ) -> Iterator[int]:
+        """Add the weighted sum over the experts of `groups`, ascending, to total [T, H] fp32, for hidden [T, H].
+
+        Yields the number of rows after each step, of which the processor's have at most `slice_rows`. Sums are fp32;
+        the experts on the device are added up there, the processor's here. `total` is complete at the end.
+        """
+        counts = {group.expert: group.token.shape[0] for group in groups}
+        plan = self.plan(layer, counts, hidden.shape[0], hidden.dtype)
+        return DeviceSums(self, plan, hidden).add(groups, total, slice_rows)
+
     # --- parts ----------------------------------------------------------------------------------------------------
 
-    def _ahead(self, plan: CallPlan, expert: int, inputs: _Inputs, token: Tensor) -> Tensor:
+    def _sum(self, layer: int, hidden: Tensor, groups: Sequence[Assignment], top_k_weights: Tensor) -> Tensor:
+        """All of a call [T, H]."""
+        weights = top_k_weights.to(PROCESSOR)
+        weighted = [WeightedRows(one.expert, one.token, weights[one.token, one.position]) for one in groups]
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # [T, H]
+        for _ in self.add_sums(layer, hidden, weighted, total):
+            pass
+        return total.to(hidden.dtype)
+
+    def begin_next(self, plan: CallPlan, experts: Sequence[int]) -> None:
+        """Begin to upload the next of `experts`, which are awaited in that order."""
+        if experts:
+            self.tier.begin(plan.layer, [ExpertKey(plan.layer, expert) for expert in experts[:UPLOADS]])
+
+    def _ahead(self, plan: CallPlan, expert: int, inputs: CallInputs, token: Tensor) -> Tensor:
         """`_rows`, after uploads for the next experts began."""
-        later = [other for other in plan.awaited if other > expert][:UPLOADS]
-        if later:
-            self.tier.begin(plan.layer, [ExpertKey(plan.layer, other) for other in later])
+        self.begin_next(plan, [other for other in plan.awaited if other > expert])
         return self._rows(plan, expert, inputs, token)
 
-    def _rows(self, plan: CallPlan, expert: int, inputs: _Inputs, token: Tensor | None = None) -> Tensor:
+    def _rows(self, plan: CallPlan, expert: int, inputs: CallInputs, token: Tensor | None = None) -> Tensor:
         """Unweighted output [R, H] for the rows `token` [R] of the call, or all, on the call's device."""
         with self.lease(plan, expert) as weights:
             rows = inputs.on(weights.gate_up.device)
             if token is not None:
                 rows = rows.index_select(0, token.to(rows.device))  # [R, H]
-            return expert_ffn(rows, weights, self._spec).to(inputs.device)
+            return expert_ffn(rows, weights, self.spec).to(inputs.device)
 
     def _note_ram(self, layer: int, rows: Mapping[int, int], tokens: int, dtype: torch.dtype) -> None:
         self.ram.note(Uses(layer, {(ExpertKey(layer, expert), dtype): n for expert, n in rows.items()}, tokens))
 
-    def _pack(self, key: ExpertKey, memory: Tensor) -> None:
-        with self.ram.lease((key, self._layout.dtype)) as weights:
-            self._layout.write(weights, memory)
+
+def slot_layout(loader: ExpertLoader, dtype: torch.dtype, *, kernels: bool) -> SlotLayout:
+    """How experts of a model lie on a device: as they are stored where `kernels` compute with that, else in `dtype`."""
+    if kernels:
+        from .grouped import reads
+
+        stored = StoredLayout.of(loader, dtype)
+        if stored is not None and reads(loader.form()):
+            return stored
+    return ExpertLayout.of(loader.manifest.model, dtype)
 
 
-class _Inputs:
-    """A call's hidden states [T, H] where they are needed. Brought to the processor before the device is kept busy."""
+def grouped_experts(loader: ExpertLoader, layout: SlotLayout, device: torch.device) -> GroupedExperts | None:
+    """What computes all experts of a layer together; None where the kernels do not read them."""
+    from .grouped import GroupedExperts, reads
 
-    def __init__(self, hidden: Tensor, plan: CallPlan) -> None:
-        self.device = hidden.device
-        self._there = {hidden.device: hidden}
-        if plan.processor:
-            self.on(_PROCESSOR)
+    form = layout.matrices(torch.empty(layout.nbytes, dtype=torch.uint8, device="meta"))
+    return GroupedExperts(loader.num_experts, loader.top_k, loader.spec, device) if reads(form) else None
 
-    def on(self, device: torch.device) -> Tensor:
-        """On `device`."""
-        found = self._there.get(device)
-        if found is None:
-            found = self._there[device] = self._there[self.device].to(device)
-        return found
+
+def accelerator_for(device: torch.device | str | None, vram: int | None) -> Accelerator | None:
+    """Where experts are kept beyond RAM; None where the processor computes, without `vram` to stand for a device's.
+
+    Raises ConfigError for a device that is not here.
+    """
+    found = TorchAccelerator.named(str(device or "cpu"))
+    return None if found.device.type == "cpu" and vram is None else found
 
 
 def use_device(model: PreTrainedModel, device: torch.device, vram: int | None) -> None:
@@ -285,5 +328,6 @@ def use_device(model: PreTrainedModel, device: torch.device, vram: int | None) -
     if not isinstance(local, LocalExperts) or (placed.type == "cpu" and vram is None):
         return
     budget = default_vram_budget(placed) if vram is None else vram
-    loader = local.loader
-    attach_backend(model, DeviceExperts(loader, local.tier, TorchAccelerator(placed), model.dtype, budget))
+    experts = DeviceExperts(local.loader, local.tier, TorchAccelerator(placed), model.dtype, budget)
+    local.tier.hold_stored(model.dtype, len(local.loader.manifest.experts), uploads=experts.takes_stored)
+    attach_backend(model, experts)

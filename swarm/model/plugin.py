@@ -27,7 +27,8 @@ from moehive.protocol.errors import ManifestError, UnsupportedModel
 from moehive.protocol.manifest import Gate, ModelFacts, ShardType
 from moehive.swarm.store.directory import ConvertedDirectory
 
-from .backend import BACKEND, spec_of
+from .backend import BACKEND
+from .loader import spec_of
 from .reading import verify_files
 from .seats import NAME, SEAT, Seat, attach_backend, check_active, experts_modules, strip
 

@@ -75,6 +75,12 @@ def device_statistics(model: nn.Module) -> TierStats | None:
     return None if backend is None else backend.device_stats
 
 
+def stored_statistics(model: nn.Module) -> TierStats | None:
+    """What the part of RAM below that has counted, which holds experts as they are stored, where there is one."""
+    backend = _tiered(model)
+    return None if backend is None else backend.stored_stats
+
+
 def _tiered(model: nn.Module) -> Tiered | None:
     backend: object = backend_of(model)
     return backend if isinstance(backend, Tiered) else None

@@ -13,6 +13,8 @@ from moehive.protocol.units import format_size
 MOST_DISK: Final = 20 << 30  # of fetched experts, unless somebody says more
 _SPARE_VIDEO: Final = 1 << 30  # activations, the libraries' own work space
 _FULL: Final = 0.9  # share of a place's free bytes that is taken at most
+_SHARES: Final = 8  # of a RAM budget that are compared
+_LEAST_STORED: Final = 4  # experts: threads that load hold one each
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,5 +117,44 @@ def disk_budget(disk: DiskFacts) -> Budget:
 
 
 def least_ram(expert_bytes: int, top_k: int) -> int:
-    """Bytes below which a tier would load a token's experts over and over: those of two layers, and one in flight."""
-    return (2 * top_k + 1) * expert_bytes
+    """Bytes below which a tier would load a token's experts over and over."""
+    return least_experts(top_k) * expert_bytes
+
+
+def least_experts(top_k: int) -> int:
+    """Those of two layers of one token, and one in flight."""
+    return 2 * top_k + 1
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertForms:
+    """The experts that are used together, in the two forms that memory can hold them in."""
+
+    count: int
+    stored: int  # bytes of one as it is stored
+    widened: int  # bytes of one as it is computed with
+    floor: int  # experts that the second form must have room for, whatever the first takes
+    read: float  # seconds to read one from the disk, verified
+    widen: float  # seconds to make the second form of the first
+
+
+def bytes_as_stored(budget: int, forms: ExpertForms, *, always: bool = False) -> int:
+    """How much of a RAM budget holds experts as they are stored; the rest holds them as they are computed with.
+
+    0 where all of them fit as they are computed with. Else what costs a use the least time, if the most used x of
+    all experts have 1 - (1 - x)^2 of the uses: one that is absent from the rest is widened, and one that is absent
+    from both is read before. `always`: as many as possible, because they are wanted in that form.
+    """
+    most = min(forms.count * forms.stored, budget - forms.floor * forms.widened)
+    if forms.stored >= forms.widened or most < _LEAST_STORED * forms.stored:
+        return 0
+    if always:
+        return most
+
+    def cost(share: int) -> float:
+        widened = min(1.0, (budget - share) / (forms.count * forms.widened))
+        here = max(widened, share / (forms.count * forms.stored))
+        return (1 - widened) ** 2 * forms.widen + (1 - here) ** 2 * forms.read
+
+    shares = [most * step // _SHARES for step in range(1, _SHARES + 1)]
+    return min((0, *(share for share in shares if share >= _LEAST_STORED * forms.stored)), key=cost)

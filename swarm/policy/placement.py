@@ -8,6 +8,33 @@ from collections.abc import Iterable, Mapping, Sequence
 from moehive.protocol.ids import ExpertKey
 
 
+def choose_experts(
+    sizes: Mapping[ExpertKey, int],
+    replicas: Mapping[ExpertKey, int],
+    *,
+    budgets: Sequence[int],
+    widened: int,
+    stored: int,
+    reserve: int,
+    seed: str,
+) -> frozenset[ExpertKey]:
+    """Experts to hold within `budgets` (bytes of memory and, where that is bounded, of disk), of those in `sizes`.
+
+    First what fits in the form that is computed with, `widened` bytes each. Then what nobody else holds, as long as
+    all fits as it is stored, `stored` bytes each, beside `reserve` bytes of the other form: slower, but the swarm can
+    run the model. `sizes` are those on disk; `replicas` and `seed` as in `fill_budget`.
+    """
+    count = len(budgets)
+    costs = {key: (widened, size)[:count] for key, size in sizes.items()}
+    chosen = fill_budget(costs, replicas, budgets=budgets, seed=seed)
+    taken = (reserve + len(chosen) * stored, sum(sizes[key] for key in chosen))
+    left = [max(0, budget - used) for budget, used in zip(budgets, taken, strict=False)]
+    lacking = {
+        key: (stored, size)[:count] for key, size in sizes.items() if key not in chosen and not replicas.get(key)
+    }
+    return chosen | fill_budget(lacking, replicas, budgets=left, seed=seed)
+
+
 def fill_budget(
     costs: Mapping[ExpertKey, Sequence[int]],
     replicas: Mapping[ExpertKey, int],

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from moehive.protocol.ids import ExpertKey
-from moehive.swarm.model.backend import LocalExperts, WeightsTier
+from moehive.swarm.model.backend import LocalExperts
 from moehive.swarm.model.seats import backend_of
+from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.tiers.residency import Speculation
 
 from .adapting import Routers

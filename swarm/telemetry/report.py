@@ -12,22 +12,26 @@ from .histogram import Latencies
 from .meter import LayerFacts
 
 
-def tier_json(stats: TierStats, source: str, device: TierStats | None = None) -> dict[str, Any]:
+def tier_json(
+    stats: TierStats, source: str, device: TierStats | None = None, stored: TierStats | None = None
+) -> dict[str, Any]:
     """A RAM tier, and the tier `source` that its misses came from. Seconds and bytes.
 
-    `device` is the tier in an accelerator's memory, where there is one, whose misses are the uses of the RAM tier.
+    `device` is the tier in an accelerator's memory, where there is one, whose misses are the uses of the RAM tier;
+    `stored` the part of RAM that holds experts as they are stored, between the RAM tier and `source`.
     """
-    every = stats.meter.every
+    every, lowest = stats.meter.every, stored or stats
     return {
         "tiers": [
             *([] if device is None else [_memory_json("vram", device) | _loads_json(device)]),
             _memory_json("ram", stats),
+            *([] if stored is None else [_memory_json("ram-stored", stored)]),
             {
                 "tier": source,
-                "hits": stats.loads - stats.failed_loads,
-                "failed": stats.failed_loads,
-                "movedBytes": stats.loaded_bytes,
-                "latency": latency_json(every.loads),
+                "hits": lowest.loads - lowest.failed_loads,
+                "failed": lowest.failed_loads,
+                "movedBytes": lowest.loaded_bytes,
+                "latency": latency_json(lowest.meter.every.loads),
             },
         ],
         "layerCalls": every.calls,
@@ -86,7 +90,7 @@ def latency_json(latencies: Latencies) -> dict[str, Any]:
     }
 
 
-def tier_lines(stats: TierStats, source: str) -> list[str]:
+def tier_lines(stats: TierStats, source: str, stored: TierStats | None = None) -> list[str]:
     """For people, after a run."""
     uses, every = stats.hits + stats.misses, stats.meter.every
     if not uses:
@@ -95,10 +99,15 @@ def tier_lines(stats: TierStats, source: str) -> list[str]:
     lines = [f"experts: {stats.hit_rate:.1%} of {uses:,} uses found them in memory ({used})"]
     if every.calls:
         lines[0] += f"; {every.clean_share:.1%} of layer calls missed none"
-    if stats.loads:
+    if stored is not None:
+        used = f"{format_size(stored.resident_bytes)} of {format_size(stored.budget_bytes)}"
+        times = latency_text(every.loads)
+        lines.append(f"  {stored.hits:,} were widened from what memory holds as it is stored ({used}): {times}")
+    lowest = stored or stats
+    if lowest.loads:
         place = "the swarm" if source == "swarm" else source
-        moved = format_size(stats.loaded_bytes)
-        lines.append(f"  {stats.loads:,} came from {place}, {moved}: {latency_text(every.loads)}")
+        moved = format_size(lowest.loaded_bytes)
+        lines.append(f"  {lowest.loads:,} came from {place}, {moved}: {latency_text(lowest.meter.every.loads)}")
     if worst := _worst(stats):
         lines.append(f"  most misses: {', '.join(worst)}")
     return lines

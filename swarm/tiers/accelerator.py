@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moehive.protocol.errors import ConfigError
+
 
 class Event(Protocol):
     """A point in the work that was enqueued on a stream."""
@@ -56,6 +58,15 @@ class TorchAccelerator:
         self.device = device
         self._module: Any = torch.get_device_module(device)  # torch.cuda, torch.cpu
         self._copies = self._module.Stream(device)
+
+    @classmethod
+    def named(cls, name: str) -> TorchAccelerator:
+        """The device that torch calls so, such as "cuda" or "cuda:1". Raises ConfigError where there is no such one."""
+        try:
+            device = torch.empty(0, device=name).device  # with its index
+        except (RuntimeError, AssertionError) as error:  # so does torch say that it has none, or not that many
+            raise ConfigError(f"torch finds no device {name!r} here; `moehive doctor` shows what there is") from error
+        return cls(device)
 
     def allocate(self, nbytes: int) -> Tensor:
         """See Accelerator."""

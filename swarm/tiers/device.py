@@ -180,6 +180,10 @@ class DeviceTier(Generic[K]):
         lease = self._tier.try_lease(key)
         return None if lease is None else DeviceLease(self._accelerator, lease)
 
+    def keys(self) -> Sequence[K]:
+        """What is resident now."""
+        return self._tier.keys()
+
     @property
     def upload_seconds(self) -> float:
         """From the order of an upload to its end, smoothed; 0 before the first."""

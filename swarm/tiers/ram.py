@@ -52,14 +52,12 @@ class RamTier(Loading[K, V]):
     def hold(self, uses: Uses[K]) -> Hold[K, V]:
         """`note`, and a lease of all of it that is resident, in one step: enter it, and only once.
 
-        Decoding does this once per layer and token, and a lock or a call per entry would be felt. Leave it before what
+        Decoding does this once per layer and token, and a lock per entry would be felt. Leave it before what
         is absent is leased.
         """
         with self._lock:
-            entries = self._residency.hold_all(uses)
-            if entries is None:
-                self._note(uses, ahead=True)
-                entries = [self._residency.acquire(key) for key in uses.rows]
+            self._note(uses, ahead=True)
+            entries = [self._residency.acquire(key) for key in uses.rows]
         return Hold(self, entries)
 
     def _note(self, uses: Uses[K], ahead: bool) -> Sequence[K]:

@@ -7,7 +7,7 @@ bytes resident and reserved stay within the budget; what is in use or pinned sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -113,24 +113,6 @@ class Residency(Generic[K, V]):
         if entry.in_use == 0 and self.resident + self.reserved > self.budget:
             self._trim()
         return entry.in_use == 0
-
-    def hold_all(self, uses: Uses[K]) -> Sequence[Entry[K, V] | None] | None:
-        """`note` and `acquire` in one, where all of it is resident and nothing is wanted; None: nothing has changed.
-
-        What decoding does where the model fits, so it makes no call that it can do without.
-        """
-        resident = self.entries
-        entries = [resident.get(key) for key in uses.rows]
-        counts = self.groups.get(uses.layer)
-        if None in entries or counts is None or self.speculation.pending or self._noted:
-            return None
-        self.policy.step(uses)
-        counts.steps += 1
-        counts.clean_steps += 1
-        counts.hits += len(entries)
-        for entry in entries:
-            entry.in_use += 1  # type: ignore[union-attr]  # None is not in it
-        return entries
 
     # --- loads ----------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 
@@ -18,6 +19,7 @@ from moehive.node.holdings import Holdings
 from moehive.node.settings import NodeSettings
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.member import Member
+from moehive.swarm.policy.budgets import ExpertForms
 from moehive.swarm.seeds.base import parse_seed
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.store.content import ContentStore
@@ -26,17 +28,24 @@ from moehive.swarm.transport.memory import MemoryNetwork
 
 SEED = identity(1)
 RAM = 1 << 30
+FORMS = ExpertForms(count=1, stored=1, widened=1, floor=5, read=1.0, widen=1.0)
 
 
 class Node:
     """What a node has when it begins to acquire."""
 
     def __init__(
-        self, us: Member, model: ConvertedDirectory, source: ObjectSource, *, expert_ram: int = 1, **settings: object
+        self,
+        us: Member,
+        model: ConvertedDirectory,
+        source: ObjectSource,
+        *,
+        forms: ExpertForms = FORMS,
+        **settings: object,
     ) -> None:
         self.settings = NodeSettings(model.model_id, Path(), **settings)  # type: ignore[arg-type]
         self.holdings = Holdings(model.manifest, source, on_change=lambda: None)
-        self.acquisition = Acquisition(self.settings, us, source, self.holdings, ram_budget=RAM, expert_ram=expert_ram)
+        self.acquisition = Acquisition(self.settings, us, source, self.holdings, ram_budget=RAM, forms=forms)
 
 
 @asynccontextmanager
@@ -116,9 +125,21 @@ async def test_auto_chooses_what_fits_beside_what_the_store_holds_already(
 async def test_auto_counts_what_experts_take_in_memory_not_on_disk(mixtral: ConvertedDirectory) -> None:
     """Quantised experts grow when they are loaded."""
     async with member(MemoryNetwork(), 2) as us:
-        node = Node(us, mixtral, mixtral, experts="auto", expert_ram=RAM // 3)
+        node = Node(us, mixtral, mixtral, experts="auto", forms=replace(FORMS, widened=RAM // 3, stored=RAM // 3))
         await node.acquisition.first_pass()
     assert len(node.holdings.experts) == 3
+
+
+async def test_auto_holds_what_nobody_else_does_as_it_is_stored(mixtral: ConvertedDirectory) -> None:
+    forms = replace(FORMS, widened=RAM // 6, stored=RAM // 100, floor=5)
+    others = sorted(mixtral.manifest.experts)[:3]
+    network = MemoryNetwork()
+    async with seed(network, mixtral, set(others)), member(network, 2) as us:
+        node = Node(us, mixtral, mixtral, experts="auto", forms=forms)
+        await node.acquisition.first_pass()
+        lacking = mixtral.manifest.experts.keys() - set(others)
+        assert node.holdings.experts >= lacking
+        assert len(node.holdings.experts) == max(6, len(lacking))
 
 
 async def test_what_is_held_is_in_use_until_the_node_ends(mixtral: ConvertedDirectory, tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ from moehive.node.health import (
     ENOUGH_FILES,
     check_clock,
     check_daemon,
+    check_device_fit,
     check_disk,
     check_fit,
     check_identity,
     check_open_files,
     check_port,
     check_store,
+    check_stored_fit,
     check_threads,
     check_versions,
     clock_is_synchronised,
@@ -151,3 +153,21 @@ def test_the_quota_of_a_control_group_counts(tmp_path: Path) -> None:
 
 def test_the_clock_can_be_asked() -> None:
     assert clock_is_synchronised() in (True, False, None)
+
+
+def test_a_model_that_fits_as_it_is_stored_is_said_to() -> None:
+    said = check_stored_fit("demo", experts=100, stored=25, widened=100, top_k=2, ram=3000)
+    assert said is not None
+    assert said.found == "all experts of demo fit as they are stored (2.4 KiB)"
+    assert check_stored_fit("demo", 100, 25, 100, 2, ram=2999) is None
+    assert check_stored_fit("demo", 100, 25, 100, 2, ram=10_000) is None
+    assert check_stored_fit("demo", 100, 100, 100, 2, ram=9000) is None
+
+
+@pytest.mark.parametrize(
+    ("vram", "state", "said"), [(499, "note", "too little"), (500, "ok", "5 of 100"), (10**6, "ok", "100 of")]
+)
+def test_what_of_a_model_fits_a_device(vram: int, state: str, said: str) -> None:
+    check = check_device_fit("demo", 100, 100, 2, "vram cuda:0", vram)
+    assert check.state == state
+    assert said in check.found

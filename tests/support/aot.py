@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -97,7 +96,7 @@ def _index(builds: Sequence[Build], name: str) -> int:
 
 def _start(builds: Sequence[Build], directory: Path) -> subprocess.Popen[bytes]:
     directory.mkdir()
-    (directory / "builds").write_bytes(pickle.dumps(list(builds)))
+    (directory / "builds").write_text(json.dumps([asdict(build) for build in builds]))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # the default of fp fusion is about to change in Triton and unset is a warning; our launches name it too
     environment |= {"TRITON_CACHE_DIR": str(directory / "cache"), "TRITON_DEFAULT_FP_FUSION": "1"}
@@ -213,12 +212,17 @@ def _histogram(lines: Sequence[str]) -> dict[str, int]:
 
 def main() -> None:
     """Compile what the file names; reports go to standard output as JSON."""
-    builds: list[Build] = pickle.loads(Path(sys.argv[1]).read_bytes())
+    builds = [_build(entry) for entry in json.loads(Path(sys.argv[1]).read_text())]
     sys.stdout.write(json.dumps([asdict(_compile(build)) for build in builds]) + "\n")
 
 
-if __name__ == "__main__":
-    # once more under its own name: what was pickled by the parent are classes of `support.aot`, not of `__main__`
-    from support.aot import main as run
+def _build(entry: Mapping[str, Any]) -> Build:
+    """What `asdict` made of a build: a Dtype became an object."""
+    arguments = {
+        name: Dtype(**value) if isinstance(value, dict) else value for name, value in entry["arguments"].items()
+    }
+    return Build(**{**entry, "arguments": arguments})
 
-    run()
+
+if __name__ == "__main__":
+    main()

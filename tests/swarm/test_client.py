@@ -33,6 +33,13 @@ def test_before_joining_the_message_says_what_to_do(swarm: Swarm) -> None:
         swarm.load(MODEL)
 
 
+def test_a_device_that_cannot_be_used_is_refused_before_anything_is_fetched(swarm: Swarm) -> None:
+    with pytest.raises(ConfigError, match="vram is for experts that are kept here: give ram, too"):
+        swarm.load(MODEL, vram=1 << 30)
+    with pytest.raises(ConfigError, match="torch finds no device 'cuda:9' here"):
+        swarm.load(MODEL, ram=1 << 30, device="cuda:9")
+
+
 def test_after_a_join_that_failed_nothing_is_joined(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(_: Ticket) -> MemoryTransport:
         raise ConfigError("no such address")

@@ -77,13 +77,15 @@ def test_several_requests_share_their_passes(swarm: tuple[Swarm, str], wanted: l
     assert (trips_of(joined, model_id) - before) * 2 <= before
 
 
+@pytest.mark.parametrize("vram", [None, 64 << 20])
 def test_experts_that_pay_are_kept_and_outlive_the_swarm(
-    nodes: Nodes, checkpoints: Checkpoints, cache: Path, wanted: list[int]
+    nodes: Nodes, checkpoints: Checkpoints, cache: Path, wanted: list[int], vram: int | None
 ) -> None:
+    """Also where they are kept on a device: the processor stands for it."""
     first, second = nodes.swarm(checkpoints.converted(FAMILY), "*:0-3", "*:4-7")
     model_id = str(first.ready()["modelId"])
     with join(first.ticket, cache=cache) as joined:
-        model, _ = joined.load(model_id, dtype=torch.float32, ram=64 << 20)
+        model, _ = joined.load(model_id, dtype=torch.float32, ram=64 << 20, vram=vram)
 
         def all_here() -> bool:
             before = trips_of(joined, model_id)
@@ -94,6 +96,9 @@ def test_experts_that_pay_are_kept_and_outlive_the_swarm(
         first.kill()
         second.kill()
         assert generate(model) == wanted
+        stats = joined.device_stats(model_id)
+        assert (stats is None) == (vram is None)
+        assert stats is None or stats.hits > 0
 
 
 def test_what_nobody_computes_is_fetched_and_computed_here(

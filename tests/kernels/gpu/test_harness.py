@@ -56,7 +56,7 @@ def test_skips(): pytest.skip("for a reason")
 def test_a_killed_interpreter_fails_its_test_only(tmp_path: Path) -> None:
     tests = Path(__file__).parents[2]
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {tests}\nmarkers = interpreted\n")
-    (tmp_path / "conftest.py").write_bytes((Path(__file__).parent / "conftest.py").read_bytes())
+    (tmp_path / "conftest.py").write_bytes((tests / "conftest.py").read_bytes())
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "test_suite.py").write_text(_SUITE)
     for name in ("test_after.py", "inner/test_before.py"):  # these run in the parent

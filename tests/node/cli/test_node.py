@@ -62,6 +62,21 @@ def test_two_nodes_cannot_run_with_one_identity(moehive, home, converted):
     assert "--identity FILE" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--device", "cuda:9"), "CUDA devices here, not cuda:9; `moehive doctor` shows them"),
+        (("--device", "tpu"), "--device tpu is not cpu, cuda or cuda:N"),
+        (("--vram", "1GiB"), "--vram is memory of a GPU: add --device cuda"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused_before_anything_is_started(moehive, converted, arguments, said):
+    outcome = moehive("node", converted, *arguments)
+
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
 # --- signals --------------------------------------------------------------------------------------------------------
 
 

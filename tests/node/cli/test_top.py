@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 from support.swarm_fakes import MODEL, identity
@@ -82,3 +83,17 @@ def test_a_node_that_does_not_write_any_more_is_marked(running):
     from moehive.node.cli.top import describe
 
     assert "silent" in describe([running], {}, running["updated"] + 60.0)
+
+
+def test_a_device_and_what_memory_holds_as_stored_have_lines_of_their_own(moehive, home):
+    stats = state()
+    facts = replace(stats, device="cuda:1", device_tier=stats.tier, stored=stats.tier)
+    file = StatusFile(home / "cache" / "nodes", PEER, lambda: facts)
+    file._write(file._content())
+    said = moehive("top", "--once").out
+    assert "cuda:1" in said
+    assert "33.3% of 3 uses; 20 B of 100 B; 20 B uploaded" in said
+    assert "as stored" in said
+    assert "33.3% of 3 that memory missed; 20 B of 100 B" in said
+    tiers = json.loads(moehive("top", "--json").out)["nodes"][0]["experts"]["tiers"]
+    assert [tier["tier"] for tier in tiers] == ["vram", "ram", "ram-stored", "disk"]

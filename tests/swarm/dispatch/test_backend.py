@@ -61,9 +61,14 @@ class Resident:
     def __init__(self, *experts: int) -> None:
         self.experts = experts
         self.leased = 0
+        self.begun: list[tuple[int, int]] = []  # layer, tokens
         self.seen: list[tuple[int, int, float]] = []  # layer, tokens, seconds waited
 
+    def begin(self, layer: int, assignments: Sequence[Assignment], tokens: int, dtype: torch.dtype) -> None:
+        self.begun.append((layer, tokens))
+
     def lease(self, layer: int, expert: int, dtype: torch.dtype) -> AbstractContextManager[int] | None:
+        assert self.begun
         return self._held(expert) if expert in self.experts else None
 
     @contextmanager

@@ -8,14 +8,20 @@ from typing import Any, cast
 import pytest
 import torch
 from support.swarm_fakes import Clock
+from support.waiting import until
 
-from moehive.kernels.expert_ffn import ExpertWeights
+from moehive.kernels.expert_ffn import ExpertWeights, expert_ffn
 from moehive.kernels.routing import group_by_expert
 from moehive.protocol.ids import ExpertKey
+from moehive.swarm.dispatch.request import LayerInput
 from moehive.swarm.dispatch.resident import FIRST_RATE, ResidentExperts
 from moehive.swarm.dispatch.weights import SwarmWeights
-from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.model.device import DeviceExperts
+from moehive.swarm.model.loader import ExpertLoader
+from moehive.swarm.model.slots import ExpertLayout
+from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.store.directory import ConvertedDirectory
+from moehive.swarm.tiers.accelerator import TorchAccelerator
 
 KEY = ExpertKey(0, 1)
 
@@ -35,7 +41,7 @@ async def test_a_use_that_a_peer_computes_is_a_miss_and_a_fetch_is_a_load(mixtra
     clock = Clock(0.0)
     weights = cast(SwarmWeights, cast(Any, Weights(clock)))
     resident = ResidentExperts(
-        mixtral.manifest, weights, weights_tier(ExpertLoader(mixtral.manifest, mixtral), 1 << 20), clock=clock
+        mixtral.manifest, weights, WeightsTier(ExpertLoader(mixtral.manifest, mixtral), 1 << 20), clock=clock
     )
 
     assignments = group_by_expert(torch.tensor([[KEY.expert]]), mixtral.manifest.model.num_experts)
@@ -66,7 +72,7 @@ def test_what_is_fetched_depends_on_how_many_tokens_are_to_come(
     """Fetching takes as long as some hundred tokens wait: of 700 there are 96 to come, of 5,000 enough."""
     loader = ExpertLoader(mixtral.manifest, mixtral)
     weights = cast(SwarmWeights, cast(Any, SimpleNamespace(nbytes=loader.nbytes)))
-    resident = ResidentExperts(mixtral.manifest, weights, weights_tier(loader, 2 * loader.nbytes(torch.float32)))
+    resident = ResidentExperts(mixtral.manifest, weights, WeightsTier(loader, 2 * loader.nbytes(torch.float32)))
     resident.expect(expected)
     assignments = group_by_expert(torch.tensor([[0, 1]]), mixtral.manifest.model.num_experts)
     shard = max(shard.size for shard in mixtral.manifest.experts.values())
@@ -76,3 +82,45 @@ def test_what_is_fetched_depends_on_how_many_tokens_are_to_come(
         resident.saw(0, assignments, 1, torch.float32, wait)
 
     assert {key.expert for key in resident.worth_fetching()} == fetched
+
+
+async def test_what_is_kept_and_used_is_computed_on_the_device_from_then_on(mixtral: ConvertedDirectory) -> None:
+    """The processor stands for the device."""
+    manifest, loader = mixtral.manifest, ExpertLoader(mixtral.manifest, mixtral)
+
+    async def load(key: ExpertKey, dtype: torch.dtype, deadline: float) -> ExpertWeights:
+        return loader.load(key, dtype)
+
+    weights = SwarmWeights(manifest, loader, cast(Any, None))
+    weights.load = load  # type: ignore[method-assign]
+    tier = WeightsTier(loader, 1 << 24)
+    resident = ResidentExperts(manifest, weights, tier)
+    slots = 2 * loader.top_k + 1
+    budget = slots * ExpertLayout.of(manifest.model, torch.float32).nbytes
+    accelerator = TorchAccelerator.named("cpu")
+    resident.use_device(DeviceExperts(loader, tier, accelerator, torch.float32, budget, kernels=False))
+    chosen = torch.tensor([[KEY.expert]])
+    call = LayerInput(KEY.layer, torch.randn(1, manifest.model.hidden_size), torch.ones(1, 1), "rows")
+    (assignment,) = group_by_expert(chosen, manifest.model.num_experts)
+
+    def rows() -> torch.Tensor:
+        resident.begin(KEY.layer, [assignment], 1, torch.float32)
+        lease = resident.lease(*KEY, torch.float32)
+        assert lease is not None
+        with lease as found:
+            part = resident.part(call, assignment, found)
+        resident.saw(KEY.layer, [assignment], 1, torch.float32, 0.0)
+        return part.output
+
+    assert resident.lease(*KEY, torch.float32) is None
+    resident.saw(KEY.layer, [assignment], 1, torch.float32, 0.0)  # a peer computed it
+    assert await resident._fetch(KEY)
+    wanted = expert_ffn(call.hidden, loader.load(KEY, torch.float32), loader.spec)
+    assert torch.equal(rows(), wanted)
+    await until(lambda: bool(resident.device_stats and resident.device_stats.entries))
+    assert tier.evict((KEY, torch.float32))  # it need not be in RAM for it
+    assert torch.equal(rows(), wanted)
+    assert resident.device_stats is not None
+    assert (resident.device_stats.hits, resident.device_stats.misses) == (1, 1)
+    assert resident.tier_stats.entries == 0
+    resident.close()

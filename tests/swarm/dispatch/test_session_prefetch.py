@@ -9,7 +9,8 @@ import torch
 from moehive.kernels.routing import group_by_expert
 from moehive.swarm.dispatch.resident import ResidentExperts
 from moehive.swarm.dispatch.weights import SwarmWeights
-from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.model.loader import ExpertLoader
+from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.store.directory import ConvertedDirectory
 
 LAYER = 0
@@ -21,7 +22,7 @@ def test_a_prompt_outweighs_many_tokens_of_earlier_sessions(mixtral: ConvertedDi
     class Weights:
         nbytes = staticmethod(loader.nbytes)
 
-    tier = weights_tier(loader, 2 * loader.nbytes(torch.float32))
+    tier = WeightsTier(loader, 2 * loader.nbytes(torch.float32))
     weights = cast(SwarmWeights, cast(Any, Weights()))
     resident = ResidentExperts(mixtral.manifest, weights, tier)
     resident.expect(1000)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from moehive.protocol.errors import BudgetTooSmall
 from moehive.swarm import open_local
-from moehive.swarm.model.backend import ExpertLoader, weights_tier
 from moehive.swarm.model.device import DeviceExperts, ExpertLayout
+from moehive.swarm.model.loader import ExpertLoader
 from moehive.swarm.model.seats import backend_of, device_statistics
+from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.store.directory import ConvertedDirectory
 
 
@@ -63,7 +64,7 @@ def test_what_is_computed_waits_for_copies_that_come_late(converted: Path, promp
     plain, _ = open_local(converted, prefetch=False)
     accelerator = FakeAccelerator(eager=True)
     budget = (2 * loader.top_k + 2) * slot_bytes(converted)
-    backend = DeviceExperts(loader, weights_tier(loader, 1 << 30), accelerator, torch.bfloat16, budget)
+    backend = DeviceExperts(loader, WeightsTier(loader, 1 << 30), accelerator, torch.bfloat16, budget)
     served, _ = open_local(converted, backend=backend)
     assert torch.equal(logits(served, prompt), logits(plain, prompt))
     assert torch.equal(generate(served, prompt[:1]), generate(plain, prompt[:1]))
@@ -80,7 +81,7 @@ def test_a_device_without_memory_leaves_all_to_the_processor(converted: Path, pr
     directory = ConvertedDirectory(converted)
     loader = ExpertLoader(directory.manifest, directory)
     plain, _ = open_local(converted, prefetch=False)
-    backend = DeviceExperts(loader, weights_tier(loader, 1 << 30), FakeAccelerator(limit=0), torch.bfloat16, 1 << 30)
+    backend = DeviceExperts(loader, WeightsTier(loader, 1 << 30), FakeAccelerator(limit=0), torch.bfloat16, 1 << 30)
     served, _ = open_local(converted, backend=backend)
     assert torch.equal(logits(served, prompt), logits(plain, prompt))
     assert backend.device_stats.entries == 0

@@ -12,21 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.protocol.errors import BudgetTooSmall, CorruptShard, ExpertUnavailable, ManifestError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import MANIFEST_NAME, REPORT_NAME, ExpertFfn, Gate, Manifest
 from moehive.swarm import open_local, routing_statistics
-from moehive.swarm.model.backend import (
-    ExpertLoader,
-    ExpertsBackend,
-    LocalExperts,
-    is_out_of_memory,
-    spec_of,
-    weights_tier,
-)
+from moehive.swarm.model.backend import ExpertsBackend, LocalExperts
 from moehive.swarm.model.buffers import SMALLEST
+from moehive.swarm.model.loader import ExpertLoader, StoredExpert, spec_of
 from moehive.swarm.model.seats import attach_backend
+from moehive.swarm.model.tier import WeightsTier, is_out_of_memory
 from moehive.swarm.store.base import NotHeld
 from moehive.swarm.store.directory import ConvertedDirectory
 
@@ -46,9 +40,9 @@ def generate(model: Any, prompt: Tensor) -> Tensor:
 class CountingLoader(ExpertLoader):
     loads = 0
 
-    def load(self, key: ExpertKey, dtype: torch.dtype) -> Any:
+    def read(self, key: ExpertKey) -> StoredExpert:
         self.loads += 1
-        return super().load(key, dtype)
+        return super().read(key)
 
 
 def test_a_budget_of_the_floor_changes_the_reads_and_not_the_result(converted: Path, prompt: Tensor) -> None:
@@ -59,7 +53,7 @@ def test_a_budget_of_the_floor_changes_the_reads_and_not_the_result(converted: P
     answers, loads, peaks = [], [], []
     for budget in (floor, 1 << 30):
         loader.loads = 0
-        backend = LocalExperts(loader, weights_tier(loader, budget))
+        backend = LocalExperts(loader, WeightsTier(loader, budget))
         served, _ = open_local(converted, backend=backend)
         answers.append((logits(served, prompt), generate(served, prompt)))
         loads.append(loader.loads)
@@ -116,14 +110,14 @@ def test_where_memory_runs_out_generation_goes_on_with_less(converted: Path, pro
     loader, wanted = ExpertLoader(directory.manifest, directory), generate(open_local(converted)[0], prompt)
     fail_at, loads = 9, 0
 
-    def load(key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
+    def read(key: ExpertKey) -> StoredExpert:
         nonlocal loads
         loads += 1
         if loads == fail_at:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-        return loader.load(key, dtype)
+        return loader.read(key)
 
-    backend = LocalExperts(loader, weights_tier(loader, 1 << 30, load=load))
+    backend = LocalExperts(loader, WeightsTier(loader, 1 << 30, read=read))
     assert torch.equal(generate(open_local(converted, backend=backend)[0], prompt), wanted)
     stats = backend.tier.stats
     assert stats.shrinks == 1
@@ -134,7 +128,7 @@ def test_buffers_are_used_again_and_no_weight_changes_by_it(converted: Path, pro
     directory = ConvertedDirectory(converted)
     loader = ExpertLoader(directory.manifest, directory)
     monkey = loader.buffers
-    backend = LocalExperts(loader, weights_tier(loader, 6 * loader.largest_room(torch.bfloat16)))
+    backend = LocalExperts(loader, WeightsTier(loader, 6 * loader.largest_room(torch.bfloat16)))
     key = ExpertKey(directory.manifest.model.moe_layers[0], 0)
     kept = loader.load(key, torch.bfloat16)
     before = [tensor.clone() for tensor in kept.tensors]
@@ -169,7 +163,7 @@ class Failing:
 
 def backend_of(directory: ConvertedDirectory) -> LocalExperts:
     loader = ExpertLoader(directory.manifest, directory)
-    return LocalExperts(loader, weights_tier(loader, 1 << 30))
+    return LocalExperts(loader, WeightsTier(loader, 1 << 30))
 
 
 def test_an_error_leaves_generate_and_the_model_goes_on(converted: Path, prompt: Tensor) -> None:

@@ -12,7 +12,9 @@ from moehive.swarm.policy.budgets import (
     MOST_DISK,
     DeviceFacts,
     DiskFacts,
+    ExpertForms,
     MemoryFacts,
+    bytes_as_stored,
     disk_budget,
     least_ram,
     plan_budgets,
@@ -86,3 +88,43 @@ def test_no_tier_gets_more_than_is_there(
 
 def test_the_least_that_runs_holds_two_layers_of_one_token() -> None:
     assert least_ram(100, top_k=8) == 1700
+
+
+FORMS = ExpertForms(count=100, stored=25, widened=100, floor=5, read=0.03, widen=0.01)
+forms = st.builds(
+    ExpertForms,
+    count=st.integers(1, 1000),
+    stored=st.integers(1, 1000),
+    widened=st.integers(1, 1000),
+    floor=st.integers(1, 20),
+    read=st.floats(0, 10),
+    widen=st.floats(0, 10),
+)
+
+
+@given(st.integers(0, 1 << 20), forms, st.booleans())
+def test_what_is_held_as_stored_leaves_room_for_a_token(budget: int, facts: ExpertForms, always: bool) -> None:
+    share = bytes_as_stored(budget, facts, always=always)
+    assert 0 <= share <= facts.count * facts.stored
+    if share:
+        assert facts.stored < facts.widened
+        assert budget - share >= facts.floor * facts.widened
+
+
+@pytest.mark.parametrize(
+    ("budget", "facts", "share"),
+    [
+        (100 * 100, FORMS, 0),  # all fits as it is computed with
+        (5000, FORMS, 2500),  # the disk is slow: all of it is in memory
+        (5000, replace(FORMS, widen=0.3), 0),  # widening is: better half of it ready, the rest from the disk
+        (5000, replace(FORMS, stored=100), 0),  # nothing is gained
+        (590, FORMS, 0),  # only a token's experts fit
+        (700, replace(FORMS, read=1.0), 200),
+    ],
+)
+def test_the_form_that_costs_a_use_the_least_time(budget: int, facts: ExpertForms, share: int) -> None:
+    assert bytes_as_stored(budget, facts) == share
+
+
+def test_a_device_that_takes_them_as_stored_decides_the_form() -> None:
+    assert bytes_as_stored(100 * 100, FORMS, always=True) == 2500

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moehive.protocol.ids import ExpertKey
-from moehive.swarm.policy.placement import fill_budget
+from moehive.swarm.policy.placement import choose_experts, fill_budget
 
 keys = st.builds(ExpertKey, st.integers(0, 4), st.integers(0, 7))
 models = st.dictionaries(keys, st.tuples(st.integers(1, 100), st.integers(1, 50)), max_size=40)
@@ -36,3 +36,28 @@ def test_peers_that_start_together_choose_differently() -> None:
     costs = {ExpertKey(0, expert): [1] for expert in range(64)}
     choices = [fill_budget(costs, {}, budgets=[16], seed=seed) for seed in ("A", "B", "C", "D")]
     assert len(frozenset().union(*choices)) > 32
+
+
+@given(
+    st.dictionaries(keys, st.integers(1, 50), max_size=40),
+    replica_counts,
+    st.tuples(st.integers(0, 3000), st.integers(0, 1500)),
+    st.integers(1, 40),
+    st.integers(0, 300),
+)
+def test_what_nobody_holds_is_taken_as_it_is_stored(
+    sizes: dict[ExpertKey, int], replicas: dict[ExpertKey, int], budgets: tuple[int, int], stored: int, reserve: int
+) -> None:
+    widened = 2 * stored
+    chosen = choose_experts(sizes, replicas, budgets=budgets, widened=widened, stored=stored, reserve=reserve, seed="A")
+    fits = fill_budget({key: (widened, size) for key, size in sizes.items()}, replicas, budgets=budgets, seed="A")
+    more = chosen - fits
+    assert fits <= chosen <= set(sizes)
+    assert not any(replicas.get(key) for key in more)
+    assert sum(sizes[key] for key in chosen) <= budgets[1]
+    if more:
+        assert len(chosen) * stored + reserve <= budgets[0]
+    without_disk = choose_experts(
+        sizes, replicas, budgets=budgets[:1], widened=widened, stored=stored, reserve=reserve, seed="A"
+    )
+    assert len(without_disk) >= min(len(sizes), budgets[0] // widened)

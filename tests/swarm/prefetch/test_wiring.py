@@ -12,11 +12,12 @@ from support.checkpoints import Checkpoints
 from support.waiting import until
 from torch import Tensor
 
-from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.protocol.errors import StorageError
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm import open_local
-from moehive.swarm.model.backend import ExpertLoader, LocalExperts, weights_tier
+from moehive.swarm.model.backend import LocalExperts
+from moehive.swarm.model.loader import ExpertLoader, StoredExpert
+from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.prefetch.control import Mode, State
 from moehive.swarm.prefetch.plan import Plan
 from moehive.swarm.prefetch.predictors import Point
@@ -38,7 +39,7 @@ def opened(converted: Path, share: float, **options: Any) -> tuple[Any, LocalExp
     directory = ConvertedDirectory(converted)
     loader = ExpertLoader(directory.manifest, directory)
     budget = int(share * loader.total_room(torch.bfloat16))
-    backend = LocalExperts(loader, weights_tier(loader, budget))
+    backend = LocalExperts(loader, WeightsTier(loader, budget))
     return open_local(converted, backend=backend, **options)[0], backend
 
 
@@ -98,15 +99,15 @@ def test_a_load_on_a_guess_that_fails_is_no_error_of_who_waits_for_it(converted:
     loader = ExpertLoader(directory.manifest, directory)
     key, asked = (ExpertKey(0, 0), torch.bfloat16), 0
 
-    def load(expert: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
+    def read(expert: ExpertKey) -> StoredExpert:
         nonlocal asked
         asked += 1
         if asked == 1:
             asyncio.run(until(lambda: tier._flights[key].users))
             raise StorageError("a fault that passes")
-        return loader.load(expert, dtype)
+        return loader.read(expert)
 
-    tier = weights_tier(loader, loader.total_room(torch.bfloat16) // 2, load=load)
+    tier = WeightsTier(loader, loader.total_room(torch.bfloat16) // 2, read=read)
     assert TierShelf(tier, torch.bfloat16).prefetch(0, [(0, 0.99)], most=1) == 1
     with tier.lease(key) as weights:
         assert weights.nbytes > 0

@@ -60,3 +60,13 @@ def test_the_report_for_people() -> None:
     assert third == "  most misses: layer 0 33%, layer 1 50%"
     assert tier_lines(tier_of_weights().stats, "disk") == []
     assert [seconds_text(value) for value in (2.0, 0.0123, 0.00000456)] == ["2 s", "12.3 ms", "4.56 us"]
+
+
+def test_what_memory_holds_as_stored_stands_between_memory_and_the_disk() -> None:
+    above, below = worked().stats, worked().stats
+    said = tier_json(above, "disk", stored=below)
+    assert [tier["tier"] for tier in said["tiers"]] == ["ram", "ram-stored", "disk"]
+    assert said["tiers"][1]["hits"] == below.hits
+    assert said["tiers"][2]["movedBytes"] == below.loaded_bytes
+    lines = tier_lines(above, "disk", stored=below)
+    assert any(f"{below.hits:,} were widened from what memory holds as it is stored" in line for line in lines)

@@ -1,0 +1,158 @@
+"""Experts from where they are stored: verified, as they lie there or as they are computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from typing import Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+from moehive.kernels.canonical import Empty, canonical_weights, stored_matrices
+from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec
+from moehive.kernels.formats import ExpertMatrices
+from moehive.protocol.errors import ManifestError
+from moehive.protocol.ids import ExpertKey
+from moehive.protocol.manifest import ExpertFfn, Manifest
+from moehive.swarm.store.base import ObjectSource
+
+from .buffers import HostBuffers
+from .reading import read_tensors, tensor_table
+from .tensors import ALIGNMENT, TORCH_DTYPE, short_name, tensors_of
+
+
+def spec_of(ffn: ExpertFfn) -> FfnSpec:
+    """A manifest's description of the experts in the kernels' terms. Raises ManifestError for unknown mathematics."""
+    try:
+        return FfnSpec(ffn.gate.value, ffn.activation, ffn.transposed, ffn.alpha, ffn.limit)
+    except ValueError as error:
+        raise ManifestError(f"expertFfn: {error}") from error
+
+
+StoredExpert: TypeAlias = Mapping[str, Tensor]  # by short names: see kernels/canonical.py
+_PARTS: Final = 4  # tensors of an expert's weights
+
+
+class ExpertLoader:
+    """Experts of one model from `source` in the form that is computed with. Thread-safe; keeps only free buffers."""
+
+    def __init__(self, manifest: Manifest, source: ObjectSource) -> None:
+        self.spec = spec_of(manifest.model.ffn)
+        self.num_experts = manifest.model.num_experts
+        self.top_k = manifest.model.top_k
+        self._manifest = manifest
+        self._source = source
+        quantization = manifest.model.quantization
+        self._block = quantization.block if quantization else None
+        self._biased = manifest.model.ffn.bias
+        self.buffers = HostBuffers()  # of shards
+        self.widened = HostBuffers()  # of what is computed with
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the model."""
+        return self._manifest
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one expert's weights of `dtype`."""
+        model = self._manifest.model
+        biases = (2 * model.intermediate_size + model.hidden_size) * dtype.itemsize if model.ffn.bias else 0
+        return self._matrix_bytes(dtype) + biases
+
+    def _matrix_bytes(self, dtype: torch.dtype) -> int:
+        return 3 * self._manifest.model.hidden_size * self._manifest.model.intermediate_size * dtype.itemsize
+
+    def room(self, key: ExpertKey, dtype: torch.dtype) -> int:
+        """Bytes that loading an expert takes at most: its shard, and its weights where they are not views of it."""
+        shard = self._manifest.experts[key]
+        stored = (entry.dtype for entry in tensor_table(self._manifest, shard).values())
+        views = not self.spec.transposed and not self._biased and all(TORCH_DTYPE[name] == dtype for name in stored)
+        return self.stored_room(key) + (0 if views else self.widened_room(dtype))
+
+    def stored_room(self, key: ExpertKey) -> int:
+        """Bytes of an expert as it is stored, in a buffer."""
+        return self._manifest.experts[key].size + ALIGNMENT
+
+    def widened_room(self, dtype: torch.dtype) -> int:
+        """Bytes of an expert's weights that are no views of its shard, at most."""
+        return self.nbytes(dtype) + (_PARTS + 1) * ALIGNMENT
+
+    def is_view(self, dtype: torch.dtype) -> bool:
+        """Whether what is computed with, of `dtype`, is what is stored."""
+        key = next(iter(self._manifest.experts))
+        return self.room(key, dtype) == self.stored_room(key)
+
+    def largest_room(self, dtype: torch.dtype) -> int:
+        """The most that `room` says of any expert."""
+        return max(self.room(key, dtype) for key in self._manifest.experts)
+
+    def total_room(self, dtype: torch.dtype) -> int:
+        """What `room` says of all experts together."""
+        return sum(self.room(key, dtype) for key in self._manifest.experts)
+
+    def load(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
+        """One expert's verified weights of `dtype`. Raises what `read` and `widen` raise."""
+        return self.widen(key, self.read(key), dtype)
+
+    def read(self, key: ExpertKey) -> StoredExpert:
+        """One expert's verified tensors as they are stored. Raises NotHeld, StorageError, CorruptShard."""
+        shard = self._manifest.experts[key]
+        return _short(read_tensors(self._source, self._manifest, shard, allocate=self.buffers.allocate))
+
+    def from_bytes(self, key: ExpertKey, shard: bytearray) -> StoredExpert:
+        """One expert's tensors from its shard's verified bytes, a copy of them. Raises ManifestError."""
+        return _short(tensors_of(bytearray(shard), tensor_table(self._manifest, self._manifest.experts[key])))
+
+    def widen(self, key: ExpertKey, tensors: StoredExpert, dtype: torch.dtype) -> ExpertWeights:
+        """What is computed with, of `dtype`: views where nothing changes. Raises ManifestError for no such expert."""
+        with self._explained(key):
+            return canonical_weights(tensors, self.spec, dtype, block=self._block, empty=self._empty(dtype))
+
+    def matrices(self, key: ExpertKey, tensors: StoredExpert) -> ExpertMatrices:
+        """The same in the format that it is stored in. Raises ManifestError for tensors that make no such expert."""
+        with self._explained(key):
+            return stored_matrices(tensors, self.spec, block=self._block)
+
+    def form(self) -> ExpertMatrices:
+        """An expert as it is stored, without its values: tensors of the device "meta"."""
+        key, model = next(iter(self._manifest.experts)), self._manifest.model
+        tensors = {}
+        for name, entry in tensor_table(self._manifest, self._manifest.experts[key]).items():
+            short = short_name(name)
+            if short.endswith(".weight_shape"):  # its values are shapes
+                shape = model.intermediate_size, model.hidden_size
+                tensors[short] = torch.tensor(shape[::-1] if short.startswith(("down_proj", "w2")) else shape)
+            else:
+                tensors[short] = torch.empty(entry.shape, dtype=TORCH_DTYPE[entry.dtype], device="meta")
+        return self.matrices(key, tensors)
+
+    def drop_buffers(self) -> None:
+        """Give buffers that nobody uses to the system."""
+        self.buffers.drop()
+        self.widened.drop()
+
+    def _empty(self, dtype: torch.dtype) -> Empty:
+        """Makes an expert's matrices in one buffer, which is used again when they are gone."""
+        left = [Tensor()]
+
+        def empty(shape: tuple[int, ...]) -> Tensor:
+            size = prod(shape) * dtype.itemsize
+            if left[0].numel() < size:
+                left[0] = self.widened.allocate(self._matrix_bytes(dtype) + _PARTS * ALIGNMENT, 0)
+            memory, left[0] = left[0][:size], left[0][-(-size // ALIGNMENT) * ALIGNMENT :]
+            return memory.view(dtype).view(shape)
+
+        return empty
+
+    @contextmanager
+    def _explained(self, key: ExpertKey) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ManifestError(f"{self._manifest.experts[key].file}: {error}") from error
+
+
+def _short(tensors: Mapping[str, Tensor]) -> StoredExpert:
+    return {short_name(name): tensor for name, tensor in tensors.items()}

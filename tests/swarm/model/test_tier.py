@@ -1,0 +1,132 @@
+"""Experts as they are stored, below the form that is computed with: fewer bytes, and the same results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moehive.protocol.errors import CorruptShard
+from moehive.protocol.ids import ExpertKey
+from moehive.swarm import open_local
+from moehive.swarm.model.backend import LocalExperts
+from moehive.swarm.model.loader import ExpertLoader, StoredExpert
+from moehive.swarm.model.tier import WeightsTier, forms_of
+from moehive.swarm.store.directory import ConvertedDirectory
+
+BF16 = torch.bfloat16
+QUANTISED = ["gpt_oss_mxfp4", "deepseek_v3_fp8"]
+
+
+class CountingLoader(ExpertLoader):
+    reads = 0
+
+    def read(self, key: ExpertKey) -> StoredExpert:
+        self.reads += 1
+        return super().read(key)
+
+
+def loader_of(converted: Path) -> CountingLoader:
+    directory = ConvertedDirectory(converted)
+    return CountingLoader(directory.manifest, directory)
+
+
+def generate(model: Any, prompt: Tensor) -> Tensor:
+    mask = torch.ones_like(prompt)
+    found: Tensor = model.generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    return found
+
+
+@pytest.mark.parametrize("family", QUANTISED)
+def test_what_fits_as_stored_is_read_once_and_nothing_changes(checkpoints: Any, family: str, prompt: Tensor) -> None:
+    converted = checkpoints.converted(family)
+    loader = loader_of(converted)
+    experts = len(loader.manifest.experts)
+    forms = forms_of(loader, BF16, experts)
+    everything = experts * forms.stored + (forms.floor + 1) * forms.widened
+    budget = min(everything, experts * forms.widened * 3 // 4)
+    wanted = open_local(converted, prefetch=False)[0]
+    backend = LocalExperts(loader, WeightsTier(loader, budget))
+    backend.tier.hold_stored(BF16, experts, uploads=True)
+    served, _ = open_local(converted, backend=backend)
+    with torch.inference_mode():
+        assert torch.equal(served(input_ids=prompt).logits, wanted(input_ids=prompt).logits)
+    assert torch.equal(generate(served, prompt), generate(wanted, prompt))
+    stored = backend.stored_stats
+    assert stored is not None
+    assert loader.reads == stored.loads
+    assert backend.tier_stats.evictions > 0
+    assert (stored.evictions == 0) == (stored.loads <= experts) == (budget == everything)
+    assert stored.hits > 0
+    assert stored.resident_bytes + backend.tier_stats.resident_bytes <= budget
+    assert stored.budget_bytes + backend.tier_stats.budget_bytes == budget
+    backend.tier.close()
+
+
+@pytest.mark.parametrize("family", QUANTISED)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_what_is_widened_from_memory_is_what_is_read(checkpoints: Any, family: str, dtype: torch.dtype) -> None:
+    loader = loader_of(checkpoints.converted(family))
+    tier = WeightsTier(loader, 1 << 30)
+    tier.stored.resize(1 << 29)
+    for key in loader.manifest.experts:
+        wanted = [tensor.clone() for tensor in loader.load(key, dtype).tensors]
+        with tier.lease((key, dtype)) as weights:
+            assert all(torch.equal(a, b) for a, b in zip(weights.tensors, wanted, strict=True))
+        with tier.as_stored(key) as matrices:
+            assert matrices.nbytes <= loader.stored_room(key)
+    assert tier.stats.resident_bytes <= len(loader.manifest.experts) * loader.widened_room(dtype)
+    tier.close()
+
+
+@pytest.mark.parametrize("family", [*QUANTISED, "qwen3_moe", "gpt_oss"])
+def test_where_all_fits_or_nothing_is_gained_nothing_is_held_as_stored(checkpoints: Any, family: str) -> None:
+    loader = loader_of(checkpoints.converted(family))
+    experts = len(loader.manifest.experts)
+    for budget in (2 * loader.total_room(BF16), loader.largest_room(BF16) * 5):
+        tier = WeightsTier(loader, budget)
+        tier.hold_stored(BF16, experts, uploads=False)
+        if budget > loader.total_room(BF16) or family not in QUANTISED:
+            assert tier.stored_stats is None
+            assert tier.budget_bytes == budget
+
+
+def test_a_budget_is_divided_anew_when_more_experts_are_held(checkpoints: Any) -> None:
+    loader = loader_of(checkpoints.converted("gpt_oss_mxfp4"))
+    forms = forms_of(loader, BF16, 1)
+    budget = (forms.floor + 4) * forms.widened
+    tier = WeightsTier(loader, budget)
+    tier.hold_stored(BF16, 4, uploads=True)
+    first = tier.stored.budget_bytes
+    tier.hold_stored(BF16, 8, uploads=True)
+    assert 0 < first < tier.stored.budget_bytes
+    assert tier.stored.budget_bytes + tier.budget_bytes == budget
+
+
+def test_an_error_of_reading_reaches_who_leases(checkpoints: Any) -> None:
+    loader = loader_of(checkpoints.converted("gpt_oss_mxfp4"))
+
+    def read(key: ExpertKey) -> StoredExpert:
+        raise CorruptShard("changed")
+
+    tier = WeightsTier(loader, 1 << 30, read=read)
+    tier.stored.resize(1 << 29)
+    key = next(iter(loader.manifest.experts))
+    with pytest.raises(CorruptShard, match="changed"), tier.lease((key, BF16)):
+        pass
+    with pytest.raises(CorruptShard, match="changed"), tier.as_stored(key):
+        pass
+
+
+def test_buffers_of_what_is_widened_are_used_again(checkpoints: Any) -> None:
+    loader = loader_of(checkpoints.converted("deepseek_v3_fp8"))
+    keys = list(loader.manifest.experts)
+    tensors, before = loader.read(keys[0]), loader.widened.fresh
+    for _ in range(3):
+        weights = loader.widen(keys[0], tensors, torch.float32)
+        assert len({tensor.untyped_storage().data_ptr() for tensor in weights.tensors}) == 1
+        del weights
+    assert loader.widened.fresh - before <= 1

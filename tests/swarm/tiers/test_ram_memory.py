@@ -1,0 +1,75 @@
+"""A tier on a machine whose memory runs out."""
+
+import pytest
+from support.tiers import Gate, make, take, value_of
+
+from moehive.protocol.errors import MemoryExhausted
+from moehive.swarm.tiers.ram import RamTier
+
+# --- running out of memory --------------------------------------------------------------------------------------------
+
+
+def test_where_memory_runs_out_the_budget_shrinks_and_the_load_is_tried_again() -> None:
+    failures = iter([False, False, False, True, False, False])
+
+    def load(key: str) -> str:
+        if next(failures):
+            raise MemoryError
+        return value_of(key)
+
+    tier = make(100, load)
+    for key in "abc":
+        take(tier, key)
+    assert take(tier, "d") == "value d"
+    assert (tier.budget_bytes, tier.resident_bytes, tier.stats.shrinks) == (30, 30, 1)
+    take(tier, "e")
+    assert tier.resident_bytes == 30
+
+
+def test_only_what_says_so_is_taken_for_exhausted_memory() -> None:
+    """What torch raises is told by the caller; anything else is not tried again."""
+    load = Gate("")
+    errors: list[Exception] = [RuntimeError("no memory"), RuntimeError("a bug")]
+
+    def failing(key: str) -> str:
+        if errors:
+            raise errors.pop(0)
+        return load(key)
+
+    tier = RamTier[str, str](
+        100, failing, room=lambda _: 10, size=lambda _: 10, loaders=0, out_of_memory=lambda e: "memory" in str(e)
+    )
+    with pytest.raises(RuntimeError, match="a bug"):
+        take(tier, "a")
+    assert tier.stats.shrinks == 1
+    tier.resize(20)
+    assert take(tier, "a") == "value a"
+
+
+def test_free_buffers_are_given_up_where_the_budget_shrinks() -> None:
+    freed: list[int] = []
+    failures = iter([True, False, False])
+
+    def load(key: str) -> str:
+        if next(failures):
+            raise MemoryError
+        return key
+
+    tier = RamTier[str, str](
+        100, load, room=lambda _: 10, size=lambda _: 10, loaders=0, freed=lambda: freed.append(tier.resident_bytes)
+    )
+    take(tier, "a")
+    assert freed == [0]
+    tier.evict("a")
+    tier.resize(50)
+    assert freed == [0, 0, 0]
+
+
+def test_memory_that_stays_exhausted_is_an_error_that_says_so() -> None:
+    def load(_: str) -> str:
+        raise MemoryError
+
+    tier = make(100, load)
+    with pytest.raises(MemoryExhausted, match="no memory for 10 bytes"):
+        take(tier, "a")
+    assert (tier.resident_bytes, tier.stats.reserved_bytes) == (0, 0)
