@@ -66,7 +66,6 @@ class RequestQueue:
         """How many small requests wait."""
         return self._small
 
-    @property
     def only_small(self) -> bool:
         """Whether requests wait, and all of them are small."""
         return 0 < self._small == len(self._queued)

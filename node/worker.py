@@ -143,11 +143,11 @@ class ComputeWorker:
         """Let a few small requests wait for those that are about to come."""
         queue = self._queue
         seconds = gathering.patience(self._gathering, queue.small, self._clock())
-        if not (seconds and queue.only_small):
+        if not (seconds and queue.only_small()):
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while queue.only_small and queue.small < self._gathering.in_flight:
+                while queue.only_small() and queue.small < self._gathering.in_flight:
                     self._wake.clear()
                     await self._wake.wait()
         self._gathering = gathering.gathered(self._gathering, queue.small)
