@@ -122,7 +122,7 @@ class BatchRun:
         for expert, count in zip(message.experts, message.counts, strict=True):
             token = work.token[start : start + count]
             with self._lease(message.layer, expert, dtype) as weights:
-                out[start : start + count] = expert_ffn(work.hidden[token], weights, self._spec)
+                out[start : start + count] = expert_ffn(work.hidden.index_select(0, token), weights, self._spec)
             start += count
             yield count
 
@@ -162,7 +162,8 @@ class BatchRun:
         for group in groups:
             for part, weight in self._slices(group.token, group.weight):
                 with self._lease(layer, group.expert, hidden.dtype) as weights:
-                    add_weighted(total, part, expert_rows_fast(hidden[part], weights, self._spec), weight)
+                    rows = expert_rows_fast(hidden.index_select(0, part), weights, self._spec)  # [R, H]
+                    add_weighted(total, part, rows, weight)
                 yield part.shape[0]
 
     def _slices(self, token: Tensor, row_weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

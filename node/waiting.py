@@ -52,7 +52,7 @@ class RequestQueue:
 
     def __init__(self) -> None:
         self._queued: list[Queued] = []
-        self._bytes = self._rows = self._small_rows = 0
+        self._bytes = self._rows = self._small_rows = self._small = 0
         self._requests: Counter[PeerId] = Counter()  # by client, as the next one
         self._client_bytes: Counter[PeerId] = Counter()
 
@@ -60,6 +60,15 @@ class RequestQueue:
     def clients(self) -> Collection[PeerId]:
         """Who waits."""
         return self._requests.keys()
+
+    @property
+    def small(self) -> int:
+        """How many small requests wait."""
+        return self._small
+
+    def only_small(self) -> bool:
+        """Whether requests wait, and all of them are small."""
+        return 0 < self._small == len(self._queued)
 
     @property
     def waiting(self) -> Sequence[Waiting]:
@@ -100,7 +109,9 @@ class RequestQueue:
         rows, size, client = queued.waiting.rows, queued.payload_bytes, queued.client
         self._bytes += sign * size
         self._rows += sign * rows
-        self._small_rows += sign * rows if queued.waiting.small else 0
+        if queued.waiting.small:
+            self._small += sign
+            self._small_rows += sign * rows
         self._client_bytes[client] += sign * size
         self._requests[client] += sign
         if not self._requests[client]:

@@ -1,7 +1,8 @@
 """The compute worker: one thread that computes, fed by a bounded queue of requests.
 
-Requests wait in the queue only while the thread is busy; when it is free it takes all that fit together. A batch of
-large requests is computed a slice at a time, with a batch of small ones in between.
+Requests wait in the queue only while the thread is busy, or a moment for others that are about to come (`gathering`);
+when it is free it takes all that fit together. A batch of large requests is computed a slice at a time, with a batch of
+small ones in between.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 from moehive.kernels.expert_ffn import FfnSpec
@@ -21,6 +23,7 @@ from moehive.swarm.model.device import DeviceExperts
 from moehive.swarm.rpc.server import Refusal
 from moehive.swarm.telemetry.histogram import Histogram, Latencies
 
+from . import gathering
 from .compute import BatchRun, LeaseExpert, NoteUses, Work
 from .scheduler import QueueFacts, QueueLimits, admit, arrived, computed, next_batch
 from .waiting import Queued, RequestQueue, Result
@@ -74,6 +77,7 @@ class ComputeWorker:
         self._served: dict[Hashable, float] = {}  # rows, of clients that wait or waited a moment ago
         self._wake = asyncio.Event()
         self._seconds_per_row = 0.0
+        self._gathering = gathering.Gathering()
         self._computing: list[_Batch] = []  # at most a small one and a large one that waits for its next slice
         self.rows_done = 0
         self.batches_done = 0
@@ -126,6 +130,8 @@ class ComputeWorker:
         large: _Batch | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="compute") as thread:
             while True:
+                if large is None:
+                    await self._gather()
                 small = self._take(small=True)
                 large = large or self._take(small=False)
                 if small is None and large is None:
@@ -135,6 +141,19 @@ class ComputeWorker:
                     await self._advance(thread, small)  # whole: small batches have one slice
                 if large is not None and await self._advance(thread, large):
                     large = None
+
+    async def _gather(self) -> None:
+        """Let a few small requests wait for those that are about to come."""
+        queue = self._queue
+        seconds = gathering.patience(self._gathering, queue.small, self._clock())
+        if not (seconds and queue.only_small()):
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while queue.only_small() and queue.small < self._gathering.in_flight:
+                    self._wake.clear()
+                    await self._wake.wait()
+        self._gathering = gathering.gathered(self._gathering, queue.small)
 
     def _take(self, *, small: bool) -> _Batch | None:
         if not self._queue.clients:
@@ -175,6 +194,14 @@ class ComputeWorker:
 
     def _answer(self, batch: _Batch) -> None:
         self._count(len(batch.requests), batch.rows, batch.seconds)
+        if batch.requests[0].waiting.small:
+            self._gathering = gathering.answered(
+                self._gathering,
+                requests=len(batch.requests),
+                waiting=self._queue.small,
+                seconds=batch.seconds,
+                now=self._clock(),
+            )
         for queued, output in zip(batch.requests, batch.run.outputs, strict=True):
             if not queued.done.done():
                 self._latency.add(self._clock() - queued.since)

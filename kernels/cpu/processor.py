@@ -44,10 +44,11 @@ def this_processor() -> Processor:
     mkl, onednn = torch.backends.mkl, torch.backends.mkldnn
     has_onednn = bool(onednn.is_available())  # type: ignore[no-untyped-call]
     ops = torch.ops.mkldnn
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that is supported
+    describe = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch that is supported
+    name = describe().get("cpu_name") if describe else None
     return Processor(
         avx512=torch.backends.cpu.get_cpu_capability() == "AVX512",
-        intel="AMD" not in str(capabilities.get("cpu_name", "")),  # also where torch cannot tell
+        intel="AMD" not in str(name),  # also where torch cannot tell
         mkl=bool(mkl.is_available()),  # type: ignore[no-untyped-call]
         onednn=has_onednn,
         bf16_products=has_onednn and bool(ops._is_mkldnn_bf16_supported()),

@@ -222,8 +222,12 @@ class Child:
 
     def ask(self, question: object) -> Any:
         """Send, and wait for the answer. Raises EOFError when the child is gone, TimeoutError when it is stuck."""
-        self._pipe.send(question)
+        self.tell(question)
         return self.answer()
+
+    def tell(self, question: object) -> None:
+        """Send; `answer` will come."""
+        self._pipe.send(question)
 
     def answer(self) -> Any:
         """What it says next."""

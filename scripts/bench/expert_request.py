@@ -23,7 +23,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
@@ -197,7 +197,8 @@ async def _serve_echo(pipe: Connection) -> None:
     certificate = Certificate()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await answer_echoes(SocketStream(PeerId("client"), reader, writer))
+        with suppress(asyncio.CancelledError):  # of the end: asyncio would print it
+            await answer_echoes(SocketStream(PeerId("client"), reader, writer))
 
     async with await asyncio.start_server(serve, HOST, 0, limit=READ_BUFFER, ssl=certificate.context) as server:
         pipe.send((server.sockets[0].getsockname()[1], certificate.fingerprint))

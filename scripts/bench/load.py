@@ -12,6 +12,9 @@ have instructions for it. `ffn` is what the same experts gain from as many rows 
     overload   four times as many requests as the node can do with 16 of each client in flight, offered at a fixed
                rate: good answers per second against the capacity, how soon a refusal comes, how long accepted
                requests take, and how soon after the flood the node answers as before
+
+The flood's own threads keep each other waiting, and read a refusal long after it came. So one more client, in a process
+of its own, asks a few times a second meanwhile; how soon it is refused is what a member sees of a flooded node.
 """
 
 from __future__ import annotations
@@ -23,11 +26,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from _client import Client, joined, running_node
-from _common import arguments, conditions, p50, p99, print_head, print_table, repeat, write_json
+from _common import (
+    Child,
+    arguments,
+    conditions,
+    p50,
+    p99,
+    print_head,
+    print_table,
+    questions,
+    repeat,
+    write_json,
+)  # fmt: skip
 from _layer import SHAPES, SPEC, Token, load_weights, make_model, make_tokens
 
 from moehive.kernels.cpu.experts import run_experts
@@ -40,6 +55,7 @@ from moehive.swarm.store.directory import ConvertedDirectory
 OVER = 4  # times the capacity
 DEADLINE = 4.0  # seconds that an offered request may take: more than one does at the capacity (256 in flight)
 TOKENS = 64
+BESIDE = 20.0  # requests per second of the client beside the flood
 IN_FLIGHT = 16  # requests of each client at a time, to find the capacity
 
 
@@ -63,6 +79,7 @@ class Round:
     capacity: float  # requests per second
     goodput: float
     flood: Flood
+    beside: Flood  # what came of the requests of a client that takes no part in it
 
 
 def main() -> None:
@@ -81,9 +98,10 @@ def main() -> None:
         tokens = make_tokens(TOKENS, dtype, shape)
         bound = ffn_gain(converted, tokens, options.clients)
         ticket = stack.enter_context(running_node(converted, Path(directory) / "node", threads=1, ram="3GiB"))
+        beside = stack.enter_context(Child(ask_beside, str(ticket), converted, tokens, options.seconds))
         clients = stack.enter_context(several(options.clients, ticket, converted))
         measure(clients, tokens, 1.0)  # loads the experts, opens the connections
-        rounds = repeat(options.rounds, lambda: once(clients, tokens, converted, options.seconds))
+        rounds = repeat(options.rounds, lambda: once(clients, beside, tokens, converted, options.seconds))
     report(facts, rounds.results, options.clients, bound)
     print(f"{rounds}\n", flush=True)
     write_json(
@@ -117,13 +135,13 @@ def several(number: int, ticket: Ticket, converted: Path) -> Iterator[list[Clien
         yield [stack.enter_context(joined(ticket, converted)) for _ in range(number)]
 
 
-def once(clients: Sequence[Client], tokens: Sequence[Token], converted: Path, seconds: float) -> Round:
+def once(clients: Sequence[Client], beside: Child, tokens: Sequence[Token], converted: Path, seconds: float) -> Round:
     """Everything, one after the other."""
     alone = measure(clients[:1], tokens, seconds / 2)
     together = measure(clients, tokens, seconds / 2)
     capacity = measure(clients, tokens, seconds / 2, at_once=IN_FLIGHT)
-    flood = overload(clients, tokens, converted, capacity, seconds)
-    return Round(alone, together, capacity, len(flood.answered) / seconds, flood)
+    flood, calm = overload(clients, beside, tokens, converted, capacity, seconds)
+    return Round(alone, together, capacity, len(flood.answered) / seconds, flood, calm)
 
 
 def measure(clients: Sequence[Client], tokens: Sequence[Token], seconds: float, *, at_once: int = 1) -> float:
@@ -143,12 +161,18 @@ async def _ask_for(client: Client, tokens: Sequence[Token], seconds: float) -> i
 
 
 def overload(
-    clients: Sequence[Client], tokens: Sequence[Token], converted: Path, capacity: float, seconds: float
-) -> Flood:
-    """Requests at a fixed rate, whatever becomes of those before."""
+    clients: Sequence[Client],
+    beside: Child,
+    tokens: Sequence[Token],
+    converted: Path,
+    capacity: float,
+    seconds: float,
+) -> tuple[Flood, Flood]:
+    """Requests at a fixed rate, whatever becomes of those before; and those of the client beside it."""
     model = ConvertedDirectory(converted).manifest.model_id
     rate = OVER * capacity / len(clients)
     usual = p50([clients[0].portal.call(_one, clients[0], tokens[0], model)[1] for _ in range(20)])
+    beside.tell("now")
     futures = [client.portal.start_task_soon(_offer, client, tokens, model, rate, seconds) for client in clients]
     flood = Flood()
     for future in futures:
@@ -163,7 +187,17 @@ def overload(
         if (kind == "answered" and took <= 2 * usual) or time.perf_counter() - started > 30:
             break
     flood.recovery = time.perf_counter() - started
-    return flood
+    calm: Flood = beside.answer()
+    return flood, calm
+
+
+def ask_beside(pipe: Connection, ticket: str, converted: Path, tokens: Sequence[Token], seconds: float) -> None:
+    """The client in a process of its own: whenever told, a few requests at a fixed rate; answers what came of them."""
+    torch.set_num_threads(1)
+    model = ConvertedDirectory(converted).manifest.model_id
+    with joined(Ticket.parse(ticket), converted) as client:
+        for _ in questions(pipe):
+            pipe.send(client.portal.call(_offer, client, tokens, model, BESIDE, seconds))
 
 
 async def _offer(client: Client, tokens: Sequence[Token], model: ModelId, rate: float, seconds: float) -> Flood:
@@ -214,6 +248,7 @@ def report(facts: dict[str, object], rounds: Sequence[Round], clients: int, boun
     print(f"batching: {gain:.2f}x (ffn: {bound:.2f}x); at least 4x is asked\n")
     answered = [value * 1e3 for each in rounds for value in each.flood.answered]
     refused = [value * 1e3 for each in rounds for value in each.flood.refused] or [0.0]
+    apart = [value * 1e3 for each in rounds for value in each.beside.refused] or [0.0]
     rows = [
         ("offered, requests/s", OVER * p50([each.capacity for each in rounds])),
         ("capacity, requests/s", p50([each.capacity for each in rounds])),
@@ -221,10 +256,12 @@ def report(facts: dict[str, object], rounds: Sequence[Round], clients: int, boun
         ("goodput of capacity", p50([each.goodput / each.capacity for each in rounds])),
         ("accepted, p50 ms", p50(answered)),
         ("accepted, p99 ms", p99(answered)),
-        ("refused, p50 ms", p50(refused)),
-        ("refused, p99 ms", p99(refused)),
-        ("refused", sum(len(each.flood.refused) for each in rounds)),
-        ("failed", sum(each.flood.failed for each in rounds)),
+        ("refused beside it, p50 ms", p50(apart)),
+        ("refused beside it, p99 ms", p99(apart)),
+        ("refused in the flood, p50 ms", p50(refused)),
+        ("refused in the flood, p99 ms", p99(refused)),
+        ("refused, beside and in it", f"{sum(len(each.beside.refused) for each in rounds)}, {len(refused)}"),
+        ("failed", sum(each.flood.failed + each.beside.failed for each in rounds)),
         ("recovery, s", max(each.flood.recovery for each in rounds)),
     ]
     print_table((f"overload, {OVER}x", ""), rows)

@@ -30,7 +30,7 @@ from .stats import DispatchStats
 
 QUEUE = 16  # checks that may wait; more are skipped and counted, never waited for
 TOKENS = 4  # of an answer that are computed again
-REMEMBERED = 4096  # answers of one peer that a report can name
+REMEMBERED = 65536  # answers of all peers together that a report can name
 TIMEOUT = 60.0  # seconds for one check
 _log = get_logger(__name__)
 _unforeseeable = random.SystemRandom().random  # a peer must not know which of its answers will be checked
@@ -40,6 +40,9 @@ AskOthers = Callable[
     [LayerInput, Sequence[Assignment], PeerId, float], Awaitable[tuple[list[Part], PeerId | None] | None]
 ]
 ComputeHere = Callable[[LayerInput, Sequence[Assignment], float], Awaitable[list[Part]]]
+
+
+_Answer = tuple[PeerId, int, int]  # (who, forward pass, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +98,14 @@ class SpotChecker:
         self._chance = chance
         self._clock = clock
         self._queue: asyncio.Queue[_Check] = asyncio.Queue(QUEUE)
-        self._answers: dict[PeerId, deque[tuple[int, int]]] = {}  # (forward pass, rows), the latest
+        self._answers: deque[_Answer] = deque(maxlen=REMEMBERED)  # the latest, whoever gave them
         self.counts = CheckCounts()
         self.liars: list[LiarReport] = []
 
     def saw(self, peer: PeerId, call: LayerInput, part: Part) -> None:
         """Remember an answer, and sometimes have it checked."""
         rows = sum(assignment.token.shape[0] for assignment in part.assignments)
-        self._answers.setdefault(peer, deque(maxlen=REMEMBERED)).append((self._stats.passes, rows))
+        self._answers.append((peer, self._stats.passes, rows))
         if self._chance() >= self._share:
             return
         try:
@@ -153,16 +156,16 @@ class SpotChecker:
 
     def _report(self, peer: PeerId, call: LayerInput, assignments: Sequence[Assignment], error: float) -> None:
         experts = tuple(assignment.expert for assignment in assignments)
-        known = self._answers.pop(peer, None) or deque([(self._stats.passes, 0)])
+        known = self._forget(peer) or [(peer, self._stats.passes, 0)]
         report = LiarReport(
             peer,
             call.layer,
             experts,
             error,
             answers=len(known),
-            rows=sum(rows for _, rows in known),
-            first_pass=known[0][0],
-            last_pass=known[-1][0],
+            rows=sum(rows for *_, rows in known),
+            first_pass=known[0][1],
+            last_pass=known[-1][1],
         )
         self.liars.append(report)
         _log.error(
@@ -172,6 +175,12 @@ class SpotChecker:
         )  # fmt: skip
         reason = f"computed experts {list(experts)[:8]} of layer {call.layer} wrongly (relative error {error:.3g})"
         self._standings.blame(WrongResult(reason, peer=peer))
+
+    def _forget(self, peer: PeerId) -> list[_Answer]:
+        """What a peer had answered, oldest first."""
+        known = [answer for answer in self._answers if answer[0] == peer]
+        self._answers = deque((answer for answer in self._answers if answer[0] != peer), maxlen=REMEMBERED)
+        return known
 
 
 def _rows(call: LayerInput, parts: Sequence[Part]) -> Tensor:

@@ -101,7 +101,7 @@ class SocketStream:
             return
         self._joined.append(data)
         self._joined_bytes += len(data)
-        if self._joined_bytes > _WRITE_PIECE:
+        if self._joined_bytes > _JOIN_BELOW:  # the other side can begin with these while we go on
             self._flush()
         await self._drained()
 

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from shutil import copytree
 
 import pytest
 import torch
-from support.swarm_fakes import SECRET, announce, identity, supplying
+from support.swarm_fakes import MODEL, SECRET, announce, identity, supplying
 
+from moehive.kernels.routing import group_by_expert
 from moehive.node.holdings import Holdings
+from moehive.node.scheduler import QueueLimits
 from moehive.node.serving import Serving
 from moehive.node.settings import NodeSettings
-from moehive.protocol.errors import BudgetTooSmall, CorruptShard
-from moehive.protocol.ids import ExpertKey
+from moehive.protocol.errors import BudgetTooSmall, CorruptShard, PeerRefused, RefusalCode
+from moehive.protocol.ids import ExpertKey, PeerId
+from moehive.protocol.messages import EXPERT
+from moehive.protocol.proofs import ShownToken
+from moehive.protocol.session import ClientSession
 from moehive.swarm.announcer import Announcer
 from moehive.swarm.directory import Directory
+from moehive.swarm.dispatch.request import LayerInput, build_request
 from moehive.swarm.member import Member
+from moehive.swarm.rpc.client import Connection
+from moehive.swarm.rpc.direct import connect
+from moehive.swarm.rpc.pool import ConnectionPool
 from moehive.swarm.store.base import NotHeld
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.store.directory import ConvertedDirectory
+from moehive.swarm.transport.addresses import host_and_port
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
 KEY = ExpertKey(0, 1)
@@ -94,3 +106,47 @@ async def test_a_node_is_announced_and_supplies_what_it_has_before_it_has_everyt
         assert serving.holdings.chunk_list(first.hash) is not None
         stop.set()
         await running
+
+
+async def test_what_would_not_be_queued_is_refused_before_anybody_looks_at_it(
+    mixtral: ConvertedDirectory, tmp_path: Path
+) -> None:
+    """Over the daemon's streams and over direct connections: a gate that is not asked leaves it to the handler."""
+    network, us, other = MemoryNetwork(), identity(2), identity(3)
+    call = LayerInput(KEY.layer, torch.ones(1, 64), torch.ones(1, 1), "sum")
+    request = build_request(MODEL, call, group_by_expert(torch.tensor([[KEY.expert]]), 8), deadline=10.0)
+
+    async def refused_by(connection: Connection) -> RefusalCode:
+        with pytest.raises(PeerRefused) as refused:
+            await connection.ask(request.message, request.payload, timeout=30)
+        return refused.value.code
+
+    async with (
+        MemoryTransport(network, us) as transport,
+        Member(transport, SECRET) as member,
+        MemoryTransport(network, other) as client,
+        ConnectionPool(client, EXPERT, SECRET, "client") as pool,
+    ):
+        announcer = Announcer(transport, us, SECRET, mixtral.model_id)
+        settings = NodeSettings(str(mixtral.root), tmp_path, ram=1 << 20, queue=QueueLimits(requests=0))
+        serving, stop, ready = (
+            Serving(settings, member, mixtral.manifest, mixtral, announcer),
+            asyncio.Event(),
+            asyncio.Event(),
+        )
+        running = asyncio.create_task(serving.run(stop, ready.set))
+        await asyncio.wait_for(ready.wait(), 60)
+        assert await refused_by(await pool.connection(us.peer)) is RefusalCode.BUSY  # the handler: UNKNOWN_MODEL
+        async with direct_connection(serving, us.peer, other.peer) as direct:
+            assert await refused_by(direct) is RefusalCode.BUSY
+        stop.set()
+        await running
+
+
+@asynccontextmanager
+async def direct_connection(serving: Serving, node: PeerId, us: PeerId) -> AsyncIterator[Connection]:
+    offer = serving._direct.offer(us, ["/ip4/127.0.0.1/tcp/1"])
+    [(host, port)] = filter(None, map(host_and_port, offer.addresses))
+    stream = await connect(host, port, offer.fingerprint, node)
+    async with Connection(stream, ClientSession(EXPERT, ShownToken(offer.token, node), "client")) as connection:
+        yield connection

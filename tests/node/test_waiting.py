@@ -55,6 +55,8 @@ def test_sums_are_those_of_what_waits(arrivals: list[tuple[PeerId, int, int]], t
         assert queue.take(indices) == [waiting[index] for index in indices]
         left = [one for index, one in enumerate(waiting) if index not in indices]
         assert queue.waiting == [one.waiting for one in left]
+        assert queue.small == sum(one.waiting.small for one in left)
+        assert queue.only_small() is (bool(left) and all(one.waiting.small for one in left))
         assert set(queue.clients) == {one.client for one in left}
         for client in CLIENTS:
             assert queue.facts(client, 0.5) == recount(left, client)

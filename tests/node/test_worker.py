@@ -15,6 +15,7 @@ from support.swarm_fakes import MODEL, Clock, identity
 
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec
 from moehive.kernels.routing import group_by_expert
+from moehive.node import gathering
 from moehive.node.compute import Work, run_batch
 from moehive.node.scheduler import QueueLimits
 from moehive.node.worker import ComputeWorker
@@ -38,7 +39,8 @@ WEIGHTS = [
 class Lease:
     """Hands out weights; the compute thread can be held up in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock, self.takes = clock or Clock(), 0.0  # seconds of the clock for each expert
         self.go_on = threading.Event()
         self.go_on.set()
         self.computing = threading.Event()
@@ -49,6 +51,7 @@ class Lease:
         self.layers.append(layer)
         self.computing.set()
         assert self.go_on.wait(10)
+        self.clock.now += self.takes
         if self.error:
             raise self.error
         return nullcontext(WEIGHTS[expert])
@@ -68,7 +71,8 @@ class World:
     """A running worker."""
 
     def __init__(self, limits: QueueLimits) -> None:
-        self.lease, self.clock = Lease(), Clock()
+        self.clock = Clock()
+        self.lease = Lease(self.clock)
         self.worker = ComputeWorker(self.lease, SPEC, limits, clock=self.clock)
 
     def submit(self, one: Work, client: PeerId = ALICE) -> asyncio.Task[object]:
@@ -124,6 +128,48 @@ async def test_what_waits_for_one_layer_is_one_batch_and_each_gets_his_own() -> 
         for seed, result in enumerate(results):
             [expected] = run_batch([work(seed)], Lease(), SPEC)
             torch.testing.assert_close(result.output, expected)  # type: ignore[attr-defined]
+
+
+PATIENT = QueueLimits(wait=1e9)
+
+
+async def answered_together(world: World, count: int) -> None:
+    """A batch of so many requests, which takes minutes of the worker's clock."""
+    async with world.busy() as first:
+        waiting = [world.submit(work(seed, deadline=1e9)) for seed in range(count)]
+        await settled(lambda: world.worker.facts.requests == count)
+        world.lease.takes = 30.0
+    await asyncio.gather(first, *waiting)
+    world.lease.takes = 0.0
+
+
+async def test_the_first_of_many_that_were_just_answered_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "MOST", 60.0)
+    async with running(PATIENT) as world:
+        await answered_together(world, 8)
+        begun = world.worker.batches_done
+        first = world.submit(work(deadline=1e9))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert world.worker.facts.requests == 1
+        await asyncio.gather(first, *(world.submit(work(seed, deadline=1e9)) for seed in range(1, 8)))
+        assert world.worker.batches_done == begun + 1
+
+
+async def test_who_does_not_come_back_is_not_waited_for_long() -> None:
+    async with running(PATIENT) as world:
+        await answered_together(world, 8)
+        begun = world.worker.batches_done
+        await asyncio.wait_for(world.submit(work(deadline=1e9)), 30)
+        assert world.worker.batches_done == begun + 1
+
+
+async def test_a_lone_request_is_begun_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "MOST", 3600.0)
+    async with running(PATIENT) as world:
+        world.lease.takes = 3600.0
+        for _ in range(3):
+            await asyncio.wait_for(world.submit(work(deadline=1e9)), 30)
 
 
 async def test_layers_take_turns_in_the_order_of_arrival() -> None:

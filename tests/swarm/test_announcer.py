@@ -41,7 +41,7 @@ class World:
             await task
 
     async def until_it_holds(self, *held: ExpertKey) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while (stored := self.stored()) is None or stored.held != set(held):
                 self.clock.now += 1
                 await asyncio.sleep(0)
@@ -95,7 +95,7 @@ async def test_it_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
     async with world.running():
         await world.until_it_holds(ONE)
         first = world.stored()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while world.stored() == first:
                 world.clock.now += 1
                 await asyncio.sleep(0)

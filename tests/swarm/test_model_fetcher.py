@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -84,11 +84,9 @@ async def test_what_is_in_the_store_needs_nobody(mixtral: ConvertedDirectory, tm
 
 
 async def test_a_model_that_nobody_announces(tmp_path: Path) -> None:
-    started = time.monotonic()
-    async with member(MemoryNetwork(), 2) as us:
+    async with member(MemoryNetwork(), 2) as us, asyncio.timeout(25):  # less than the default of `manifest`
         with pytest.raises(ModelUnavailable, match=MODEL):
             await ModelFetcher(us, ContentStore(tmp_path, 1 << 30)).manifest(MODEL, timeout=0.05)
-    assert time.monotonic() - started < 2
 
 
 async def test_a_skeleton_that_nobody_has(mixtral: ConvertedDirectory, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_several_threads_lay_out_the_same_model(mixtral: ConvertedDirectory, tmp
     target, start = tmp_path / "model", threading.Barrier(4)
 
     def lay_out(_: int) -> None:
-        start.wait(5)
+        start.wait(30)
         lay_out_skeleton(mixtral.manifest, mixtral, target)
 
     with ThreadPoolExecutor(4) as threads:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -35,6 +34,8 @@ from moehive.swarm.dispatch import asking as asking_module
 from moehive.swarm.dispatch.request import LayerInput
 from moehive.swarm.rpc.server import Reply, RequestHandler, stream_handler
 from moehive.swarm.transport.memory import MemoryTransport
+
+HANGS = 60.0  # seconds: far more than any deadline here, far less than what would end a wait without one
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ FAULTS = [
 @pytest.mark.parametrize(("fault", "outcome"), FAULTS)
 async def test_another_holder_answers_instead(world: World, form: str, fault: RequestHandler, outcome: str) -> None:
     # Waited out by the silent peer only; long enough for an honest one on a busy machine.
-    layer, caller = Layer(form=form), world.caller(answer_timeout=0.5)
+    layer, caller = Layer(form=form), world.caller(answer_timeout=2.0)
     async with world.peer(FIRST, fault, range(8)) as bad, world.peer(SECOND, honest, range(8)) as good:
         await layer.check(caller)
         assert caller.stats.of(bad).failures == 1
@@ -146,27 +147,26 @@ async def test_a_holder_that_appears_while_we_wait_is_used(world: World) -> None
 
 @pytest.mark.parametrize("handle", [never, refusing(RefusalCode.BUSY), refusing(RefusalCode.NOT_HELD)])
 async def test_the_deadline_names_what_is_missing(world: World, handle: RequestHandler) -> None:
-    layer, caller = Layer(), world.caller(answer_timeout=0.05, layer_timeout=0.2)
+    layer, caller = Layer(), world.caller(answer_timeout=0.3, layer_timeout=1.0)
     async with world.peer(FIRST, honest, range(5)), world.peer(SECOND, handle, [5, 7]):
-        started = time.monotonic()
         with pytest.raises(ExpertUnavailable) as unavailable:
-            await layer.run(caller)
-    assert time.monotonic() - started < 1.0
+            await asyncio.wait_for(layer.run(caller), HANGS)
     assert (unavailable.value.layer, unavailable.value.experts) == (LAYER, (5, 6, 7))
     assert SECOND.peer in str(unavailable.value)  # the last reason
 
 
-async def test_a_frozen_peer_that_never_said_hello_costs_no_more_than_the_deadline(world: World) -> None:
-    layer, caller = Layer(), world.caller(answer_timeout=0.05, layer_timeout=0.2)
+async def test_a_frozen_peer_that_never_said_hello_costs_no_more_than_the_deadline(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "HELLO_TIMEOUT", 3600.0)  # nothing else ends it
+    layer, caller = Layer(), world.caller(answer_timeout=3600.0, layer_timeout=0.2)
     async with world.peer(FIRST, honest, range(8)) as frozen:
-        started = time.monotonic()
         with world.network.stalled(frozen), pytest.raises(ExpertUnavailable):
-            await layer.run(caller)
-        assert time.monotonic() - started < 1.0
+            await asyncio.wait_for(layer.run(caller), HANGS)
 
 
 async def test_after_an_error_the_same_caller_works_again(world: World) -> None:
-    layer, caller = Layer(), world.caller(layer_timeout=0.1)
+    layer, caller = Layer(), world.caller(layer_timeout=1.0)
     with pytest.raises(ExpertUnavailable):
         await layer.run(caller)
     async with world.peer(FIRST, honest, range(8)):

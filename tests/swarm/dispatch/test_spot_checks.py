@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 import torch
+from support.swarm_fakes import identity
 from support.toy_experts import EXPERTS, FIRST, HIDDEN, LAYER, SECOND, THIRD, Layer, World, honest, lying, toy_world
 
 from moehive.kernels.routing import Assignment, group_by_expert
 from moehive.protocol.errors import ShardUnavailable
+from moehive.swarm.dispatch import spot_checks as module
 from moehive.swarm.dispatch.backend import SwarmExperts
 from moehive.swarm.dispatch.caller import ExpertCaller
 from moehive.swarm.dispatch.combine import combine_parts
@@ -116,6 +118,22 @@ async def test_no_share_no_check_and_more_than_the_queue_holds_is_skipped(world:
             await Layer(1).check(all_of_them)
     assert none.checks.counts.skipped == 0
     assert all_of_them.checks.counts.skipped == 4
+
+
+async def test_what_is_remembered_of_answers_is_bounded_over_all_peers(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REMEMBERED", 3)
+    caller, layer = world.caller(spot_checks=0.0, last_resort=compute_here), Layer(2)
+    part = Part(tuple(layer.assignments), None, torch.zeros(2, HIDDEN))  # a lie
+    strangers = [identity(number).peer for number in range(40, 45)]
+    for peer in (strangers[0], strangers[0], *strangers[1:]):
+        caller.checks.saw(peer, layer.call, part)
+    for peer in strangers:
+        await caller.checks.check(peer, layer.call, part)
+    forgotten, known = caller.checks.liars[:2], caller.checks.liars[2:]
+    assert [report.rows for report in forgotten] == [0, 0]
+    assert [(report.answers, report.rows) for report in known] == [(1, 2 * EXPERTS)] * 3
 
 
 async def test_the_report_names_the_forward_passes(world: World) -> None:

@@ -70,7 +70,7 @@ async def test_many_small_writes_do_not_pile_up_before_they_are_sent() -> None:
         writing = asyncio.gather(*(stream.write(part) for _ in range(30)))
         await read_exactly(theirs, 30 * len(part))
         await writing
-        assert max(handed) <= (256 << 10) + len(part)
+        assert max(handed) <= (64 << 10) + len(part)  # whoever reads can begin with it
 
 
 async def test_what_was_written_is_sent_before_the_stream_closes() -> None:
