@@ -81,6 +81,15 @@ def test_a_link_takes_its_time_and_no_byte_is_lost() -> None:
             assert max(spent) >= 2 * len(data) / 5e6
 
 
+def test_the_delay_can_be_changed_under_an_open_connection() -> None:
+    with Link() as link, echo(link.far), dial(link) as one:
+        there_and_back(one, b"x")
+        link.delay(0.060)
+        assert min(there_and_back(one, b"x") for _ in range(3)) >= 0.060
+        link.delay(0.0)
+        assert min(there_and_back(one, b"x") for _ in range(20)) < 0.060
+
+
 def test_a_link_can_be_cut_and_healed() -> None:
     with Link() as link, echo(link.far), dial(link) as one:
         assert there_and_back(one, b"x") < 10
