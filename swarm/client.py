@@ -131,8 +131,8 @@ class Swarm:
         `kv`: how `generate` keeps keys and values, for contexts that do not fit into memory; see KvOptions.
 
         With `ram`, a budget in bytes, experts that are worth it are fetched in the background and then computed here;
-        the budget is the same for all loads of one model. `expect_tokens` says about how many tokens, those of prompts
-        included, will be computed: with it the choice is within 15 % of the best, without it within twice the best.
+        the budget is the same for all loads of one model. What is worth it depends on how many tokens will be computed:
+        `generate` says so for each call; `expect_tokens` is for who knows of more, that of all calls, prompts included.
 
         Waits up to `timeout` seconds for a peer that has the model. Raises ModelUnavailable, ShardUnavailable,
         ManifestError, StorageError, TransportError, BudgetTooSmall; ConfigError for a `model` that is neither, or when
@@ -144,8 +144,12 @@ class Swarm:
         opened = self._open_portal.call(self._open_model, manifest, ram)
         if opened.resident is not None and expect_tokens is not None:
             opened.resident.expect(expect_tokens)
-        backend = opened.backend(answers)
-        return open_local(directory, dtype=dtype, backend=backend, kv=kv)
+        loaded, tokenizer = open_local(directory, dtype=dtype, backend=opened.backend(answers), kv=kv)
+        if opened.resident is not None:
+            from .model.horizon import tell_horizon
+
+            tell_horizon(loaded, opened.resident.generating)
+        return loaded, tokenizer
 
     def load_expert(
         self, model_id: str, layer: int, expert: int, *, dtype: torch.dtype | None = None, timeout: float = 10.0

@@ -313,7 +313,6 @@ def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
                 dtype=dtype,
                 answers=options.answers,
                 ram=options.ram or 0,
-                expect_tokens=options.max_tokens,
                 observer=(lambda seen: move(seen.verified, seen.total)) if move else None,
             )
         yield _Loaded(model, tokenizer, swarm.stats(model_id), lambda: _tier(swarm.tier_stats(model_id), "swarm"))

@@ -10,7 +10,8 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +51,12 @@ class _LayerCounts:
     changed: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Generation:
+    before: int  # tokens seen when it began
+    tokens: int  # that it computes at most
+
+
 class ResidentExperts:
     """Experts of one model in this client's memory. `run()` fetches until cancelled."""
 
@@ -65,6 +72,7 @@ class ResidentExperts:
         self._weights = weights
         self._tier = tier
         self._expected = 0  # tokens in all, as far as the caller has said
+        self._generations: list[_Generation] = []  # that are going on
         self._clock = clock
         self._layers: dict[int, _LayerCounts] = {}
         self._lock = threading.Lock()  # of the counts
@@ -84,8 +92,22 @@ class ResidentExperts:
     def expect(self, tokens: int) -> None:
         """So many more tokens will be computed, about: what an expert is worth depends on it."""
         with self._lock:
-            seen = max((counts.seen for counts in self._layers.values()), default=0)
-            self._expected = max(self._expected, seen) + tokens
+            self._expected = max(self._expected, self._seen()) + tokens
+
+    @contextmanager
+    def generating(self, tokens: int) -> Iterator[None]:
+        """A generation goes on that computes so many tokens at most; where `expect` was told more, that counts."""
+        with self._lock:
+            generation = _Generation(self._seen(), tokens)
+            self._generations.append(generation)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._generations.remove(generation)
+
+    def _seen(self) -> int:
+        return max((counts.seen for counts in self._layers.values()), default=0)
 
     def lease(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertLease | None:
         """A resident expert's weights, to be entered once; None where it is not here."""
@@ -146,7 +168,6 @@ class ResidentExperts:
         here = self._tier.keys()
         resident = {key.expert for key, _ in here if key.layer == layer}
         size = self._weights.nbytes(self._dtype)
-        to_come = self._expected - counts.seen
         return LayerFacts(
             uses=counts.uses,
             tokens=counts.tokens,
@@ -154,10 +175,23 @@ class ResidentExperts:
             resident=resident,
             wait=self._wait,
             price=self._shard_bytes(layer) * self._seconds_per_byte,
-            horizon=to_come if to_come > 0 else None,
+            horizon=self._to_come(counts.seen),
             paid=counts.paid,
             room=(self._tier.budget_bytes - self._tier.resident_bytes) // size,
         )
+
+    def _to_come(self, seen: int) -> int | None:
+        """Tokens to come in a layer that has seen so many; None where nobody has said anything.
+
+        The rest of the generations that go on; and since others may follow, as many as came before them (Lindy's law):
+        a session of many short ones then fetches at last what it waits for again and again.
+        """
+        to_come = self._expected - seen
+        if self._generations:
+            before = min(each.before for each in self._generations)
+            left = max(sum(each.tokens for each in self._generations) - (seen - before), 0)
+            to_come = max(to_come, left + before)
+        return to_come if to_come > 0 else None
 
     def _shard_bytes(self, layer: int) -> int:
         return max((shard.size for key, shard in self._manifest.experts.items() if key.layer == layer), default=0)
