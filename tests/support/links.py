@@ -30,6 +30,7 @@ from typing import Self
 
 PIECE = 16 << 10  # bytes that are paced as one
 _QUEUE_SECONDS = 0.2
+_AT_ONCE = 1e-4  # seconds: less is not waited for, sleeping takes longer than that by as much
 _TIMEOUT = 30.0
 _NODE = "127.0.0.1"  # where a node behind a link listens
 _DIRECT_RELAY = "127.0.0.2"  # where the relay does, if the ports have to be the same
@@ -181,31 +182,58 @@ class _Relay:
                 self._open |= {near, far}
             for source, sink, way in ((near, far, self._there), (far, near, self._back)):
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                passing: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
-                threading.Thread(target=_take, args=(source, way, passing), daemon=True).start()
-                threading.Thread(target=self._give, args=(sink, source, passing), daemon=True).start()
+                passing = _Passing(source, sink, way)
+                threading.Thread(target=passing.take, daemon=True).start()
+                threading.Thread(target=passing.give, daemon=True).start()
 
-    def _give(
-        self, sink: socket.socket, source: socket.socket, passing: queue.SimpleQueue[tuple[float, bytes]]
-    ) -> None:
-        try:
+
+class _Passing:
+    """One way of one connection. What need not wait is passed on at once: another thread would take time to wake."""
+
+    def __init__(self, source: socket.socket, sink: socket.socket, way: _Direction) -> None:
+        self._source = source
+        self._sink = sink
+        self._way = way
+        self._waiting: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._ungiven = 0  # of what had to wait
+
+    def take(self) -> None:
+        """Until the source has no more, or the sink takes no more."""
+        with suppress(OSError):
+            while data := self._source.recv(PIECE):
+                due = self._way.due(len(data))
+                if not self._ungiven and due - time.monotonic() < _AT_ONCE:
+                    self._send(data)
+                else:
+                    self._wait(due, data)
+        self._wait(self._way.due(0), b"")
+
+    def give(self) -> None:
+        """Until all is given."""
+        with suppress(OSError):
             while True:
-                due, data = passing.get()
+                due, data = self._waiting.get()
                 time.sleep(max(due - time.monotonic(), 0.0))
                 if not data:
-                    sink.shutdown(socket.SHUT_WR)
+                    self._sink.shutdown(socket.SHUT_WR)
                     return
-                sink.sendall(data)
+                self._send(data)
+                with self._lock:
+                    self._ungiven -= 1
+
+    def _wait(self, due: float, data: bytes) -> None:
+        with self._lock:
+            self._ungiven += 1
+        self._waiting.put((due, data))
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._sink.sendall(data)
         except OSError:
-            _shut(sink)
-            _shut(source)
-
-
-def _take(source: socket.socket, way: _Direction, passing: queue.SimpleQueue[tuple[float, bytes]]) -> None:
-    with suppress(OSError):  # which is the end, as far as the other side is concerned
-        while data := source.recv(PIECE):
-            passing.put((way.due(len(data)), data))
-    passing.put((way.due(0), b""))
+            _shut(self._sink)
+            _shut(self._source)
+            raise
 
 
 def _shut(one: socket.socket) -> None:
