@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ from moehive.protocol.manifest import Manifest, ShardEntry
 from moehive.protocol.ticket import Ticket
 
 from .dispatch.caller import CallSettings
-from .dispatch.spot_checks import LiarReport
+from .dispatch.spot_checks import CheckCounts, LiarReport
 from .dispatch.stats import DispatchStats
 from .dispatch.swarm_model import SwarmModel
 from .identity import Identity
@@ -192,6 +193,10 @@ class Swarm:
     def liars(self, model_id: str) -> Sequence[LiarReport]:
         """Peers that were shown to have computed wrongly, with the forward passes that used their answers."""
         return tuple(self._loaded(model_id).caller.checks.liars)
+
+    def check_counts(self, model_id: str) -> CheckCounts:
+        """How many answers were checked so far, and how many should have been and were not, and why."""
+        return replace(self._loaded(model_id).caller.checks.counts)
 
     def holders(self, model_id: str) -> Mapping[PeerId, int]:
         """The peers that announce a model now, and how many experts each. Raises ModelUnavailable after 10 seconds."""
