@@ -7,14 +7,16 @@ all of them and come and go: every few seconds one of those is ended, SIGTERM an
 predecessor's successor is ready, so that two live at any time. A client without experts generates the same greedy text
 again and again in fp32 and compares its tokens with plain transformers'. A token hangs if it takes longer than two
 deadlines of one answer (10 s). Of the client and of the node that stays, without their daemons, resident bytes and file
-descriptors are read every second, and of the client the blocks of memory that Python's objects take; printed are the
-lines through them, from a third of the time on, with their standard errors. Memory is called flat where its line is
-within two standard errors of level, or rises by less than 1 MiB in a minute. The exit code is 1 for a wrong token, an
-error, a hung token, memory that rises by more than 8 MiB in a minute, or descriptors that were not given back.
+descriptors are read every second; of the client also the bytes that malloc has given out and not got back, without
+what lies free between them, and the blocks that Python's objects take. Printed are the lines through them, from a third
+of the time on, with their standard errors. Memory is called flat where the line (of what is given out, where that is
+known) is within two standard errors of level, or rises by less than 1 MiB in a minute. The exit code is 1 for a wrong
+token, an error, a hung token, memory that is not flat, or descriptors that were not given back.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import signal
@@ -41,10 +43,10 @@ from moehive.swarm.dispatch.caller import CallSettings
 SETTINGS = CallSettings(answer_timeout=5.0, layer_timeout=60.0)
 HUNG = 2 * SETTINGS.answer_timeout
 COMING = 3
-MAX_SLOPE = 8.0  # MiB per minute
 FLAT = 1.0  # MiB per minute
 MAX_DESCRIPTORS = 4  # of the end more than of the beginning: connections come and go
 MIB = 1 << 20
+GIVEN_OUT = "MiB given out"
 
 
 @dataclass
@@ -94,32 +96,47 @@ class Series:
 class Watched:
     """What a process holds."""
 
-    memory: Series  # MiB
-    descriptors: Series
-    blocks: Series | None = None  # of Python's memory
+    series: dict[str, Series]
 
     @classmethod
     def of(cls, pid: int) -> Watched:
         """Another process, or this one."""
         process = psutil.Process(pid)
-        blocks = Series(lambda: float(sys.getallocatedblocks())) if pid == os.getpid() else None
-        return cls(Series(lambda: process.memory_info().rss / MIB), Series(lambda: float(process.num_fds())), blocks)
-
-    @property
-    def series(self) -> dict[str, Series]:
-        """By name."""
-        found = {"MiB": self.memory, "descriptors": self.descriptors, "blocks": self.blocks}
-        return {name: one for name, one in found.items() if one is not None}
+        resident = Series(lambda: process.memory_info().rss / MIB)
+        series = {"resident MiB": resident, "descriptors": Series(lambda: float(process.num_fds()))}
+        if pid == os.getpid():
+            series |= {GIVEN_OUT: Series(given_out), "blocks": Series(lambda: float(sys.getallocatedblocks()))}
+        return cls(series)
 
     @property
     def flat(self) -> bool:
         """Whether memory does not rise, as far as can be told."""
-        return self.memory.slope <= max(FLAT, 2 * self.memory.error)
+        memory = self.series.get(GIVEN_OUT, self.series["resident MiB"])
+        return memory.slope <= max(FLAT, 2 * memory.error)
 
     @property
-    def good(self) -> bool:
-        """Whether nothing was held that should have been given back."""
-        return self.memory.slope <= MAX_SLOPE and self.descriptors.rise <= MAX_DESCRIPTORS
+    def given_back(self) -> bool:
+        """Whether descriptors were."""
+        return self.series["descriptors"].rise <= MAX_DESCRIPTORS
+
+
+class _MallInfo2(ctypes.Structure):
+    """Of glibc's malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def given_out() -> float:
+    """MiB that malloc has given out in this process."""
+    glibc = ctypes.CDLL("libc.so.6")
+    glibc.mallinfo2.restype = _MallInfo2
+    info = glibc.mallinfo2()
+    return float(info.uordblks + info.hblkhd) / MIB
 
 
 @dataclass
@@ -160,7 +177,7 @@ def main() -> int:
     report(facts | swarm_facts, found, memory)
     held = {name: {what: one.values for what, one in each.series.items()} for name, each in memory.items()}
     write_json(options.json, facts, asdict(found) | held)
-    return 0 if found.good and all(each.good for each in memory.values()) else 1
+    return 0 if found.good and all(each.flat and each.given_back for each in memory.values()) else 1
 
 
 def run(
@@ -260,10 +277,10 @@ def report(facts: dict[str, object], found: Found, memory: dict[str, Watched]) -
     ]
     for name, each in memory.items():
         for what, one in each.series.items():
-            rows.append((f"{name}, {what}, first and last", f"{one.values[0]:.0f}, {one.values[-1]:.0f}"))
-            rows.append((f"{name}, {what} per minute", f"{one.slope:+.2f} +- {one.error:.2f}"))
+            ends = f"{one.values[0]:.0f} to {one.values[-1]:.0f}"
+            rows.append((f"{name}, {what}", f"{ends}, {one.slope:+.3g} +- {one.error:.2g} per minute"))
         rows.append((f"{name}, memory flat", "yes" if each.flat else "NO"))
-        rows.append((f"{name}, descriptors given back", "yes" if each.descriptors.rise <= MAX_DESCRIPTORS else "NO"))
+        rows.append((f"{name}, descriptors given back", "yes" if each.given_back else "NO"))
     rows.append(("every token came, and was right", "yes" if found.good else "NO"))
     print_table(("", ""), rows)
     for error in found.errors:
