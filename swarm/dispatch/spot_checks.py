@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,7 +35,7 @@ from .stats import DispatchStats
 
 QUEUE = 16  # checks that may wait; more are skipped and counted, never waited for
 TOKENS = 4  # of an answer that are computed again
-REMEMBERED = 4096  # answers of one peer that a report can name
+MAX_PEERS = 1024  # whose answers are remembered
 TIMEOUT = 60.0  # seconds for one check
 LINK_SHARE = 0.05  # of the time, in which weights are fetched to check answers that nobody else can give
 _log = get_logger(__name__)
@@ -58,7 +58,7 @@ class LiarReport:
     layer: int
     experts: tuple[int, ...]
     error: float  # of the worst row, relative to its length
-    answers: int  # of this peer, that were used before it was found out, as far as remembered
+    answers: int  # of this peer, that were used before it was found out
     rows: int
     first_pass: int  # forward passes of this model, counted from 1 since it was joined
     last_pass: int
@@ -73,6 +73,16 @@ class CheckCounts:
     unchecked: int = 0
     skipped: int = 0  # too many waited
     put_off: int = 0  # only weights could have told, and fetching those had taken its share of the time
+
+
+@dataclass(slots=True)
+class _Used:
+    """What a peer's answers went into: only what a report says of them, for clients generate for days."""
+
+    first_pass: int
+    last_pass: int
+    answers: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,21 +116,33 @@ class SpotChecker:
         self._chance = chance
         self._clock = clock
         self._queue: asyncio.Queue[_Check] = asyncio.Queue(QUEUE)
-        self._answers: dict[PeerId, deque[tuple[int, int]]] = {}  # (forward pass, rows), the latest
+        self._used: OrderedDict[PeerId, _Used] = OrderedDict()  # the latest at the end
         self._not_before = 0.0  # are weights fetched again where there is no second peer
         self.counts = CheckCounts()
         self.liars: list[LiarReport] = []
 
     def saw(self, peer: PeerId, call: LayerInput, part: Part) -> None:
         """Remember an answer, and sometimes have it checked."""
-        rows = sum(assignment.token.shape[0] for assignment in part.assignments)
-        self._answers.setdefault(peer, deque(maxlen=REMEMBERED)).append((self._stats.passes, rows))
+        self._remember(peer, sum(assignment.token.shape[0] for assignment in part.assignments))
         if self._chance() >= self._share:
             return
         try:
             self._queue.put_nowait(_Check(peer, *sample(call, part, TOKENS)))
         except asyncio.QueueFull:
             self.counts.skipped += 1
+
+    def _remember(self, peer: PeerId, rows: int) -> None:
+        now = self._stats.passes
+        used = self._used.get(peer)
+        if used is None:
+            used = self._used[peer] = _Used(first_pass=now, last_pass=now)
+            if len(self._used) > MAX_PEERS:
+                self._used.popitem(last=False)
+        else:
+            self._used.move_to_end(peer)
+        used.last_pass = now
+        used.answers += 1
+        used.rows += rows
 
     async def run(self) -> None:
         """Check what is to be checked, one after the other: a check may never cost more than generation does."""
@@ -201,16 +223,16 @@ class SpotChecker:
 
     def _report(self, peer: PeerId, call: LayerInput, assignments: Sequence[Assignment], error: float) -> None:
         experts = tuple(assignment.expert for assignment in assignments)
-        known = self._answers.pop(peer, None) or deque([(self._stats.passes, 0)])
+        used = self._used.pop(peer, None) or _Used(self._stats.passes, self._stats.passes, answers=1)
         report = LiarReport(
             peer,
             call.layer,
             experts,
             error,
-            answers=len(known),
-            rows=sum(rows for _, rows in known),
-            first_pass=known[0][0],
-            last_pass=known[-1][0],
+            answers=used.answers,
+            rows=used.rows,
+            first_pass=used.first_pass,
+            last_pass=used.last_pass,
         )
         self.liars.append(report)
         _log.error(

@@ -12,11 +12,12 @@ from support.toy_experts import EXPERTS, FIRST, HIDDEN, LAYER, SECOND, THIRD, La
 
 from moehive.kernels.routing import Assignment, group_by_expert
 from moehive.protocol.errors import ShardUnavailable
+from moehive.protocol.ids import PeerId
 from moehive.swarm.dispatch.backend import SwarmExperts
 from moehive.swarm.dispatch.caller import ExpertCaller
 from moehive.swarm.dispatch.combine import combine_parts
 from moehive.swarm.dispatch.request import LayerInput, Part, sample
-from moehive.swarm.dispatch.spot_checks import LINK_SHARE, SpotChecker
+from moehive.swarm.dispatch.spot_checks import LINK_SHARE, MAX_PEERS, SpotChecker
 from moehive.swarm.dispatch.stats import DispatchStats
 from moehive.swarm.policy.trust import Verdict
 from moehive.swarm.standings import Standings
@@ -142,6 +143,15 @@ async def test_the_report_names_the_forward_passes(world: World) -> None:
     assert (report.first_pass, report.last_pass, report.answers, report.rows) == (1, 3, 3, 6)
 
 
+def test_of_many_peers_the_latest_are_remembered() -> None:
+    checks, part = Alone(share=0.0).checks, Part((), None, torch.zeros(0, HIDDEN))
+    for number in range(2 * MAX_PEERS):
+        checks.saw(PeerId("regular"), Layer().call, part)
+        checks.saw(PeerId(f"passing {number}"), Layer().call, part)
+    assert len(checks._used) == MAX_PEERS
+    assert checks._used[PeerId("regular")].answers == 2 * MAX_PEERS
+
+
 @pytest.mark.parametrize("form", ["sum", "rows"])
 @pytest.mark.parametrize("some", [False, True])
 def test_a_sample_is_the_same_computation_for_fewer_tokens(form: str, some: bool) -> None:
@@ -170,7 +180,9 @@ def test_a_sample_is_the_same_computation_for_fewer_tokens(form: str, some: bool
 class Alone:
     """The only peer there is, which computes `factor` times some experts' rows; and who checks its answers."""
 
-    def __init__(self, wrong: Sequence[int] = (), factor: float = 1.5, *, chance: float = 0.0) -> None:
+    def __init__(
+        self, wrong: Sequence[int] = (), factor: float = 1.5, *, chance: float = 0.0, share: float = 1.0
+    ) -> None:
         self.clock = Clock(100.0)
         self.standings = Standings(self.clock)
         self.fetch_seconds = 1.0  # for one expert
@@ -179,7 +191,7 @@ class Alone:
         self.rows: Callable[[list[Part]], list[Part] | None] = lambda parts: parts  # what it says of each expert
         self._wrong, self._factor = frozenset(wrong), factor
         self.checks = SpotChecker(
-            1.0, self.standings, DispatchStats(), ask_others=self._nobody, ask_rows=self._ask_rows,
+            share, self.standings, DispatchStats(), ask_others=self._nobody, ask_rows=self._ask_rows,
             compute_here=self._fetch, chance=lambda: chance, clock=self.clock,
         )  # fmt: skip
 
