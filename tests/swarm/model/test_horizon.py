@@ -66,9 +66,7 @@ def model(told: Told) -> Any:
         ({"generation_config": GenerationConfig(max_new_tokens=4, pad_token_id=0)}, 2),
         ({"generation_config": GenerationConfig(max_new_tokens=4, pad_token_id=0), "max_new_tokens": 6}, 2),
         ({"max_length": 12}, 2),
-        pytest.param(
-            {}, 2, id="transformers' own 20", marks=pytest.mark.filterwarnings("ignore:Using the model-agnostic")
-        ),
+        ({}, 2),  # transformers' own 20
         ({"max_new_tokens": 3, "num_beams": 2}, 4),
         ({"max_new_tokens": 3, "num_return_sequences": 3, "do_sample": True}, 6),
     ],
