@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +22,21 @@ from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
 from moehive.protocol.messages import RunExperts
 from moehive.swarm.dispatch.request import parse_request
 
+
+class HeldExpert(Protocol):
+    """A resident expert, while it is held."""
+
+    @property
+    def value(self) -> ExpertWeights:
+        """Its weights."""
+
+
 # (layer, expert, dtype) -> the weights, held while the context lasts
 LeaseExpert = Callable[[int, int, torch.dtype], AbstractContextManager[ExpertWeights]]
+
+# (layer, experts, dtype) -> those that are resident, in order, held while the context lasts, and None for the others;
+# one token is about to use them
+HoldExperts = Callable[[int, Sequence[int], torch.dtype], AbstractContextManager[Sequence[HeldExpert | None]]]
 
 # (layer, rows by expert, tokens, dtype): what a batch is about to lease
 NoteUses = Callable[[int, Mapping[int, int], int, torch.dtype], None]
@@ -60,12 +74,14 @@ class BatchRun:
         *,
         slice_rows: int = 1 << 30,
         note: NoteUses | None = None,
+        hold: HoldExperts | None = None,
     ) -> None:
         self._batch = batch
         self._lease = lease
         self._spec = spec
         self._slice_rows = slice_rows
         self._note = note
+        self._hold = hold  # instead of `note` and `lease`, for one token: in decoding each call of them is felt
         self._outputs: dict[int, Tensor] = {}  # by the index in the batch
         self._steps = self._compute()
 
@@ -87,7 +103,9 @@ class BatchRun:
         """Yields, after each product, the number of its rows."""
         merged = [index for index, work in enumerate(self._batch) if work.merges]
         if merged:
-            self._tell([self._batch[index] for index in merged])
+            works = [self._batch[index] for index in merged]
+            if self._hold is None or sum(work.message.tokens for work in works) > 1:
+                self._tell(works)
             yield from self._merged(merged)
         for index, work in enumerate(self._batch):
             if not work.merges:
@@ -124,7 +142,7 @@ class BatchRun:
         batch = [self._batch[index] for index in merged]
         tokens = [work.message.tokens for work in batch]
         if tokens == [1]:
-            self._outputs[merged[0]] = _run_token(batch[0], self._lease, self._spec)
+            self._outputs[merged[0]] = _run_token(batch[0], self._hold, self._lease, self._spec)
             yield batch[0].message.rows
             return
         layer, dtype = batch[0].message.layer, batch[0].hidden.dtype
@@ -151,13 +169,22 @@ def run_batch(batch: Sequence[Work], lease: LeaseExpert, spec: FfnSpec) -> list[
     return run.outputs
 
 
-def _run_token(work: Work, lease: LeaseExpert, spec: FfnSpec) -> Tensor:
+def _run_token(work: Work, hold: HoldExperts | None, lease: LeaseExpert, spec: FfnSpec) -> Tensor:
     """The weighted sum for one token, [1, H]: without index tensors, which would cost more than the sum."""
     assert work.weights is not None
+    layer, experts, dtype = work.message.layer, work.message.experts, work.hidden.dtype
+    rows: dict[int, Tensor] = {}  # [1, H] each; of resident experts first, the others load meanwhile
+    if hold is not None:
+        with hold(layer, experts, dtype) as held:
+            for expert, entry in zip(experts, held, strict=True):
+                if entry is not None:
+                    rows[expert] = expert_ffn(work.hidden, entry.value, spec)
     total = torch.zeros(work.hidden.shape, dtype=torch.float32)  # [1, H]
-    for expert, weight in zip(work.message.experts, work.weights.tolist(), strict=True):
-        with lease(work.message.layer, expert, work.hidden.dtype) as weights:
-            total.add_(expert_ffn(work.hidden, weights, spec), alpha=weight)  # in fp32, without a copy of the row
+    for expert, weight in zip(experts, work.weights.tolist(), strict=True):
+        if expert not in rows:
+            with lease(layer, expert, dtype) as weights:
+                rows[expert] = expert_ffn(work.hidden, weights, spec)
+        total.add_(rows[expert], alpha=weight)  # in fp32, without a copy of the row
     return total.to(work.hidden.dtype)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 
 import torch
@@ -18,12 +18,13 @@ from moehive.swarm.dispatch.request import DTYPES
 from moehive.swarm.log import get_logger
 from moehive.swarm.member import Member
 from moehive.swarm.memory import default_ram_budget
-from moehive.swarm.model.backend import ExpertLoader, weights_tier
+from moehive.swarm.model.backend import ExpertLoader, WeightsKey, weights_tier
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.direct import DirectServer
 from moehive.swarm.rpc.server import Inbox, open_gate, stream_handler
 from moehive.swarm.store.base import NotHeld, ObjectSource
 from moehive.swarm.tasks import task_group
+from moehive.swarm.tiers.leases import Hold
 from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.transfer.pacing import paced
 from moehive.swarm.transfer.tls.server import BulkServer, interfaces
@@ -64,7 +65,9 @@ class Serving:
             ram_budget=ram_budget,
             expert_ram=self._loader.nbytes(dtype),
         )
-        self._worker = ComputeWorker(self._lease, self._loader.spec, settings.queue, note=self._note)
+        self._worker = ComputeWorker(
+            self._lease, self._loader.spec, settings.queue, note=self._note, hold=self._hold_experts
+        )
         self._uploads = Uploads(UploadLimits(slots=settings.upload_slots), rate=settings.upload_rate)
         self._bulk = BulkServer(
             settings.listen, settings.bulk_port, agent=member.agent, shelf=self.holdings, uploads=self._uploads
@@ -147,6 +150,9 @@ class Serving:
         self._tier.note(
             Uses(layer, {(ExpertKey(layer, expert), dtype): count for expert, count in rows.items()}, tokens)
         )
+
+    def _hold_experts(self, layer: int, experts: Sequence[int], dtype: torch.dtype) -> Hold[WeightsKey, ExpertWeights]:
+        return self._tier.hold(Uses(layer, {(ExpertKey(layer, expert), dtype): 1 for expert in experts}))
 
     def _load(self, key: ExpertKey, dtype: torch.dtype) -> ExpertWeights:
         try:

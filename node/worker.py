@@ -20,7 +20,7 @@ from moehive.swarm.log import get_logger
 from moehive.swarm.rpc.server import Refusal
 from moehive.swarm.telemetry.histogram import Histogram, Latencies
 
-from .compute import BatchRun, LeaseExpert, NoteUses, Work
+from .compute import BatchRun, HoldExperts, LeaseExpert, NoteUses, Work
 from .scheduler import QueueFacts, QueueLimits, admit, arrived, computed, next_batch
 from .waiting import Queued, RequestQueue, Result
 
@@ -60,10 +60,12 @@ class ComputeWorker:
         limits: QueueLimits,
         *,
         note: NoteUses | None = None,
+        hold: HoldExperts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lease = lease
         self._note = note
+        self._hold = hold
         self._spec = spec
         self._limits = limits
         self._clock = clock
@@ -144,7 +146,7 @@ class ComputeWorker:
         self._served = computed(self._served, [queued.waiting for queued in requests], self._queue.clients)
         slice_rows = self._limits.batch_rows if small else self._limits.slice_rows
         works = [queued.work for queued in requests]
-        run = BatchRun(works, self._lease, self._spec, slice_rows=slice_rows, note=self._note)
+        run = BatchRun(works, self._lease, self._spec, slice_rows=slice_rows, note=self._note, hold=self._hold)
         batch = _Batch(requests, run, self._clock())
         self._computing.append(batch)
         return batch
