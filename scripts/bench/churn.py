@@ -7,16 +7,16 @@ all of them and come and go: every few seconds one of those is ended, SIGTERM an
 predecessor's successor is ready, so that two live at any time. A client without experts generates the same greedy text
 again and again in fp32 and compares its tokens with plain transformers'. A token hangs if it takes longer than two
 deadlines of one answer (10 s). Of the client and of the node that stays, without their daemons, resident bytes and file
-descriptors are read every second; of the client also the bytes that malloc has given out and not got back, without
-what lies free between them, and the blocks that Python's objects take. Printed are the lines through them, from a third
-of the time on, with their standard errors. Memory is called flat where the line (of what is given out, where that is
-known) is within two standard errors of level, or rises by less than 1 MiB in a minute. The exit code is 1 for a wrong
-token, an error, a hung token, memory that is not flat, or descriptors that were not given back.
+descriptors are read every second, and of the client the blocks that Python's objects take. Printed are the lines
+through them, from a third of the time on, with their standard errors. Memory is called flat where its line is within
+two standard errors of level, or rises by less than 1 MiB in a minute. All of it runs with one arena of glibc's malloc
+and without its caches for threads: otherwise what lies free between the allocations of a dozen threads grows for
+minutes, and hides whether anything is kept. The exit code is 1 for a wrong token, an error, a hung token, memory that
+is not flat, or descriptors that were not given back.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import signal
@@ -46,7 +46,7 @@ COMING = 3
 FLAT = 1.0  # MiB per minute
 MAX_DESCRIPTORS = 4  # of the end more than of the beginning: connections come and go
 MIB = 1 << 20
-GIVEN_OUT = "MiB given out"
+TUNABLES = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1"}  # read when a process starts
 
 
 @dataclass
@@ -105,38 +105,19 @@ class Watched:
         resident = Series(lambda: process.memory_info().rss / MIB)
         series = {"resident MiB": resident, "descriptors": Series(lambda: float(process.num_fds()))}
         if pid == os.getpid():
-            series |= {GIVEN_OUT: Series(given_out), "blocks": Series(lambda: float(sys.getallocatedblocks()))}
+            series["blocks"] = Series(lambda: float(sys.getallocatedblocks()))
         return cls(series)
 
     @property
     def flat(self) -> bool:
         """Whether memory does not rise, as far as can be told."""
-        memory = self.series.get(GIVEN_OUT, self.series["resident MiB"])
+        memory = self.series["resident MiB"]
         return memory.slope <= max(FLAT, 2 * memory.error)
 
     @property
     def given_back(self) -> bool:
         """Whether descriptors were."""
         return self.series["descriptors"].rise <= MAX_DESCRIPTORS
-
-
-class _MallInfo2(ctypes.Structure):
-    """Of glibc's malloc.h."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-        )
-    ]  # fmt: skip
-
-
-def given_out() -> float:
-    """MiB that malloc has given out in this process."""
-    glibc = ctypes.CDLL("libc.so.6")
-    glibc.mallinfo2.restype = _MallInfo2
-    info = glibc.mallinfo2()
-    return float(info.uordblks + info.hblkhd) / MIB
 
 
 @dataclass
@@ -168,6 +149,8 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=4.0, help="seconds between two nodes that leave, at least")
     parser.add_argument("--tokens", type=int, default=32, help="of each text")
     options = parser.parse_args()
+    if not TUNABLES.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNABLES})
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     facts = conditions(work=f"{options.seconds:g} s of texts of {options.tokens} tokens of the demo model, fp32")
