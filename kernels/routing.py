@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import torch
@@ -78,10 +79,22 @@ def _sort_few(top_k_index: Sequence[Sequence[int]], num_experts: int) -> SortedR
 
 def group_by_expert(top_k_index: Tensor, num_experts: int) -> list[Assignment]:
     """`sort_rows`, cut into one assignment for each expert."""
+    if top_k_index.shape[0] == 1:
+        order = order_of_token(top_k_index, num_experts)
+        if len({expert for expert, _ in order}) == len(order):  # else an expert has several rows
+            token, positions = _indices_of_token(top_k_index.shape[1])
+            return [Assignment(expert, token, positions[position]) for expert, position in order]
     rows = sort_rows(top_k_index, num_experts)
     counts = list(rows.counts)
     tokens, positions = torch.split(rows.token, counts), torch.split(rows.position, counts)
     return [Assignment(*part) for part in zip(rows.experts, tokens, positions, strict=True)]
+
+
+@lru_cache(maxsize=64)
+def _indices_of_token(choices: int) -> tuple[Tensor, Sequence[Tensor]]:
+    """Of one token's rows: its index [1], and each position [1]; shared by all calls, nobody writes to them."""
+    with torch.inference_mode(False):  # others may need gradients of what they index
+        return torch.zeros(1, dtype=torch.int64), torch.split(torch.arange(choices), 1)
 
 
 def order_of_token(top_k_index: Tensor, num_experts: int) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ from moehive.protocol.manifest import Manifest, ShardEntry
 from moehive.protocol.ticket import Ticket
 
 from .dispatch.caller import CallSettings
-from .dispatch.spot_checks import LiarReport
+from .dispatch.spot_checks import CheckCounts, LiarReport
 from .dispatch.stats import DispatchStats
 from .dispatch.swarm_model import SwarmModel
 from .identity import Identity
@@ -133,8 +134,8 @@ class Swarm:
         `kv`: how `generate` keeps keys and values, for contexts that do not fit into memory; see KvOptions.
 
         With `ram`, a budget in bytes, experts that are worth it are fetched in the background and then computed here;
-        the budget is the same for all loads of one model. `expect_tokens` says about how many tokens, those of prompts
-        included, will be computed: with it the choice is within 15 % of the best, without it within twice the best.
+        the budget is the same for all loads of one model. What is worth it depends on how many tokens will be computed:
+        `generate` says so for each call; `expect_tokens` is for who knows of more, that of all calls, prompts included.
 
         `device` is where the model computes, by default the processor. Experts that are kept here are then kept in its
         memory, too, once they were used, in `vram` bytes, by default what is free there.
@@ -155,8 +156,12 @@ class Swarm:
             opened.resident.expect(expect_tokens)
         backend = opened.backend(answers)
         loaded, tokenizer = open_local(directory, dtype=dtype, backend=backend, device=device, kv=kv)
-        if opened.resident is not None and accelerator is not None:
-            opened.keep_on(accelerator, loaded.dtype, vram)
+        if opened.resident is not None:
+            from .model.horizon import tell_horizon
+
+            tell_horizon(loaded, opened.resident.generating)
+            if accelerator is not None:
+                opened.keep_on(accelerator, loaded.dtype, vram)
         return loaded, tokenizer
 
     def load_expert(
@@ -205,6 +210,10 @@ class Swarm:
     def liars(self, model_id: str) -> Sequence[LiarReport]:
         """Peers that were shown to have computed wrongly, with the forward passes that used their answers."""
         return tuple(self._loaded(model_id).caller.checks.liars)
+
+    def check_counts(self, model_id: str) -> CheckCounts:
+        """How many answers were checked so far, and how many should have been and were not, and why."""
+        return replace(self._loaded(model_id).caller.checks.counts)
 
     def holders(self, model_id: str) -> Mapping[PeerId, int]:
         """The peers that announce a model now, and how many experts each. Raises ModelUnavailable after 10 seconds."""

@@ -326,7 +326,6 @@ def _loaded(options: GenerateOptions) -> Iterator[_Loaded]:
                 ram=options.ram or 0,
                 device=options.device,
                 vram=options.vram,
-                expect_tokens=options.max_tokens,
                 observer=(lambda seen: move(seen.verified, seen.total)) if move else None,
             )
 

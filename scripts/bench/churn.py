@@ -6,9 +6,13 @@ Real `moehive node` processes with the bundled demo model. One stays and holds h
 all of them and come and go: every few seconds one of those is ended, SIGTERM and SIGKILL in turn, as soon as its
 predecessor's successor is ready, so that two live at any time. A client without experts generates the same greedy text
 again and again in fp32 and compares its tokens with plain transformers'. A token hangs if it takes longer than two
-deadlines of one answer (10 s). Resident bytes of the client and of the node that stays, without their daemons, are read
-every second; the line through them, from a third of the time on, is printed. The exit code is 1 for a wrong token, an
-error, a hung token, or a line that rises by more than 8 MiB in a minute.
+deadlines of one answer (10 s). Of the client and of the node that stays, without their daemons, resident bytes and file
+descriptors are read every second, and of the client the blocks that Python's objects take. Printed are the lines
+through them, from a third of the time on, with their standard errors. Memory is called flat where its line is within
+two standard errors of level, or rises by less than 1 MiB in a minute. All of it runs with one arena of glibc's malloc
+and without its caches for threads: otherwise what lies free between the allocations of a dozen threads grows for
+minutes, and hides whether anything is kept. The exit code is 1 for a wrong token, an error, a hung token, memory that
+is not flat, or descriptors that were not given back.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,26 +43,28 @@ from moehive.swarm.dispatch.caller import CallSettings
 SETTINGS = CallSettings(answer_timeout=5.0, layer_timeout=60.0)
 HUNG = 2 * SETTINGS.answer_timeout
 COMING = 3
-MAX_SLOPE = 8.0  # MiB per minute
+FLAT = 1.0  # MiB per minute
+MAX_DESCRIPTORS = 4  # of the end more than of the beginning: connections come and go
 MIB = 1 << 20
+TUNABLES = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1"}  # read when a process starts
 
 
 @dataclass
-class Memory:
-    """Resident bytes of a process over time."""
+class Series:
+    """A quantity over time."""
 
-    process: psutil.Process
+    look: Callable[[], float]
     seconds: list[float] = field(default_factory=list)
-    mib: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
 
-    def look(self, now: float) -> None:
-        """One sample."""
+    def sample(self, now: float) -> None:
+        """One more value."""
         self.seconds.append(now)
-        self.mib.append(self.process.memory_info().rss / MIB)
+        self.values.append(self.look())
 
     @property
     def slope(self) -> float:
-        """MiB per minute, of the line through the last two thirds."""
+        """Per minute, of the line through the last two thirds."""
         return 60 * statistics.linear_regression(*self._settled).slope
 
     @property
@@ -76,7 +82,42 @@ class Memory:
     @property
     def _settled(self) -> tuple[list[float], list[float]]:
         start = len(self.seconds) // 3
-        return self.seconds[start:], self.mib[start:]
+        return self.seconds[start:], self.values[start:]
+
+    @property
+    def rise(self) -> float:
+        """The median of the last tenth less that of the first tenth after the first third."""
+        values = self._settled[1]
+        size = max(len(values) // 10, 1)
+        return statistics.median(values[-size:]) - statistics.median(values[:size])
+
+
+@dataclass
+class Watched:
+    """What a process holds."""
+
+    series: dict[str, Series]
+
+    @classmethod
+    def of(cls, pid: int) -> Watched:
+        """Another process, or this one."""
+        process = psutil.Process(pid)
+        resident = Series(lambda: process.memory_info().rss / MIB)
+        series = {"resident MiB": resident, "descriptors": Series(lambda: float(process.num_fds()))}
+        if pid == os.getpid():
+            series["blocks"] = Series(lambda: float(sys.getallocatedblocks()))
+        return cls(series)
+
+    @property
+    def flat(self) -> bool:
+        """Whether memory does not rise, as far as can be told."""
+        memory = self.series["resident MiB"]
+        return memory.slope <= max(FLAT, 2 * memory.error)
+
+    @property
+    def given_back(self) -> bool:
+        """Whether descriptors were."""
+        return self.series["descriptors"].rise <= MAX_DESCRIPTORS
 
 
 @dataclass
@@ -95,6 +136,11 @@ class Found:
         """Tokens that took too long."""
         return sum(wait > HUNG for wait in self.waits)
 
+    @property
+    def good(self) -> bool:
+        """Whether every token came, and was right."""
+        return not (self.wrong or self.errors or self.hung)
+
 
 def main() -> int:
     """Generate and churn, print."""
@@ -103,6 +149,8 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=4.0, help="seconds between two nodes that leave, at least")
     parser.add_argument("--tokens", type=int, default=32, help="of each text")
     options = parser.parse_args()
+    if not TUNABLES.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **TUNABLES})
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     facts = conditions(work=f"{options.seconds:g} s of texts of {options.tokens} tokens of the demo model, fp32")
@@ -110,22 +158,21 @@ def main() -> int:
         text = demo_text(Path(directory), options.tokens)
         found, memory, swarm_facts = run(nodes, text, Path(directory), options.seconds, options.every)
     report(facts | swarm_facts, found, memory)
-    results = asdict(found) | {name: {"seconds": one.seconds, "mib": one.mib} for name, one in memory.items()}
-    write_json(options.json, facts, results)
-    slopes = [one.slope for one in memory.values()]
-    return 1 if found.wrong or found.errors or found.hung or max(slopes) > MAX_SLOPE else 0
+    held = {name: {what: one.values for what, one in each.series.items()} for name, each in memory.items()}
+    write_json(options.json, facts, asdict(found) | held)
+    return 0 if found.good and all(each.flat and each.given_back for each in memory.values()) else 1
 
 
 def run(
     nodes: Nodes, text: Text, directory: Path, seconds: float, every: float
-) -> tuple[Found, dict[str, Memory], dict[str, object]]:
+) -> tuple[Found, dict[str, Watched], dict[str, object]]:
     """One client for so many seconds."""
     found, over = Found(), threading.Event()
     staying = nodes.start(text.converted, "--experts", "*:0-3")
     coming = [coming_node(nodes, text, staying) for _ in range(COMING)]
     for node in coming:
         node.ready()
-    memory = {"client": Memory(psutil.Process()), "node": Memory(psutil.Process(staying.pid))}
+    memory = {"client": Watched.of(os.getpid()), "node": Watched.of(staying.pid)}
     with loaded(staying, directory / "cache", SETTINGS, peers=COMING + 1) as (swarm, model, model_id):
         text.generate(model)
         threads = [
@@ -175,17 +222,19 @@ def churn(
         found.ended[how.name] += 1
         successor = coming_node(nodes, text, staying)
         leaving.wait()
+        leaving.close()  # what we hold of it, which is not the client's
         successor.ready()
         found.started += 1
         coming.append(successor)
 
 
-def watch(memory: Sequence[Memory], over: threading.Event) -> None:
+def watch(memory: Sequence[Watched], over: threading.Event) -> None:
     """Look every second."""
     started = time.monotonic()
     while not over.wait(1.0):
         for one in memory:
-            one.look(time.monotonic() - started)
+            for series in one.series.values():
+                series.sample(time.monotonic() - started)
 
 
 def summary(swarm: Swarm, model_id: str) -> dict[str, object]:
@@ -194,7 +243,7 @@ def summary(swarm: Swarm, model_id: str) -> dict[str, object]:
     return {"client": f"{stats.retries} retries, {stats.hedges} hedges, {len(stats.peers)} peers met"}
 
 
-def report(facts: dict[str, object], found: Found, memory: dict[str, Memory]) -> None:
+def report(facts: dict[str, object], found: Found, memory: dict[str, Watched]) -> None:
     """The table."""
     print_head("Churn", facts)
     rows: list[tuple[object, ...]] = [
@@ -209,9 +258,13 @@ def report(facts: dict[str, object], found: Found, memory: dict[str, Memory]) ->
         *((f"nodes ended by {name}", count) for name, count in sorted(found.ended.items())),
         ("nodes started meanwhile", found.started),
     ]
-    for name, one in memory.items():
-        rows.append((f"{name}, first and last MiB", f"{one.mib[0]:.0f}, {one.mib[-1]:.0f}"))
-        rows.append((f"{name}, KiB per minute", f"{1024 * one.slope:+.0f} +- {1024 * one.error:.0f}"))
+    for name, each in memory.items():
+        for what, one in each.series.items():
+            ends = f"{one.values[0]:.0f} to {one.values[-1]:.0f}"
+            rows.append((f"{name}, {what}", f"{ends}, {one.slope:+.3g} +- {one.error:.2g} per minute"))
+        rows.append((f"{name}, memory flat", "yes" if each.flat else "NO"))
+        rows.append((f"{name}, descriptors given back", "yes" if each.given_back else "NO"))
+    rows.append(("every token came, and was right", "yes" if found.good else "NO"))
     print_table(("", ""), rows)
     for error in found.errors:
         print(error, flush=True)

@@ -1,13 +1,14 @@
 """Generation over links: tokens per second at several round-trip times and shares of resident experts.
 
-    python scripts/bench/wan.py [--layers 4] [--tokens 24] [--rtt 0 5 20 80] [--resident 0 50 95] [--rounds 3]
-                                [--spot-checks 0] [--json FILE]
+    python scripts/bench/wan.py [--only cells equality drafts] [--layers 4] [--tokens 12] [--rtt 0 5 20 80]
+                                [--resident 0 50 95] [--rounds 3] [--spot-checks 0] [--json FILE]
 
 A checkpoint of Qwen3-30B-A3B's layer shape (hidden 2048, experts of 768, top-8 of 32; random weights), converted and
 held whole by one node process behind a relay that delays and paces every byte (1 Gbit/s each way), its direct
 connections included. The client keeps a share of each layer's experts in memory, chosen at random, and asks the node
 for the rest; nothing is fetched meanwhile. With `--spot-checks` (a client's default is 0.01) answers are checked: by
-whole experts that are fetched over the same link, because there is no second holder here.
+an expert's weights that are fetched over the same link, because there is no second holder here. Client, node and relay
+share the machine; client and node hardly ever compute at the same time.
 
 The bound of a token is local time + layers with a miss x round trip: what no client without drafts can beat that
 computes as fast. *Local time* is all of a generation by the same model on the same thread with all experts here (the
@@ -74,6 +75,16 @@ DRAFT_RTT = 20.0  # milliseconds
 DRAFTED_TOKENS = 64
 SPEECH = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\nFirst Citizen:\n"
 MIN_SHARE, MIN_GAIN = 0.85, 3.0
+PARTS = ("cells", "equality", "drafts")
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A generation here and one over the link, in seconds, and the round trips of the latter."""
+
+    local: float
+    taken: float
+    round_trips: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +114,9 @@ class Equality:
 def main() -> None:
     """Make the model, generate everywhere, print."""
     parser = arguments(__doc__, rounds=3)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of the benchmark")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--rtt", type=float, nargs="+", default=[0, 5, 20, 80], help="milliseconds")
     parser.add_argument("--resident", type=float, nargs="+", default=[0, 50, 95], help="percent")
     parser.add_argument("--spot-checks", type=float, default=0.0, help="share of the answers")
@@ -115,19 +127,31 @@ def main() -> None:
     facts = conditions(
         model=f"{options.layers} layers of Qwen3-30B-A3B's shape, top-8 of 32 experts, bfloat16",
         link="1 Gbit/s each way, one node behind it; one compute thread on each side",
-        rounds=f"{options.rounds} in turns with local ones, spot checks {options.spot_checks:g}",
+        work=f"a prompt of {PROMPT} tokens and {options.tokens} new ones, {options.rounds} rounds",
+        checks=f"{options.spot_checks:g} of the answers",
     )
-    with tempfile.TemporaryDirectory() as directory, synthetic(options.layers) as source:
-        convert(source, Path(directory) / "converted")
-        bench = Bench(Path(directory), options.tokens, options.rounds, options.spot_checks)
-        with listen_for_noise() as noise:
+    print_head("Generation over links", facts)
+    results: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as name, listen_for_noise() as noise:
+        directory = Path(name)
+        if "drafts" in options.only:
+            drafts = drafted(directory, DRAFT_RTT, options.rounds)
+            show_drafts(drafts)
+            results["drafts"] = drafts
+        if set(options.only) - {"drafts"}:
+            with synthetic(options.layers) as source:
+                convert(source, directory / "converted")
+            bench = Bench(directory, options.tokens, options.rounds, options.spot_checks)
+        if "equality" in options.only:
             equalities = bench.equalities(options.resident)
-            cells = [cell for rtt in options.rtt for cell in bench.cells(rtt, options.resident)]
-            drafts = drafted(Path(directory), DRAFT_RTT, options.rounds)
-    report(facts, equalities, cells, drafts)
+            show_equalities(equalities)
+            results["equal"] = [asdict(each) for each in equalities]
+        if "cells" in options.only:
+            cells = bench.cells(options.rtt, options.resident)
+            show_cells(cells)
+            results["cells"] = [asdict(each) for each in cells]
     print(f"others used {noise.foreign:.0%} of the CPU\n", flush=True)
-    results = {"cells": [asdict(each) for each in cells], "equal": [asdict(each) for each in equalities]}
-    write_json(options.json, facts, results | {"drafts": drafts, "foreign": noise.foreign})
+    write_json(options.json, facts, results | {"foreign": noise.foreign})
 
 
 def drafted(directory: Path, rtt: float, rounds: int) -> dict[str, tuple[float, float]]:
@@ -171,37 +195,49 @@ class Bench:
         self._rounds = rounds
         self._settings = CallSettings(spot_checks=spot_checks)
         self._ids = torch.randint(3, 250, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-        self._local: Any = open_local(self._source.root)[0]
 
     def equalities(self, residents: list[float]) -> list[Equality]:
         """What can be said of tokens and logits, without a link."""
-        exact: Any = open_local(self._source.root, dtype=torch.float32)[0]
+        exact, local = self._local(torch.float32), self._local(torch.bfloat16)
         text = self._text(exact)
-        precise, rounded = self._logits(exact, text), self._logits(self._local, text)
-        found = []
+        precise, rounded = self._logits(exact, text), self._logits(local, text)
+        del exact, local  # gigabytes
+        equal, found = {}, []
         with Link(direct=True) as link, self._swarm(link, "equality") as swarm:
+            model, _ = swarm.load(self._source.root, dtype=torch.float32)
             for resident in residents:
-                model, _ = swarm.load(self._source.root, dtype=torch.float32)
                 self._keep(swarm, model, resident / 100)
-                tokens = self._text(model)
-                model, _ = swarm.load(self._source.root)
+                equal[resident] = torch.equal(self._text(model), text)
+            model, _ = swarm.load(self._source.root)
+            for resident in residents:
                 self._keep(swarm, model, resident / 100)
                 summed = self._logits(model, text)
                 self._keep(swarm, model, resident / 100, form="rows")
                 bits = torch.equal(self._logits(model, text), rounded)
-                errors = _error(summed, precise), _error(rounded, precise)
-                found.append(Equality(resident, torch.equal(tokens, text), bits, *errors))
+                found.append(
+                    Equality(resident, equal[resident], bits, _error(summed, precise), _error(rounded, precise))
+                )
         return found
 
-    def cells(self, rtt: float, residents: list[float]) -> list[Cell]:
-        """All generations over one link."""
-        echo, found = echo_seconds(rtt / 1e3), []
-        with Link(rtt=rtt / 1e3, rate=GIGABIT, direct=True) as link, self._swarm(link, f"{rtt:g}") as swarm:
+    def cells(self, rtts: list[float], residents: list[float]) -> list[Cell]:
+        """All generations, over one link whose delay changes."""
+        echoes, local, found = echo_seconds(rtts), self._local(torch.bfloat16), []
+        with Link(rate=GIGABIT, direct=True) as link, self._swarm(link, "cells") as swarm:
             model, _ = swarm.load(self._source.root)
             for resident in residents:
                 self._keep(swarm, model, resident / 100)
-                found.append(self._cell(swarm, model, rtt, resident, echo))
-        return found
+                link.delay(0.0)
+                self._seconds(local), self._seconds(model)  # loads the experts, opens the connections
+                rounds: dict[float, list[Round]] = {rtt: [] for rtt in rtts}
+                for rtt in rtts * self._rounds:
+                    link.delay(rtt / 1e3)
+                    rounds[rtt].append(self._round(swarm, local, model))
+                found += [self._cell(rtt, resident, rounds[rtt], echoes[rtt]) for rtt in rtts]
+            self._show_checks(swarm)
+        return sorted(found, key=lambda cell: (cell.rtt, cell.resident))
+
+    def _local(self, dtype: torch.dtype) -> Any:
+        return open_local(self._source.root, dtype=dtype)[0]
 
     @contextmanager
     def _swarm(self, link: Link, name: str) -> Iterator[Swarm]:
@@ -230,18 +266,23 @@ class Bench:
         backend = SwarmExperts(opened.caller, start_soon, manifest.model.num_experts, form=form, resident=resident)
         attach_backend(model, backend)
 
-    def _cell(self, swarm: Swarm, model: Any, rtt: float, resident: float, echo: float) -> Cell:
+    def _round(self, swarm: Swarm, local: Any, model: Any) -> Round:
         stats = swarm.stats(self._source.manifest.model_id)
-        self._seconds(self._local), self._seconds(model)  # loads the experts, opens the connections, learns the speed
-        before, rounds = stats.round_trips, []
-        for _ in range(self._rounds):
-            rounds.append((self._seconds(self._local), self._seconds(model)))
-        trips = (stats.round_trips - before) / self._rounds
-        shares = [(local + trips * rtt / 1e3) / taken for local, taken in rounds]
-        echo_shares = [(local + trips * echo) / taken for local, taken in rounds]
-        bound = self._tokens / (p50([local for local, _ in rounds]) + trips * rtt / 1e3)
-        rate = self._tokens / p50([taken for _, taken in rounds])
+        seconds, before = self._seconds(local), stats.round_trips
+        return Round(seconds, self._seconds(model), stats.round_trips - before)
+
+    def _cell(self, rtt: float, resident: float, rounds: list[Round], echo: float) -> Cell:
+        trips = p50([each.round_trips for each in rounds])
+        bound = self._tokens / (p50([each.local for each in rounds]) + trips * rtt / 1e3)
+        rate = self._tokens / p50([each.taken for each in rounds])
+        shares, echo_shares = (
+            [(each.local + each.round_trips * trip) / each.taken for each in rounds] for trip in (rtt / 1e3, echo)
+        )
         return Cell(rtt, resident, rate, bound, p50(shares), p50(echo_shares), trips / self._tokens)
+
+    def _show_checks(self, swarm: Swarm) -> None:
+        if self._settings.spot_checks:
+            print(f"{swarm.check_counts(self._source.manifest.model_id)}\n", flush=True)
 
     def _seconds(self, model: Any) -> float:
         """That a generation takes."""
@@ -271,8 +312,8 @@ def _error(logits: torch.Tensor, precise: torch.Tensor) -> float:
     return float((logits - precise).pow(2).mean().sqrt() / precise.std())
 
 
-def echo_seconds(rtt: float) -> float:
-    """The median time of a bare TCP echo of a request's bytes through a relay like the one that is measured with."""
+def echo_seconds(rtts: list[float]) -> dict[float, float]:
+    """The median seconds of a bare TCP echo of a request's bytes through a relay like the one that is measured with."""
 
     def answer(listener: socket.socket) -> None:
         with listener.accept()[0] as near:
@@ -280,28 +321,27 @@ def echo_seconds(rtt: float) -> float:
             while data := near.recv(1 << 16):
                 near.sendall(data)
 
-    taken = []
-    with Link(rtt=rtt, rate=GIGABIT) as link, socket.create_server(("127.0.0.1", link.far)) as listener:
+    taken: dict[float, list[float]] = {rtt: [] for rtt in rtts}
+    with Link(rate=GIGABIT) as link, socket.create_server(("127.0.0.1", link.far)) as listener:
         answering = threading.Thread(target=answer, args=(listener,))
         answering.start()
         with socket.create_connection(("127.0.0.1", link.near)) as one:
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for _ in range(ECHOES):
-                time.sleep(0.01)  # as long as others compute between two requests
-                started, left = time.perf_counter(), ECHO_BYTES
-                one.sendall(bytes(ECHO_BYTES))
-                while left:
-                    left -= len(one.recv(1 << 16))
-                taken.append(time.perf_counter() - started)
+            for rtt, seconds in taken.items():
+                link.delay(rtt / 1e3)
+                for _ in range(ECHOES):
+                    time.sleep(0.01)  # as long as others compute between two requests
+                    started, left = time.perf_counter(), ECHO_BYTES
+                    one.sendall(bytes(ECHO_BYTES))
+                    while left:
+                        left -= len(one.recv(1 << 16))
+                    seconds.append(time.perf_counter() - started)
         answering.join()
-    return p50(taken)
+    return {rtt: p50(each) for rtt, each in taken.items()}
 
 
-def report(
-    facts: dict[str, Any], equalities: list[Equality], cells: list[Cell], drafts: dict[str, tuple[float, float]]
-) -> None:
-    """The tables, and what is asked."""
-    print_head("Generation over links", facts)
+def show_cells(cells: list[Cell]) -> None:
+    """The table, and what is asked."""
     rows = [
         (
             f"{cell.rtt:g}", f"{cell.resident:g}", cell.round_trips, cell.tokens_per_second, cell.bound, cell.of_bound,
@@ -311,7 +351,11 @@ def report(
     ]  # fmt: skip
     head = ("RTT ms", "resident %", "round trips/token", "tokens/s", "bound", "of the bound", "of one with TCP's echo")
     print_table(head, rows)
-    print(f"at least {min(cell.of_bound for cell in cells):.2f} of the bound; {MIN_SHARE} is asked\n")
+    print(f"at least {min(cell.of_bound for cell in cells):.2f} of the bound; {MIN_SHARE} is asked\n", flush=True)
+
+
+def show_equalities(equalities: list[Equality]) -> None:
+    """The table."""
     print_table(
         ("resident %", "tokens equal, fp32", "logits equal, bf16 rows", "error, bf16 sum", "error, bf16 local"),
         [
@@ -322,12 +366,17 @@ def report(
             for each in equalities
         ],
     )  # fmt: skip
+
+
+def show_drafts(drafts: dict[str, tuple[float, float]]) -> None:
+    """The table, and what is asked."""
     plain = drafts["none"][0]
     print_table(
         (f"demo model at {DRAFT_RTT:g} ms, drafts of {DRAFT}", "tokens/s", "gain", "round trips/token"),
         [(name, rate, rate / plain, trips) for name, (rate, trips) in drafts.items()],
     )
-    print(f"with assisted generation {drafts['perfect'][0] / plain:.2f}x; {MIN_GAIN:g}x is asked")
+    gain = drafts["perfect"][0] / plain
+    print(f"with assisted generation {gain:.2f}x; {MIN_GAIN:g}x is asked\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -46,13 +46,16 @@ class Asker:
         self._standings = standings
         self._stats = stats
         self._answer_timeout = answer_timeout
-        self._on_answer = on_answer  # of every good answer
+        self._on_answer = on_answer  # of every good answer that is used
         self._clock = clock
 
     async def ask(
-        self, peer: PeerId, call: LayerInput, assignments: Sequence[Assignment], deadline: float
+        self, peer: PeerId, call: LayerInput, assignments: Sequence[Assignment], deadline: float, *, used: bool = True
     ) -> list[Part] | PeerError:
-        """All of a peer's share, or the error: a share is never half taken, its experts are asked elsewhere whole."""
+        """All of a peer's share, or the error: a share is never half taken, its experts are asked elsewhere whole.
+
+        An answer that is not `used` for the layer's output, but to check another, is not checked in turn.
+        """
         try:
             parts = []
             for group in split_rows(assignments, call.max_rows):
@@ -62,7 +65,7 @@ class Asker:
             self._on_failure(peer, [ExpertKey(call.layer, assignment.expert) for assignment in assignments], error)
             return error
         self._standings.praise(peer)
-        for part in parts:
+        for part in parts if used else ():
             self._on_answer(peer, call, part)
         return parts
 

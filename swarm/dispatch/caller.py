@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 from moehive.kernels.routing import Assignment
@@ -87,6 +87,7 @@ class ExpertCaller:
             standings,
             self.stats,
             ask_others=self._second_opinion,
+            ask_rows=self._rows_behind,
             compute_here=last_resort,
             clock=clock,
         )
@@ -237,12 +238,13 @@ class ExpertCaller:
         return plan
 
     async def _ask_all(
-        self, call: LayerInput, plan: LayerPlan, share: Sequence[Assignment], deadline: float
+        self, call: LayerInput, plan: LayerPlan, share: Sequence[Assignment], deadline: float, *, used: bool = True
     ) -> Outcome:
         """A share, from the peers of a plan: all of it, or the first error."""
         async with task_group() as group:
             tasks = [
-                group.create_task(self._asker.ask(peer, call, some, deadline)) for peer, some in _shares(plan, share)
+                group.create_task(self._asker.ask(peer, call, some, deadline, used=used))
+                for peer, some in _shares(plan, share)
             ]
         parts: list[Part] = []
         for task in tasks:
@@ -273,10 +275,17 @@ class ExpertCaller:
         plan = self._plan(call, share, without=(first,))
         if plan.missing:
             return None
-        outcome = await self._ask_all(call, plan, share, deadline)
+        outcome = await self._ask_all(call, plan, share, deadline, used=False)
         if isinstance(outcome, PeerError):
             return None
         return outcome, next(iter(plan.remote)) if len(plan.remote) == 1 else None
+
+    async def _rows_behind(
+        self, call: LayerInput, share: Sequence[Assignment], peer: PeerId, deadline: float
+    ) -> list[Part] | None:
+        """What a peer says each expert of an earlier answer came to; None where it does not say."""
+        outcome = await self._asker.ask(peer, replace(call, form="rows"), share, deadline, used=False)
+        return None if isinstance(outcome, PeerError) else outcome
 
     # --- nobody to ask --------------------------------------------------------------------------------------------
 

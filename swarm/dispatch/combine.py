@@ -15,14 +15,14 @@ from .request import LayerInput, Part
 
 def combine_parts(call: LayerInput, parts: Sequence[Part]) -> Tensor:
     """The output [T, H] of one layer call, in the dtype of its hidden states."""
+    if len(parts) == 1 and parts[0].tokens is None and call.form == "sum":
+        return parts[0].output  # one peer answered for every token
     ordered = sorted(parts, key=lambda part: (part.assignments[0].expert, int(part.assignments[0].token[0])))
     return _add_rows(call, ordered) if call.form == "rows" else _add_sums(call, ordered)
 
 
 def _add_sums(call: LayerInput, parts: Sequence[Part]) -> Tensor:
     """Partial sums added in fp32, rounded once."""
-    if len(parts) == 1 and parts[0].tokens is None:
-        return parts[0].output  # one peer answered for every token
     total = torch.zeros(call.hidden.shape, dtype=torch.float32)  # [T, H]
     for part in parts:
         if part.tokens is None:

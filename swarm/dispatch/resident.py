@@ -10,8 +10,8 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +51,12 @@ class _LayerCounts:
     changed: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Generation:
+    before: int  # tokens seen when it began
+    tokens: int  # that it computes at most
+
+
 class ResidentExperts:
     """Experts of one model in this client's memory. `run()` fetches until cancelled."""
 
@@ -67,6 +73,7 @@ class ResidentExperts:
         self.tier = tier
         self._device: DeviceExperts | None = None
         self._expected = 0  # tokens in all, as far as the caller has said
+        self._generations: list[_Generation] = []  # that are going on
         self._clock = clock
         self._layers: dict[int, _LayerCounts] = {}
         self._lock = threading.Lock()  # of the counts
@@ -91,8 +98,22 @@ class ResidentExperts:
     def expect(self, tokens: int) -> None:
         """So many more tokens will be computed, about: what an expert is worth depends on it."""
         with self._lock:
-            seen = max((counts.seen for counts in self._layers.values()), default=0)
-            self._expected = max(self._expected, seen) + tokens
+            self._expected = max(self._expected, self._seen()) + tokens
+
+    @contextmanager
+    def generating(self, tokens: int) -> Iterator[None]:
+        """A generation goes on that computes so many tokens at most; where `expect` was told more, that counts."""
+        with self._lock:
+            generation = _Generation(self._seen(), tokens)
+            self._generations.append(generation)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._generations.remove(generation)
+
+    def _seen(self) -> int:
+        return max((counts.seen for counts in self._layers.values()), default=0)
 
     def use_device(self, device: DeviceExperts) -> None:
         """From now on keep what is used in the memory of `device`, too, and compute it there. Its RAM tier is ours."""
@@ -174,7 +195,6 @@ class ResidentExperts:
         here = {*on_device, *(key for key, _ in in_ram)}
         resident = {key.expert for key in here if key.layer == layer}
         size = self._weights.nbytes(self._dtype)
-        to_come = self._expected - counts.seen
         return LayerFacts(
             uses=counts.uses,
             tokens=counts.tokens,
@@ -182,10 +202,23 @@ class ResidentExperts:
             resident=resident,
             wait=self._wait,
             price=self._shard_bytes(layer) * self._seconds_per_byte,
-            horizon=to_come if to_come > 0 else None,
+            horizon=self._to_come(counts.seen),
             paid=counts.paid,
             room=(self.tier.budget_bytes - self.tier.resident_bytes) // size,
         )
+
+    def _to_come(self, seen: int) -> int | None:
+        """Tokens to come in a layer that has seen so many; None where nobody has said anything.
+
+        The rest of the generations that go on; and since others may follow, as many as came before them (Lindy's law):
+        a session of many short ones then fetches at last what it waits for again and again.
+        """
+        to_come = self._expected - seen
+        if self._generations:
+            before = min(each.before for each in self._generations)
+            left = max(sum(each.tokens for each in self._generations) - (seen - before), 0)
+            to_come = max(to_come, left + before)
+        return to_come if to_come > 0 else None
 
     def _shard_bytes(self, layer: int) -> int:
         return max((shard.size for key, shard in self._manifest.experts.items() if key.layer == layer), default=0)

@@ -1,8 +1,13 @@
 """Spot checks: a share of the answers is computed a second time, and who is shown to lie is banned and reported.
 
-A second peer is asked first, which costs a request; where the two disagree, or there is no second one, the experts'
-verified weights are fetched and the rows computed here, which is proof. What a banned peer had answered before is
-reported with the forward passes that it went into: whoever generated text in them knows what to generate again.
+A second peer is asked first, which costs a request; where the two disagree, the experts' verified weights are fetched
+and the rows computed here, which is proof. Where there is no second one, that would cost too much for every check: the
+peer then says what each expert behind its answer came to, and only after that one is chosen by chance, fetched and
+compared. Rows that do not add up to the answer, or are kept back, have all of its experts fetched. Fetching for such
+checks takes a twentieth of the time at most, however slow the link: checks in between are put off, and counted.
+
+What a banned peer had answered before is reported with the forward passes that it went into: whoever generated text in
+them knows what to generate again.
 """
 
 from __future__ import annotations
@@ -10,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,8 +35,9 @@ from .stats import DispatchStats
 
 QUEUE = 16  # checks that may wait; more are skipped and counted, never waited for
 TOKENS = 4  # of an answer that are computed again
-REMEMBERED = 65536  # answers of all peers together that a report can name
+MAX_PEERS = 1024  # whose answers are remembered
 TIMEOUT = 60.0  # seconds for one check
+LINK_SHARE = 0.05  # of the time, in which weights are fetched to check answers that nobody else can give
 _log = get_logger(__name__)
 _unforeseeable = random.SystemRandom().random  # a peer must not know which of its answers will be checked
 
@@ -40,9 +46,8 @@ AskOthers = Callable[
     [LayerInput, Sequence[Assignment], PeerId, float], Awaitable[tuple[list[Part], PeerId | None] | None]
 ]
 ComputeHere = Callable[[LayerInput, Sequence[Assignment], float], Awaitable[list[Part]]]
-
-
-_Answer = tuple[PeerId, int, int]  # (who, forward pass, rows)
+# Has a peer say, by a deadline, what each expert of an earlier answer came to: form "rows"; None where it does not.
+AskRows = Callable[[LayerInput, Sequence[Assignment], PeerId, float], Awaitable[list[Part] | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class LiarReport:
     layer: int
     experts: tuple[int, ...]
     error: float  # of the worst row, relative to its length
-    answers: int  # of this peer, that were used before it was found out, as far as remembered
+    answers: int  # of this peer, that were used before it was found out
     rows: int
     first_pass: int  # forward passes of this model, counted from 1 since it was joined
     last_pass: int
@@ -67,6 +72,17 @@ class CheckCounts:
     disputed: int = 0
     unchecked: int = 0
     skipped: int = 0  # too many waited
+    put_off: int = 0  # only weights could have told, and fetching those had taken its share of the time
+
+
+@dataclass(slots=True)
+class _Used:
+    """What a peer's answers went into: only what a report says of them, for clients generate for days."""
+
+    first_pass: int
+    last_pass: int
+    answers: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +102,7 @@ class SpotChecker:
         stats: DispatchStats,
         *,
         ask_others: AskOthers,
+        ask_rows: AskRows,
         compute_here: ComputeHere | None,
         chance: Callable[[], float] = _unforeseeable,
         clock: Callable[[], float] = time.monotonic,
@@ -94,24 +111,38 @@ class SpotChecker:
         self._standings = standings
         self._stats = stats
         self._ask_others = ask_others
+        self._ask_rows = ask_rows
         self._compute_here = compute_here
         self._chance = chance
         self._clock = clock
         self._queue: asyncio.Queue[_Check] = asyncio.Queue(QUEUE)
-        self._answers: deque[_Answer] = deque(maxlen=REMEMBERED)  # the latest, whoever gave them
+        self._used: OrderedDict[PeerId, _Used] = OrderedDict()  # the latest at the end
+        self._not_before = 0.0  # are weights fetched again where there is no second peer
         self.counts = CheckCounts()
         self.liars: list[LiarReport] = []
 
     def saw(self, peer: PeerId, call: LayerInput, part: Part) -> None:
         """Remember an answer, and sometimes have it checked."""
-        rows = sum(assignment.token.shape[0] for assignment in part.assignments)
-        self._answers.append((peer, self._stats.passes, rows))
+        self._remember(peer, sum(assignment.token.shape[0] for assignment in part.assignments))
         if self._chance() >= self._share:
             return
         try:
             self._queue.put_nowait(_Check(peer, *sample(call, part, TOKENS)))
         except asyncio.QueueFull:
             self.counts.skipped += 1
+
+    def _remember(self, peer: PeerId, rows: int) -> None:
+        now = self._stats.passes
+        used = self._used.get(peer)
+        if used is None:
+            used = self._used[peer] = _Used(first_pass=now, last_pass=now)
+            if len(self._used) > MAX_PEERS:
+                self._used.popitem(last=False)
+        else:
+            self._used.move_to_end(peer)
+        used.last_pass = now
+        used.answers += 1
+        used.rows += rows
 
     async def run(self) -> None:
         """Check what is to be checked, one after the other: a check may never cost more than generation does."""
@@ -128,17 +159,16 @@ class SpotChecker:
     async def check(self, peer: PeerId, call: LayerInput, part: Part) -> Verdict:
         """Compute an answer a second time, and act on it. Raises SwarmError where nobody can."""
         deadline = self._clock() + TIMEOUT
+        asked = await self._ask_others(call, part.assignments, peer, deadline)
+        if asked is None:
+            return await self._check_alone(peer, call, part, deadline)
+        parts, second = asked
         tolerance = TOLERANCE[DTYPE_NAMES[call.hidden.dtype]]
         answer = _rows(call, [part])
-        comparison, second = Comparison(), None  # type: Comparison, PeerId | None
-        asked = await self._ask_others(call, part.assignments, peer, deadline)
-        if asked is not None:
-            parts, second = asked
-            comparison = Comparison(second_peer=_error(answer, _rows(call, parts)))
+        comparison = Comparison(second_peer=_error(answer, _rows(call, parts)))
         if judge(comparison, tolerance) is not Verdict.AGREES and self._compute_here is not None:
             own = _rows(call, await self._compute_here(call, part.assignments, deadline))
-            theirs = None if asked is None else _error(_rows(call, asked[0]), own)
-            comparison = Comparison(comparison.second_peer, _error(answer, own), theirs)
+            comparison = Comparison(comparison.second_peer, _error(answer, own), _error(_rows(call, parts), own))
         verdict = judge(comparison, tolerance)
         self._count(verdict)
         if verdict is Verdict.LIED:
@@ -149,6 +179,43 @@ class SpotChecker:
             _log.warning("two peers computed different results, and nobody can say who is right", peers=[peer, second])
         return verdict
 
+    # --- without a second peer ------------------------------------------------------------------------------------
+
+    async def _check_alone(self, peer: PeerId, call: LayerInput, part: Part, deadline: float) -> Verdict:
+        """Compare one expert's rows, chosen after the peer has said what they are, with verified weights."""
+        if self._compute_here is None:
+            self._count(Verdict.UNCHECKED)
+            return Verdict.UNCHECKED
+        if self._clock() < self._not_before:
+            self.counts.put_off += 1
+            return Verdict.UNCHECKED
+        call, chosen = await self._opened(peer, call, part, deadline)
+        started = self._clock()
+        try:
+            own = await self._compute_here(call, chosen.assignments, deadline)
+        finally:
+            ended = self._clock()
+            self._not_before = ended + (ended - started) * (1 / LINK_SHARE - 1)
+        error = _error(_rows(call, [chosen]), _rows(call, own))
+        verdict = judge(Comparison(own=error), TOLERANCE[DTYPE_NAMES[call.hidden.dtype]])
+        self._count(verdict)
+        if verdict is Verdict.LIED:
+            self._report(peer, call, chosen.assignments, error)
+        return verdict
+
+    async def _opened(self, peer: PeerId, call: LayerInput, part: Part, deadline: float) -> tuple[LayerInput, Part]:
+        """What to compare: one expert's rows; or all of the answer, where the peer does not say what it is made of."""
+        rows = [part]
+        if call.form != "rows":
+            opened = replace(call, form="rows")
+            said = await self._ask_rows(call, part.assignments, peer, deadline)
+            tolerance = TOLERANCE[DTYPE_NAMES[call.hidden.dtype]]
+            if said is None or _error(_rows(call, [part]), _rows(opened, said)) > tolerance:
+                return call, part
+            call, rows = opened, said
+        parts = _by_expert(rows)
+        return call, parts[int(self._chance() * len(parts))]
+
     def _count(self, verdict: Verdict) -> None:
         self.counts.checked += 1
         self.counts.disputed += verdict is Verdict.DISPUTED
@@ -156,16 +223,16 @@ class SpotChecker:
 
     def _report(self, peer: PeerId, call: LayerInput, assignments: Sequence[Assignment], error: float) -> None:
         experts = tuple(assignment.expert for assignment in assignments)
-        known = self._forget(peer) or [(peer, self._stats.passes, 0)]
+        used = self._used.pop(peer, None) or _Used(self._stats.passes, self._stats.passes, answers=1)
         report = LiarReport(
             peer,
             call.layer,
             experts,
             error,
-            answers=len(known),
-            rows=sum(rows for *_, rows in known),
-            first_pass=known[0][1],
-            last_pass=known[-1][1],
+            answers=used.answers,
+            rows=used.rows,
+            first_pass=used.first_pass,
+            last_pass=used.last_pass,
         )
         self.liars.append(report)
         _log.error(
@@ -176,11 +243,15 @@ class SpotChecker:
         reason = f"computed experts {list(experts)[:8]} of layer {call.layer} wrongly (relative error {error:.3g})"
         self._standings.blame(WrongResult(reason, peer=peer))
 
-    def _forget(self, peer: PeerId) -> list[_Answer]:
-        """What a peer had answered, oldest first."""
-        known = [answer for answer in self._answers if answer[0] == peer]
-        self._answers = deque((answer for answer in self._answers if answer[0] != peer), maxlen=REMEMBERED)
-        return known
+
+def _by_expert(parts: Sequence[Part]) -> list[Part]:
+    """Answers of form "rows", cut into one for each expert."""
+    found = []
+    for part in parts:
+        counts = [assignment.token.shape[0] for assignment in part.assignments]
+        cut = zip(part.assignments, torch.split(part.output, counts), strict=True)
+        found += [Part((assignment,), None, rows) for assignment, rows in cut]
+    return found
 
 
 def _rows(call: LayerInput, parts: Sequence[Part]) -> Tensor:

@@ -57,3 +57,13 @@ def test_an_index_outside_the_model_is_an_error(odd: int) -> None:
         group_by_expert(torch.tensor([[0, 1], [odd, 2]]), 4)
     with pytest.raises(ValueError, match=f"expert index {odd} of a model with 4"):
         order_of_token(torch.tensor([[0, odd]]), 4)
+
+
+def test_the_rows_of_one_token_can_be_trained_with() -> None:
+    """What is shared between calls may have been made while somebody generated."""
+    with torch.inference_mode():
+        group_by_expert(torch.tensor([[2, 0, 1]]), 4)
+    hidden = torch.ones(1, 3, requires_grad=True)
+    for one in group_by_expert(torch.tensor([[2, 0, 1]]), 4):
+        (hidden.index_select(0, one.token) * hidden[0, one.position]).sum().backward()
+    assert hidden.grad is not None

@@ -5,7 +5,8 @@
         link.reaches(node)
 
 With `direct`, the node's direct connections go over the same link: they are announced with the node's own port, so the
-relay has an address of its own. Otherwise the node takes none. The relay is a process of its own. Connections share the
+relay has an address of its own. Otherwise the node takes none. The relay is a process of its own, this file as a
+program: spawned by multiprocessing it would import its parent's main module, and torch with it. Connections share the
 link: what one sends, the other waits for. It delays with threads that sleep, because an event loop's timers are only
 good to a millisecond. What is on its way is bounded by what a link of that rate and delay holds, and a queue of a fifth
 of a second before it, after which the sender is held up.
@@ -13,21 +14,24 @@ of a second before it, after which the sender is held up.
 
 from __future__ import annotations
 
+import json
 import queue
+import select
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
 
 PIECE = 16 << 10  # bytes that are paced as one
 _QUEUE_SECONDS = 0.2
-_START_TIMEOUT = 30.0
+_AT_ONCE = 1e-4  # seconds: less is not waited for, sleeping takes longer than that by as much
+_TIMEOUT = 30.0
 _NODE = "127.0.0.1"  # where a node behind a link listens
 _DIRECT_RELAY = "127.0.0.2"  # where the relay does, if the ports have to be the same
 
@@ -63,29 +67,26 @@ class Link:
         self.far = _free_port()  # where the node listens
         self._host = _DIRECT_RELAY if direct else _NODE
         self._direct = _free_port() if direct else None
-        self._pipe: Connection | None = None
+        self._relay: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
-        context = get_context("spawn")
-        self._pipe, theirs = context.Pipe()
         ports = [(self.near, self.far), *([] if self._direct is None else [(self._direct, self._direct)])]
-        self._process = context.Process(target=_relay, args=(theirs, self._host, ports, self.rtt, self.rate))
-        self._process.start()
-        theirs.close()
-        if not self._pipe.poll(_START_TIMEOUT):
-            raise TimeoutError("the relay did not start")
-        self._pipe.recv()
+        command = [sys.executable, __file__, json.dumps([self._host, ports, self.rtt, self.rate])]
+        self._relay = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._hear()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._pipe is not None
-        self._pipe.close()  # it ends when nobody holds the pipe, also after we were killed
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        assert self._relay is not None
+        with self._relay as relay:
+            assert relay.stdin is not None
+            relay.stdin.close()  # it ends when nobody holds the pipe, also after we were killed
+            try:
+                relay.wait(10)
+            except subprocess.TimeoutExpired:
+                relay.kill()
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -102,28 +103,48 @@ class Link:
         """Let connections be made again."""
         self._tell("heal")
 
+    def delay(self, rtt: float) -> None:
+        """From now on it takes so many seconds there and back; what is on its way keeps its time."""
+        self.rtt = rtt
+        self._tell(f"delay {rtt}")
+
     def _tell(self, what: str) -> None:
-        assert self._pipe is not None
-        self._pipe.send(what)
-        self._pipe.recv()
+        assert self._relay is not None
+        assert self._relay.stdin is not None
+        self._relay.stdin.write(what + "\n")
+        self._relay.stdin.flush()
+        self._hear()
+
+    def _hear(self) -> None:
+        """Wait until it has done what it was told, or has started."""
+        assert self._relay is not None
+        assert self._relay.stdout is not None
+        if not select.select([self._relay.stdout], [], [], _TIMEOUT)[0]:
+            raise TimeoutError("the relay does not answer")
+        if not self._relay.stdout.readline():
+            raise RuntimeError("the relay has ended")
 
 
 # --- the relay's process ----------------------------------------------------------------------------------------------
 
 
-def _relay(pipe: Connection, host: str, ports: Sequence[tuple[int, int]], rtt: float, rate: float) -> None:
+def _run_relay(host: str, ports: Iterable[tuple[int, int]], rtt: float, rate: float) -> None:
+    """Obey each line of stdin with a line on stdout, to its end."""
     relay = _Relay(_Direction(rtt / 2, rate), _Direction(rtt / 2, rate))
     with ExitStack() as listeners:
         for near, far in ports:
             listener = listeners.enter_context(socket.create_server((host, near)))
             threading.Thread(target=relay.accept, args=(listener, far), daemon=True).start()
-        pipe.send("ready")
-        try:
-            while True:
-                relay.obey(pipe.recv())
-                pipe.send("done")
-        except EOFError:
-            relay.obey("cut")
+        _say("ready")
+        for line in sys.stdin:
+            relay.obey(*line.split())
+            _say("done")
+        relay.obey("cut")
+
+
+def _say(what: str) -> None:
+    sys.stdout.write(what + "\n")
+    sys.stdout.flush()
 
 
 class _Relay:
@@ -134,7 +155,10 @@ class _Relay:
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
 
-    def obey(self, what: str) -> None:
+    def obey(self, what: str, *more: str) -> None:
+        if what == "delay":
+            self._there.delay = self._back.delay = float(more[0]) / 2
+            return
         with self._lock:
             self._whole = what == "heal"
             ending, self._open = (set(), self._open) if self._whole else (self._open, set())
@@ -158,31 +182,58 @@ class _Relay:
                 self._open |= {near, far}
             for source, sink, way in ((near, far, self._there), (far, near, self._back)):
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                passing: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
-                threading.Thread(target=_take, args=(source, way, passing), daemon=True).start()
-                threading.Thread(target=self._give, args=(sink, source, passing), daemon=True).start()
+                passing = _Passing(source, sink, way)
+                threading.Thread(target=passing.take, daemon=True).start()
+                threading.Thread(target=passing.give, daemon=True).start()
 
-    def _give(
-        self, sink: socket.socket, source: socket.socket, passing: queue.SimpleQueue[tuple[float, bytes]]
-    ) -> None:
-        try:
+
+class _Passing:
+    """One way of one connection. What need not wait is passed on at once: another thread would take time to wake."""
+
+    def __init__(self, source: socket.socket, sink: socket.socket, way: _Direction) -> None:
+        self._source = source
+        self._sink = sink
+        self._way = way
+        self._waiting: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._ungiven = 0  # of what had to wait
+
+    def take(self) -> None:
+        """Until the source has no more, or the sink takes no more."""
+        with suppress(OSError):
+            while data := self._source.recv(PIECE):
+                due = self._way.due(len(data))
+                if not self._ungiven and due - time.monotonic() < _AT_ONCE:
+                    self._send(data)
+                else:
+                    self._wait(due, data)
+        self._wait(self._way.due(0), b"")
+
+    def give(self) -> None:
+        """Until all is given."""
+        with suppress(OSError):
             while True:
-                due, data = passing.get()
+                due, data = self._waiting.get()
                 time.sleep(max(due - time.monotonic(), 0.0))
                 if not data:
-                    sink.shutdown(socket.SHUT_WR)
+                    self._sink.shutdown(socket.SHUT_WR)
                     return
-                sink.sendall(data)
+                self._send(data)
+                with self._lock:
+                    self._ungiven -= 1
+
+    def _wait(self, due: float, data: bytes) -> None:
+        with self._lock:
+            self._ungiven += 1
+        self._waiting.put((due, data))
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._sink.sendall(data)
         except OSError:
-            _shut(sink)
-            _shut(source)
-
-
-def _take(source: socket.socket, way: _Direction, passing: queue.SimpleQueue[tuple[float, bytes]]) -> None:
-    with suppress(OSError):  # which is the end, as far as the other side is concerned
-        while data := source.recv(PIECE):
-            passing.put((way.due(len(data)), data))
-    passing.put((way.due(0), b""))
+            _shut(self._sink)
+            _shut(self._source)
+            raise
 
 
 def _shut(one: socket.socket) -> None:
@@ -194,3 +245,7 @@ def _shut(one: socket.socket) -> None:
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    _run_relay(*json.loads(sys.argv[1]))

@@ -24,7 +24,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -153,11 +152,11 @@ class NodeProcess:
         return self._code
 
     def close(self) -> None:
-        """End it and its children, whatever state it is in."""
+        """End it and its children, whatever state it is in; not to be used afterwards."""
+        self._nodes.forget(self)
         kill_session(self.pid)
         self.wait()
-        with suppress(OSError):
-            os.close(self._stdout)
+        os.close(self._stdout)
 
     def _failed(self, what: str) -> NodeFailed:
         tail = "\n    ".join(self.log.splitlines()[-_LOG_TAIL:])
@@ -234,6 +233,11 @@ class Nodes:
         process = NodeProcess(self, name, home or self.directory / name, command, arguments, fault)
         self._living.append(process)
         return process
+
+    def forget(self, process: NodeProcess) -> None:
+        """It is being closed: not by us."""
+        if process in self._living:
+            self._living.remove(process)
 
     # --- for NodeProcess --------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from support.generation import generate, reference_tokens
 from support.links import Link
 from support.processes import NodeProcess, Nodes, eventually
 
+from moehive.protocol.errors import ExpertUnavailable
 from moehive.protocol.ids import PeerId
 from moehive.swarm.client import Swarm, join
 from moehive.swarm.dispatch.caller import CallSettings
@@ -83,6 +85,24 @@ def test_a_plausible_liar_is_found_banned_and_reported(
         assert 1 <= report.first_pass <= report.last_pass
         assert generate(model) == wanted
         assert bad.peer not in swarm.holders(model_id)
+
+
+def test_a_liar_without_a_second_holder_is_found_by_one_expert(
+    nodes: Nodes, checkpoints: Checkpoints, cache: Path
+) -> None:
+    only = nodes.start(checkpoints.converted(FAMILY), "--experts", "all", fault="lie")
+    settings = CallSettings(answer_timeout=5.0, layer_timeout=5.0, spot_checks=1.0)
+    with join(only.ticket, cache=cache, settings=settings) as swarm:
+        model_id = only.ready()["modelId"]
+        model, _ = swarm.load(model_id, dtype=torch.float32)
+        with suppress(ExpertUnavailable):  # once it is banned
+            generate(model)
+        assert eventually(lambda: bool(swarm.liars(model_id)), timeout=30)
+        [report] = swarm.liars(model_id)
+        assert (report.peer, len(report.experts)) == (only.peer, 1)
+        counts = swarm.check_counts(model_id)
+        assert counts.checked >= 1
+        assert counts is not swarm.check_counts(model_id)
 
 
 def test_a_partition_that_heals(nodes: Nodes, checkpoints: Checkpoints, cache: Path, wanted: list[int]) -> None:

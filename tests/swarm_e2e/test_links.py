@@ -81,6 +81,32 @@ def test_a_link_takes_its_time_and_no_byte_is_lost() -> None:
             assert max(spent) >= 2 * len(data) / 5e6
 
 
+def test_bytes_keep_their_order_when_the_delay_changes() -> None:
+    data = b"".join(number.to_bytes(4, "big") for number in range(1 << 18))
+    with Link(rate=50e6) as link, echo(link.far), dial(link) as one:
+        over = threading.Event()
+
+        def change() -> None:
+            while not over.wait(0.001):
+                link.delay(0.004 - link.rtt)
+
+        changing = threading.Thread(target=change)
+        changing.start()
+        for _ in range(3):
+            there_and_back(one, data)
+        over.set()
+        changing.join()
+
+
+def test_the_delay_can_be_changed_under_an_open_connection() -> None:
+    with Link() as link, echo(link.far), dial(link) as one:
+        there_and_back(one, b"x")
+        link.delay(0.060)
+        assert min(there_and_back(one, b"x") for _ in range(3)) >= 0.060
+        link.delay(0.0)
+        assert min(there_and_back(one, b"x") for _ in range(20)) < 0.060
+
+
 def test_a_link_can_be_cut_and_healed() -> None:
     with Link() as link, echo(link.far), dial(link) as one:
         assert there_and_back(one, b"x") < 10

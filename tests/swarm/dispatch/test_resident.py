@@ -124,3 +124,62 @@ async def test_what_is_kept_and_used_is_computed_on_the_device_from_then_on(mixt
     assert (resident.device_stats.hits, resident.device_stats.misses) == (1, 1)
     assert resident.tier_stats.entries == 0
     resident.close()
+
+
+class Waiting:
+    """A client whose tokens choose experts 0 and 1 of layer 0 and wait for them: the price of both in 300 tokens."""
+
+    def __init__(self, model: ConvertedDirectory) -> None:
+        loader = ExpertLoader(model.manifest, model)
+        weights = cast(SwarmWeights, cast(Any, SimpleNamespace(nbytes=loader.nbytes)))
+        tier = WeightsTier(loader, 2 * loader.nbytes(torch.float32))
+        self.resident = ResidentExperts(model.manifest, weights, tier)
+        self._assignments = group_by_expert(torch.tensor([[0, 1]]), model.manifest.model.num_experts)
+        self._wait = 2 * max(shard.size for shard in model.manifest.experts.values()) / FIRST_RATE / 300  # seconds
+
+    def decode(self, tokens: int) -> bool:
+        """Whether experts are worth fetching after so many tokens."""
+        for _ in range(tokens):
+            self.resident.saw(0, self._assignments, 1, torch.float32, self._wait)
+        return bool(self.resident.worth_fetching())
+
+
+@pytest.mark.parametrize(("tokens", "fetched"), [(5000, True), (200, False)])
+def test_a_generation_says_how_many_tokens_are_to_come(mixtral: ConvertedDirectory, tokens: int, fetched: bool) -> None:
+    client = Waiting(mixtral)
+    with client.resident.generating(tokens):
+        assert client.decode(100) is fetched
+
+
+def test_a_generation_that_ended_early_is_not_waited_for(mixtral: ConvertedDirectory) -> None:
+    client = Waiting(mixtral)
+    with client.resident.generating(5000):
+        pass
+    with client.resident.generating(200):
+        assert not client.decode(100)
+
+
+def test_what_the_caller_knows_of_counts_beside_a_generation(mixtral: ConvertedDirectory) -> None:
+    client = Waiting(mixtral)
+    client.resident.expect(5000)
+    with client.resident.generating(200):
+        assert client.decode(100)
+
+
+def test_generations_at_the_same_time_add_up(mixtral: ConvertedDirectory) -> None:
+    client = Waiting(mixtral)
+    with client.resident.generating(300):
+        assert not client.decode(100)
+        with client.resident.generating(300):
+            assert client.decode(1)
+
+
+def test_short_generations_without_end_fetch_at_last(mixtral: ConvertedDirectory) -> None:
+    """Each alone is not worth it; after as much waiting as fetching would have cost, more of them are expected."""
+    client = Waiting(mixtral)
+    fetched = []
+    for _ in range(12):
+        with client.resident.generating(50):
+            fetched.append(client.decode(50))
+    assert not any(fetched[:4])
+    assert fetched[-1]
