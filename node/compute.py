@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moehive.kernels.combine import add_weighted
 from moehive.kernels.cpu.experts import expert_rows_fast
+from moehive.kernels.cpu.packed import plain_weights
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
 from moehive.protocol.messages import RunExperts
 from moehive.swarm.dispatch.request import parse_request
@@ -122,7 +123,8 @@ class BatchRun:
         for expert, count in zip(message.experts, message.counts, strict=True):
             token = work.token[start : start + count]
             with self._lease(message.layer, expert, dtype) as weights:
-                out[start : start + count] = expert_ffn(work.hidden.index_select(0, token), weights, self._spec)
+                rows = work.hidden.index_select(0, token)  # [n, H]
+                out[start : start + count] = expert_ffn(rows, plain_weights(weights), self._spec)
             start += count
             yield count
 
@@ -186,7 +188,7 @@ def _run_token(work: Work, lease: LeaseExpert, spec: FfnSpec) -> Tensor:
     total = torch.zeros(work.hidden.shape, dtype=torch.float32)  # [1, H]
     for expert, weight in zip(work.message.experts, work.weights.tolist(), strict=True):
         with lease(work.message.layer, expert, work.hidden.dtype) as weights:
-            total.add_(expert_ffn(work.hidden, weights, spec), alpha=weight)  # in fp32, without a copy of the row
+            total.add_(expert_rows_fast(work.hidden, weights, spec), alpha=weight)  # in fp32, without a copy of the row
     return total.to(work.hidden.dtype)
 
 

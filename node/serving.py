@@ -161,7 +161,8 @@ class Serving:
     def _divide_ram(self, dtype: torch.dtype, experts: int) -> None:
         """How RAM holds them: so many are to be held, some of them on the device."""
         uploads = self._device is not None and self._device.takes_stored
-        self._tier.hold_stored(dtype, experts if uploads else max(1, experts - self._slots), uploads=uploads)
+        kept = experts if uploads else max(1, experts - self._slots)
+        self._tier.hold_stored(dtype, kept, uploads=uploads, may_pack=self._device is None)
 
     def _claim(self) -> None:
         holdings = self.holdings

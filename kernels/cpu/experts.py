@@ -17,7 +17,7 @@ from moehive.kernels.expert_ffn import CONCATENATED, ExpertWeights, FfnSpec, app
 from moehive.kernels.formats import ExpertMatrices
 from moehive.kernels.routing import SortedRows, sort_rows
 
-from .packed import PackedExpert
+from .packed import PackedExpert, is_packed, packed_expert
 from .plain import is_plain_fastest
 from .products import multiply
 
@@ -119,7 +119,12 @@ def expert_rows(rows: Tensor, counts: Sequence[int], experts: Sequence[Expert], 
 
 
 def expert_rows_fast(rows: Tensor, weights: ExpertWeights, spec: FfnSpec) -> Tensor:
-    """`expert_ffn` within rounding, [R, H], in the fastest way: for sums, whose callers do not rely on its bits."""
+    """`expert_ffn` within rounding, [R, H], in the fastest way: for sums, whose callers do not rely on its bits.
+
+    Also of what `packed.pack_weights` made.
+    """
+    if is_packed(weights):
+        return expert_rows(rows, [rows.shape[0]], [packed_expert(weights)], spec)
     plain = (weight.t() if spec.transposed else weight for weight in (weights.gate_up, weights.down))
     if all(is_plain_fastest(rows, weight) for weight in plain):
         return expert_ffn(rows, weights, spec)

@@ -2,7 +2,7 @@
 
 torch's product of bf16 matrices packs the weights anew at every call. Packed once, a product with few rows runs at the
 memory's speed. Costs one copy when an expert is loaded, and no more memory than the plain weights. Results are within
-the rounding of the plain product's, mostly but not always its very bits.
+the rounding of the plain product's, mostly but not always its very bits; the weights themselves are not rounded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from moehive.kernels.dequantize import dequantize
+from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.kernels.formats import ExpertMatrices, WeightFormat, WeightMatrix
+
+from .processor import this_processor
 
 _SMALLEST: Final = 1 << 14  # elements: below, calling oneDNN costs more than it saves
 _PADDED: Final = 1 << 20  # elements: from here on, four equal rows are faster than one or two
@@ -31,7 +34,7 @@ class PackedMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes in memory, padding included."""
-        return int(torch.ops.mkldnn._nbytes(self.blocked))
+        return packed_bytes(self.blocked)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,15 +56,14 @@ class PackedExpert:
 @lru_cache(maxsize=1)
 def can_pack() -> bool:
     """Whether this machine and this build of torch have fast bf16 products over packed weights."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not this_processor().has_fast_products(torch.bfloat16):
         return False
     try:
-        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         product = pack(torch.eye(256, dtype=torch.bfloat16))
     except (AttributeError, RuntimeError):  # an operator that this build does not have
         return False
     rows = torch.arange(3 * 256).view(3, 256).remainder(251).bfloat16()
-    return bool(supported) and torch.equal(packed_product(rows, product, None), rows)
+    return torch.equal(packed_product(rows, product, None), rows)
 
 
 def pack(weight: Tensor) -> PackedMatrix:
@@ -79,6 +81,46 @@ def pack_expert(expert: ExpertMatrices) -> PackedExpert:
     """An expert of any format in bf16, packed where it pays. `can_pack` has to be true."""
     biases = (None if bias is None else bias.bfloat16() for bias in (expert.gate_up_bias, expert.down_bias))
     return PackedExpert(_packed(expert.gate_up), _packed(expert.down), *biases)
+
+
+def packed_bytes(blocked: Tensor) -> int:
+    """Bytes of an opaque tensor, padding included."""
+    return int(torch.ops.mkldnn._nbytes(blocked))
+
+
+def pack_weights(weights: ExpertWeights) -> ExpertWeights:
+    """bf16 weights, not transposed, whose matrices are in oneDNN's layout where that pays: opaque tensors.
+
+    `plain_weights` has them as they were. Only `kernels.cpu.experts.expert_rows_fast` computes with them as they are.
+    """
+    gate_up, down = (
+        weight if weight.numel() < _SMALLEST else pack(weight).blocked for weight in (weights.gate_up, weights.down)
+    )
+    return ExpertWeights(gate_up, down, weights.gate_up_bias, weights.down_bias)
+
+
+def plain_weights(weights: ExpertWeights) -> ExpertWeights:
+    """What `pack_weights` was given, value for value; any others as they are."""
+    if not is_packed(weights):
+        return weights
+    gate_up, down = (weight.to_dense() if weight.is_mkldnn else weight for weight in (weights.gate_up, weights.down))
+    return ExpertWeights(gate_up, down, weights.gate_up_bias, weights.down_bias)
+
+
+def is_packed(weights: ExpertWeights) -> bool:
+    """Whether `pack_weights` made them."""
+    return weights.gate_up.is_mkldnn or weights.down.is_mkldnn
+
+
+def packed_expert(weights: ExpertWeights) -> PackedExpert:
+    """What `pack_weights` made, as the products take it."""
+    gate_up, down = (
+        PackedMatrix(weight, (weight.shape[0], weight.shape[1]))
+        if weight.is_mkldnn
+        else WeightMatrix(WeightFormat.PLAIN, weight)
+        for weight in (weights.gate_up, weights.down)
+    )
+    return PackedExpert(gate_up, down, weights.gate_up_bias, weights.down_bias)
 
 
 def packed_product(x: Tensor, matrix: PackedMatrix, bias: Tensor | None) -> Tensor:

@@ -138,6 +138,14 @@ class ExpertForms:
     widen: float  # seconds to make the second form of the first
 
 
+def stays_widened(budget: int, forms: ExpertForms) -> bool:
+    """Whether every expert is made ready once and stays, so that what making it ready costs does not matter.
+
+    One more must fit, because it is there twice while it is made.
+    """
+    return (forms.count + 1) * forms.widened <= budget
+
+
 def bytes_as_stored(budget: int, forms: ExpertForms, *, always: bool = False) -> int:
     """How much of a RAM budget holds experts as they are stored; the rest holds them as they are computed with.
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.swarm_fakes import MODEL
 from torch import Tensor
 
+from moehive.kernels.cpu import packed
+from moehive.kernels.cpu.packed import can_pack, is_packed, pack_weights
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec
 from moehive.kernels.routing import group_by_expert
 from moehive.node.compute import Work, run_batch
@@ -37,10 +40,10 @@ class CountingLease:
         return nullcontext(_WEIGHTS[expert])
 
 
-def work(tokens: int, form: str, seed: int) -> Work:
+def work(tokens: int, form: str, seed: int, dtype: torch.dtype = torch.float32) -> Work:
     generator = torch.Generator().manual_seed(seed)
     index = torch.stack([torch.randperm(EXPERTS, generator=generator)[:2] for _ in range(tokens)])  # [T, 2]
-    call = LayerInput(0, torch.randn(tokens, HIDDEN, generator=generator), torch.rand(tokens, 2), form)
+    call = LayerInput(0, torch.randn(tokens, HIDDEN, generator=generator).to(dtype), torch.rand(tokens, 2), form)
     request = build_request(MODEL, call, group_by_expert(index, EXPERTS), deadline=1.0)
     return Work.parse(request.message, bytearray(b"".join(request.payload)))
 
@@ -65,3 +68,20 @@ def test_merged_requests_read_each_expert_once() -> None:
     lease = CountingLease()
     run_batch([work(6, "sum", seed) for seed in range(5)], lease, SPEC)
     assert lease.leases == list(range(EXPERTS))
+
+
+@pytest.mark.skipif(not can_pack(), reason="this processor has no bf16 products")
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_packed_experts_answer_rows_bit_for_bit(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_SMALLEST", 1)
+    plain = {expert: ExpertWeights(*(t.bfloat16() for t in some.tensors)) for expert, some in _WEIGHTS.items()}
+    prepared = {expert: pack_weights(weights) for expert, weights in plain.items()}
+    assert all(is_packed(weights) for weights in prepared.values())
+    for form in ("rows", "sum"):
+        one = work(tokens, form, 1, torch.bfloat16)
+        [wanted] = run_batch([one], lambda layer, expert, dtype: nullcontext(plain[expert]), SPEC)
+        [found] = run_batch([one], lambda layer, expert, dtype: nullcontext(prepared[expert]), SPEC)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(
+            found, wanted, rtol=2**-6 if form == "sum" else 0, atol=2**-6 if form == "sum" else 0
+        )

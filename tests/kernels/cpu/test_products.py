@@ -11,10 +11,22 @@ import torch
 from support.random_experts import KINDS, random_matrix, relative_error
 
 from moehive.kernels.cpu import plain, products
-from moehive.kernels.cpu.packed import PackedMatrix, can_pack, pack, pack_expert, packed_product, unpack
+from moehive.kernels.cpu.experts import expert_rows_fast
+from moehive.kernels.cpu.packed import (
+    PackedMatrix,
+    can_pack,
+    is_packed,
+    pack,
+    pack_expert,
+    pack_weights,
+    packed_product,
+    plain_weights,
+    unpack,
+)
 from moehive.kernels.cpu.processor import this_processor
 from moehive.kernels.cpu.products import multiply
 from moehive.kernels.dequantize import dequantize
+from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec, expert_ffn
 from moehive.kernels.formats import ExpertMatrices, WeightFormat, WeightMatrix
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -71,6 +83,23 @@ def test_experts_are_packed_where_it_pays() -> None:
     assert isinstance(
         pack_expert(ExpertMatrices(small, WeightMatrix(WeightFormat.PLAIN, normal(8, 8)))).down, WeightMatrix
     )
+
+
+@needs_packing
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("hidden", "inner"), [(256, 96), (64, 32)], ids=["packed", "too small"])
+def test_packed_weights_are_the_weights(hidden: int, inner: int, bias: bool) -> None:
+    biases = (normal(2 * inner), normal(hidden)) if bias else (None, None)
+    weights = ExpertWeights(normal(2 * inner, hidden), normal(hidden, inner), *biases)
+    packed, spec = pack_weights(weights), FfnSpec()
+    assert is_packed(packed) == (hidden == 256)
+    for one, other in zip(plain_weights(packed).tensors, weights.tensors, strict=True):
+        assert torch.equal(one, other)
+    for rows in (0, 1, 3, 40):
+        x = normal(rows, hidden)
+        found, wanted = expert_rows_fast(x, packed, spec), expert_ffn(x, weights, spec)
+        assert (found.shape, found.dtype) == (wanted.shape, BF16)
+        assert relative_error(found, wanted.double()) <= 2**-6
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

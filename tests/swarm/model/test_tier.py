@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moehive.kernels.cpu import packed
+from moehive.kernels.cpu.packed import can_pack, is_packed, plain_weights
 from moehive.protocol.errors import CorruptShard
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm import open_local
@@ -130,3 +132,26 @@ def test_buffers_of_what_is_widened_are_used_again(checkpoints: Any) -> None:
         assert len({tensor.untyped_storage().data_ptr() for tensor in weights.tensors}) == 1
         del weights
     assert loader.widened.fresh - before <= 1
+
+
+@pytest.mark.skipif(not can_pack(), reason="this processor has no bf16 products")
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("fits", [True, False])
+def test_experts_that_stay_are_packed(
+    checkpoints: Any, fits: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_SMALLEST", 64)  # those of the tests are tiny
+    loader = loader_of(checkpoints.converted("qwen3_moe"))
+    experts = len(loader.manifest.experts)
+    budget = (experts + 1) * forms_of(loader, dtype, experts).widened - (0 if fits else 1)
+    tier = WeightsTier(loader, budget)
+    tier.hold_stored(dtype, experts, may_pack=True)
+    for key in loader.manifest.experts:
+        wanted = loader.load(key, dtype)
+        with tier.lease((key, dtype)) as weights:
+            assert is_packed(weights) == (fits and dtype == BF16)
+            for found, tensor in zip(plain_weights(weights).tensors, wanted.tensors, strict=True):
+                assert torch.equal(found, tensor)
+    assert tier.stats.resident_bytes <= budget
+    assert tier.stats.entries == experts
+    tier.close()

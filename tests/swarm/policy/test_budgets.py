@@ -19,6 +19,7 @@ from moehive.swarm.policy.budgets import (
     least_ram,
     plan_budgets,
     ram_budget,
+    stays_widened,
     video_budget,
 )
 
@@ -124,6 +125,12 @@ def test_what_is_held_as_stored_leaves_room_for_a_token(budget: int, facts: Expe
 )
 def test_the_form_that_costs_a_use_the_least_time(budget: int, facts: ExpertForms, share: int) -> None:
     assert bytes_as_stored(budget, facts) == share
+
+
+@pytest.mark.parametrize(("experts", "stays"), [(9, True), (10, False)])
+def test_experts_stay_where_one_more_would_fit(experts: int, stays: bool) -> None:
+    facts = replace(FORMS, count=experts)
+    assert stays_widened(10 * facts.widened, facts) is stays
 
 
 def test_a_device_that_takes_them_as_stored_decides_the_form() -> None:
