@@ -117,7 +117,7 @@ def _spread_nibbles(data: Tensor, shift: int) -> Tensor:
 
     Two bytes are made as one int16, which is as they lie in the memory of a little-endian processor.
     """
-    pairs = data.to(torch.int16)
+    pairs = data.to(torch.int16, memory_format=torch.contiguous_format)
     high = pairs.bitwise_and(0xF0).bitwise_left_shift_(4 + shift)
     return pairs.bitwise_and_(0x0F).bitwise_left_shift_(shift).bitwise_or_(high).view(torch.int8)
 
