@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 from moehive.kernels.routing import Assignment
-from moehive.protocol.errors import ExpertUnavailable, PeerError, SwarmError
+from moehive.protocol.errors import ConfigError, ExpertUnavailable, PeerError, SwarmError
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
+from moehive.protocol.limits import MAX_DEADLINE
 from moehive.swarm.directory import Directory
 from moehive.swarm.log import get_logger
 from moehive.swarm.policy.hedging import HedgeBudget, HedgeSettings, after_request, hedge_after, spend
@@ -40,12 +41,19 @@ LastResort = Callable[[LayerInput, Sequence[Assignment], float], Coroutine[Any, 
 
 @dataclass(frozen=True, slots=True)
 class CallSettings:
-    """Deadlines of remote expert calls, in seconds, and when to hedge (None: never)."""
+    """Deadlines of remote expert calls, in seconds, and when to hedge (None: never).
+
+    Raises ConfigError for an answer_timeout that is no more than 0, or that no request may have.
+    """
 
     answer_timeout: float = 20.0  # one request to one peer; then it is asked of another
     layer_timeout: float = 60.0  # all attempts together; then ExpertUnavailable
     hedge: HedgeSettings | None = field(default_factory=HedgeSettings)
     spot_checks: float = 0.01  # share of the answers that are computed a second time
+
+    def __post_init__(self) -> None:
+        if not 0 < self.answer_timeout <= MAX_DEADLINE:
+            raise ConfigError(f"answer_timeout is {self.answer_timeout} s: more than 0, at most {MAX_DEADLINE:g}")
 
 
 class CallPools(Protocol):

@@ -60,7 +60,7 @@ def test_a_frozen_node_costs_hedges_and_not_deadlines(
 ) -> None:
     first, second = nodes.swarm(checkpoints.converted(FAMILY), "*:*", "*:*")
     frozen: list[NodeProcess] = []
-    with join(first.ticket, cache=cache, settings=CallSettings(answer_timeout=3600.0, layer_timeout=7200.0)) as swarm:
+    with join(first.ticket, cache=cache, settings=CallSettings(answer_timeout=600.0, layer_timeout=600.0)) as swarm:
         model = model_of(swarm, first)
 
         def freeze_the_busier() -> None:

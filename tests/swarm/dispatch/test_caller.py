@@ -27,10 +27,11 @@ from support.toy_experts import (
 from moehive.kernels.routing import Assignment
 from moehive.protocol import limits
 from moehive.protocol.codec import Message
-from moehive.protocol.errors import ExpertUnavailable, LocalError, PeerTimeout, RefusalCode
+from moehive.protocol.errors import ConfigError, ExpertUnavailable, LocalError, PeerTimeout, RefusalCode
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.protocol.messages import EXPERT
 from moehive.swarm.dispatch import asking as asking_module
+from moehive.swarm.dispatch.caller import CallSettings
 from moehive.swarm.dispatch.request import LayerInput
 from moehive.swarm.rpc.server import Reply, RequestHandler, stream_handler
 from moehive.swarm.transport.memory import MemoryTransport
@@ -159,7 +160,7 @@ async def test_a_frozen_peer_that_never_said_hello_costs_no_more_than_the_deadli
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "HELLO_TIMEOUT", 3600.0)  # nothing else ends it
-    layer, caller = Layer(), world.caller(answer_timeout=3600.0, layer_timeout=0.2)
+    layer, caller = Layer(), world.caller(answer_timeout=600.0, layer_timeout=0.2)
     async with world.peer(FIRST, honest, range(8)) as frozen:
         with world.network.stalled(frozen), pytest.raises(ExpertUnavailable):
             await asyncio.wait_for(layer.run(caller), HANGS)
@@ -242,3 +243,9 @@ async def test_our_own_failure_ends_the_requests_to_the_others(world: World, mon
             await Layer().run(caller)
         assert all(one.in_flight == 0 for one in caller.stats.peers.values())
         assert not [task for task in asyncio.all_tasks() if "Asker.ask" in repr(task.get_coro())]
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 601.0, float("nan")])
+def test_a_deadline_that_no_request_may_have_is_refused_at_once(seconds: float) -> None:
+    with pytest.raises(ConfigError, match="answer_timeout"):
+        CallSettings(answer_timeout=seconds)
