@@ -8,11 +8,14 @@ not equal.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from .routing import Assignment, SortedRows
+
+_MANY: Final = 2048  # rows from which sorting them by token pays: 512 tokens of top-8, 17.7 -> 2.9 ms
 
 
 def combine_rows(out: Tensor, outputs: Iterable[tuple[Assignment, Tensor]], top_k_weights: Tensor) -> Tensor:
@@ -60,6 +63,20 @@ def weighted_sum(
 def add_weighted(total: Tensor, token: Tensor, rows: Tensor, weights: Tensor) -> None:
     """Add `rows` [R, H] times `weights` [R] to the fp32 rows `token` [R] int64 of `total` [T, H], in place."""
     total.index_add_(0, token, rows.float() * weights.float()[:, None])
+
+
+def add_all_choices(total: Tensor, token: Tensor, rows: Tensor, weights: Tensor) -> None:
+    """`add_weighted` where every one of the T tokens has R / T rows: the same bits, sooner if they are many.
+
+    torch adds indexed rows one after the other in one thread; here each token's first rows are added, then its second.
+    """
+    tokens = total.shape[0]
+    if rows.shape[0] < _MANY:
+        add_weighted(total, token, rows, weights)
+        return
+    order = torch.sort(token, stable=True)[1].view(tokens, -1).t().contiguous()  # [R / T, T]: where a token's rows are
+    for chosen in order:
+        total.add_(rows.index_select(0, chosen).float().mul_(weights.float()[chosen, None]))
 
 
 def _ascending(outputs: Iterable[tuple[Assignment, Tensor]]) -> Iterable[tuple[Assignment, Tensor]]:

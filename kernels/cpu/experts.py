@@ -13,6 +13,7 @@ from typing import Final, TypeAlias
 import torch
 from torch import Tensor
 
+from moehive.kernels.combine import add_all_choices, add_weighted
 from moehive.kernels.expert_ffn import CONCATENATED, ExpertWeights, FfnSpec, apply_gate, expert_ffn
 from moehive.kernels.formats import ExpertMatrices
 from moehive.kernels.routing import SortedRows, sort_rows
@@ -55,8 +56,8 @@ def run_experts(
     used = [expert for number in rows.experts if (expert := experts[number]) is not None]
     total = torch.zeros(hidden.shape, dtype=torch.float32)  # [T, H]
     for part, outputs in expert_outputs(hidden, rows, (used,), spec):
-        weights = top_k_weights[part.token, part.position].float()  # [n]
-        total.index_add_(0, part.token, outputs.float().mul_(weights[:, None]))
+        add = add_all_choices if part.token.shape[0] == top_k_index.numel() else add_weighted
+        add(total, part.token, outputs, top_k_weights[part.token, part.position])
     return total.to(hidden.dtype if dtype is None else dtype)
 
 
