@@ -103,6 +103,16 @@ def test_packed_weights_are_the_weights(hidden: int, inner: int, bias: bool) -> 
         assert relative_error(found, wanted.double()) <= 2**-6
 
 
+@pytest.mark.parametrize("inner", [32, 1024], ids=["torch's product", "another"])
+def test_rows_are_computed_without_gradients(inner: int) -> None:
+    weights, spec, rows = ExpertWeights(normal(2 * inner, 512).float(), normal(512, inner).float()), FfnSpec(), 16
+    x = normal(rows, 512, dtype=F32)
+    wanted = expert_rows_fast(x, weights, spec)
+    found = expert_rows_fast(x.clone().requires_grad_(), weights, spec)
+    assert not found.requires_grad
+    assert torch.equal(found, wanted)
+
+
 @needs_packing
 @pytest.mark.parametrize(("hidden", "inner"), [(256, 96), (256, 40)], ids=["packed", "down too small"])
 def test_packed_weights_do_not_keep_what_they_were_made_of(hidden: int, inner: int) -> None:
