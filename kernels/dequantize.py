@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .formats import E8M0_BIAS, INT4_ZERO, MXFP4_GROUP, WeightFormat, WeightMatrix
 
-_BAND: Final = 1 << 20  # elements: 1 MiB of fp32, a core's second-level cache
+_BAND: Final = 1 << 20  # elements: 4 MiB of fp32, which stay in the last-level cache
 _ROWS: Final = 64  # of which a band has a multiple, where it has as many: products are slower with ragged bands
 
 # Small floats become fp16, whose conversion to fp32 is one instruction, subnormal numbers included. As int8 widened to

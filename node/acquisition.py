@@ -95,6 +95,7 @@ class Acquisition:
             await asyncio.to_thread(self._holdings.verify_seed)
 
     async def _verify_whole(self, publishing: Publishing) -> None:
+        self._on_selected(len(self._manifest.experts))
         await to_its_end(self._holdings.verify_seed, publishing.on_verified)
         if not self._holdings.complete:
             raise CorruptShard(f"{self._settings.model} is damaged or not complete, and cannot be published")

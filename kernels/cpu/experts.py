@@ -119,10 +119,11 @@ def expert_rows(rows: Tensor, counts: Sequence[int], experts: Sequence[Expert], 
     return outputs
 
 
+@torch.no_grad()
 def expert_rows_fast(rows: Tensor, weights: ExpertWeights, spec: FfnSpec) -> Tensor:
     """`expert_ffn` within rounding, [R, H], in the fastest way: for sums, whose callers do not rely on its bits.
 
-    Also of what `packed.pack_weights` made.
+    Also of what `packed.pack_weights` made. Without gradients.
     """
     if is_packed(weights):
         return expert_rows(rows, [rows.shape[0]], [packed_expert(weights)], spec)

@@ -92,11 +92,14 @@ def pack_weights(weights: ExpertWeights) -> ExpertWeights:
     """bf16 weights, not transposed, whose matrices are in oneDNN's layout where that pays: opaque tensors.
 
     `plain_weights` has them as they were. Only `kernels.cpu.experts.expert_rows_fast` computes with them as they are.
+    What stays plain beside a packed matrix is copied: as a view it would keep the plain form of all in memory.
     """
-    gate_up, down = (
-        weight if weight.numel() < _SMALLEST else pack(weight).blocked for weight in (weights.gate_up, weights.down)
-    )
-    return ExpertWeights(gate_up, down, weights.gate_up_bias, weights.down_bias)
+    matrices = weights.gate_up, weights.down
+    if all(matrix.numel() < _SMALLEST for matrix in matrices):
+        return weights
+    gate_up, down = (matrix.clone() if matrix.numel() < _SMALLEST else pack(matrix).blocked for matrix in matrices)
+    biases = (None if bias is None else bias.clone() for bias in (weights.gate_up_bias, weights.down_bias))
+    return ExpertWeights(gate_up, down, *biases)
 
 
 def plain_weights(weights: ExpertWeights) -> ExpertWeights:

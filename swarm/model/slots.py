@@ -35,7 +35,7 @@ class SlotLayout(Protocol):
         """Of a slot."""
 
     def pack(self, key: ExpertKey, ram: WeightsTier, memory: Tensor) -> None:
-        """Write an expert from `ram` to host memory, uint8 [nbytes]. Raises ManifestError for one of another shape."""
+        """Write an expert from `ram` to host memory, uint8 [nbytes]. Raises ManifestError for one unlike others."""
 
     def weights(self, memory: Tensor) -> ExpertWeights:
         """What torch computes with, of `dtype`, for a slot uint8 [nbytes]."""
@@ -74,10 +74,10 @@ class Parts:
         ]
 
     def write(self, tensors: Sequence[Tensor], memory: Tensor) -> None:
-        """Copy tensors to `memory`, uint8 [nbytes]. Raises ManifestError for those of another shape."""
-        found = [tuple(tensor.shape) for tensor in tensors]
-        if found != [shape for _, shape in self.kinds]:
-            raise ManifestError(f"an expert has the shapes {found}, others of the model {self.kinds}")
+        """Copy tensors to `memory`, uint8 [nbytes]. Raises ManifestError for others: nothing is rounded or cut."""
+        found = Parts.of(tensors)
+        if found != self:
+            raise ManifestError(f"an expert has the tensors {found.kinds}, others of the model {self.kinds}")
         for target, source in zip(self.views(memory), tensors, strict=True):
             target.copy_(source)
 

@@ -84,9 +84,10 @@ class Lfru(Generic[K]):
         row = self._row(uses.layer, max(columns, default=0))
         decay = self._decay
         follows = self._last >= 0 and self._turn[row] == (self._turn[self._last] + 1) % len(self._rows)
-        if self._transitions is not None and not (follows and uses.tokens == 1):
+        tells = uses.tokens == 1 and bool(columns)  # what a token without experts leaves says nothing
+        if self._transitions is not None and not (follows and tells):
             self._transitions.forget()
-        if uses.tokens == 1:
+        if tells:
             self._learn(row, columns)
         else:
             decay = decay**uses.tokens
@@ -102,7 +103,7 @@ class Lfru(Generic[K]):
         if self._last >= 0:
             self._in_order += _SMOOTHING * (float(follows) - self._in_order)
         self._last = row
-        if self._transitions is not None and uses.tokens == 1:
+        if self._transitions is not None and tells:
             order = self._order
             usual = self._used[order, -1] / np.maximum(self._seen[order, -1:], 1e-9)  # [R, E]
             self._transitions.follow(int(self._turn[row]), columns, usual)

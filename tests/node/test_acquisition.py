@@ -16,7 +16,7 @@ from support.swarm_fakes import announce, identity, member, supplying
 from moehive.node import acquisition as module
 from moehive.node.acquisition import Acquisition
 from moehive.node.holdings import Holdings
-from moehive.node.settings import NodeSettings
+from moehive.node.settings import NodeSettings, Publishing
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.member import Member
 from moehive.swarm.policy.budgets import ExpertForms
@@ -45,7 +45,10 @@ class Node:
     ) -> None:
         self.settings = NodeSettings(model.model_id, Path(), **settings)  # type: ignore[arg-type]
         self.holdings = Holdings(model.manifest, source, on_change=lambda: None)
-        self.acquisition = Acquisition(self.settings, us, source, self.holdings, ram_budget=RAM, forms=forms)
+        self.selected: list[int] = []  # how many experts it was told are to be held
+        self.acquisition = Acquisition(
+            self.settings, us, source, self.holdings, ram_budget=RAM, forms=forms, on_selected=self.selected.append
+        )
 
 
 @asynccontextmanager
@@ -140,6 +143,19 @@ async def test_auto_holds_what_nobody_else_does_as_it_is_stored(mixtral: Convert
         lacking = mixtral.manifest.experts.keys() - set(others)
         assert node.holdings.experts >= lacking
         assert len(node.holdings.experts) == max(6, len(lacking))
+
+
+@pytest.mark.parametrize("publish", [None, Publishing()])
+async def test_how_many_are_to_be_held_is_told_before_they_are(
+    mixtral: ConvertedDirectory, publish: Publishing | None
+) -> None:
+    async with member(MemoryNetwork(), 2) as us:
+        node = Node(us, mixtral, mixtral, experts="all", publish=publish)
+        node.holdings._on_change = lambda: seen.append(len(node.selected))
+        seen: list[int] = []
+        await node.acquisition.first_pass()
+    assert node.selected == [len(mixtral.manifest.experts)]
+    assert set(seen) == {1}
 
 
 async def test_what_is_held_is_in_use_until_the_node_ends(mixtral: ConvertedDirectory, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
@@ -100,6 +101,29 @@ def test_packed_weights_are_the_weights(hidden: int, inner: int, bias: bool) -> 
         found, wanted = expert_rows_fast(x, packed, spec), expert_ffn(x, weights, spec)
         assert (found.shape, found.dtype) == (wanted.shape, BF16)
         assert relative_error(found, wanted.double()) <= 2**-6
+
+
+@pytest.mark.parametrize("inner", [32, 1024], ids=["torch's product", "another"])
+def test_rows_are_computed_without_gradients(inner: int) -> None:
+    weights, spec, rows = ExpertWeights(normal(2 * inner, 512).float(), normal(512, inner).float()), FfnSpec(), 16
+    x = normal(rows, 512, dtype=F32)
+    wanted = expert_rows_fast(x, weights, spec)
+    found = expert_rows_fast(x.clone().requires_grad_(), weights, spec)
+    assert not found.requires_grad
+    assert torch.equal(found, wanted)
+
+
+@needs_packing
+@pytest.mark.parametrize(("hidden", "inner"), [(256, 96), (256, 40)], ids=["packed", "down too small"])
+def test_packed_weights_do_not_keep_what_they_were_made_of(hidden: int, inner: int) -> None:
+    shapes = (2 * inner, hidden), (hidden, inner), (2 * inner,), (hidden,)
+    sizes = [prod(shape) for shape in shapes]
+    shard = normal(sum(sizes))
+    parts = [part.view(shape) for part, shape in zip(torch.split(shard, sizes), shapes, strict=True)]
+    packed = pack_weights(ExpertWeights(*parts))
+    assert packed.gate_up.is_mkldnn
+    kept = {tensor.untyped_storage().data_ptr() for tensor in packed.tensors if not tensor.is_mkldnn}
+    assert shard.untyped_storage().data_ptr() not in kept
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

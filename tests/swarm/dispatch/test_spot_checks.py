@@ -252,7 +252,14 @@ def honest_rows(parts: list[Part]) -> list[Part]:
     return [Part(assignments, None, torch.cat(rows))]
 
 
-@pytest.mark.parametrize("rows", [honest_rows, lambda parts: None])
+def endless_rows(parts: list[Part]) -> list[Part]:
+    """Of one expert larger than any sum; the others' are right."""
+    [part] = honest_rows(parts)
+    part.output[:3] = torch.finfo(torch.float32).max
+    return [part]
+
+
+@pytest.mark.parametrize("rows", [honest_rows, endless_rows, lambda parts: None])
 async def test_rows_that_contradict_the_answer_or_are_kept_back_prove_nothing_but_have_all_fetched(
     rows: Callable[[list[Part]], list[Part] | None],
 ) -> None:

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moehive.kernels.routing import group_by_expert
+from moehive.protocol.errors import ManifestError
 from moehive.swarm.model.backend import LocalExperts
 from moehive.swarm.model.device import DeviceExperts, slot_layout
 from moehive.swarm.model.device_call import WeightedRows
 from moehive.swarm.model.grouped import choices
 from moehive.swarm.model.loader import ExpertLoader
-from moehive.swarm.model.slots import ExpertLayout, StoredLayout
+from moehive.swarm.model.slots import ExpertLayout, Parts, StoredLayout
 from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.tiers.accelerator import TorchAccelerator
@@ -92,6 +93,13 @@ def test_a_slot_as_stored_holds_fewer_bytes_and_the_same_values(checkpoints: Any
         wanted, found = loader.load(key, torch.bfloat16), layout.weights(memory)
         assert all(torch.equal(a, b) for a, b in zip(found.tensors, wanted.tensors, strict=True))
     ram.close()
+
+
+@pytest.mark.parametrize("other", [torch.ones(4, 2), torch.ones(2, 4, dtype=torch.float64)], ids=["shape", "dtype"])
+def test_an_expert_unlike_others_is_refused_rather_than_rounded(other: Tensor) -> None:
+    parts = Parts.of([torch.ones(2, 4)])
+    with pytest.raises(ManifestError, match="others of the model"):
+        parts.write([other], torch.empty(parts.nbytes, dtype=torch.uint8))
 
 
 @given(st.integers(0, 1000), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))

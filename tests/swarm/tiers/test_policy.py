@@ -209,6 +209,16 @@ def test_a_suspicion_takes_the_place_of_what_is_worth_less_only() -> None:
     assert policy.victims(ExpertKey(0, 2), 1, never, chance=0.99) == [ExpertKey(0, 1)]
 
 
+def test_a_token_that_chose_no_expert_of_a_layer_tells_nothing() -> None:
+    policy = lfru()
+    for token in range(12):
+        for layer in range(3):
+            policy.step(step(layer, *([] if token == 6 else [token % 4, 4 + token % 3])))
+    for expert in range(4):
+        policy.loaded(ExpertKey(0, expert), 1)
+    assert policy.victims(ExpertKey(0, 7), 1, never) is not None
+
+
 def test_what_returns_is_judged_by_its_history() -> None:
     """The ghost list: expert 0 was used often, left, and is kept rather than a newcomer when it returns."""
     policy = lfru(1)
