@@ -71,8 +71,12 @@ class SwarmExperts:
         if self._resident is None:
             return {}
         self._resident.begin(call.layer, assignments, call.hidden.shape[0], call.hidden.dtype)
-        found = {a.expert: self._resident.lease(call.layer, a.expert, call.hidden.dtype) for a in assignments}
-        return {expert: leases.enter_context(lease) for expert, lease in found.items() if lease is not None}
+        here: dict[int, ExpertWeights] = {}
+        for assignment in assignments:  # one by one: what was leased and not entered would never be released
+            lease = self._resident.lease(call.layer, assignment.expert, call.hidden.dtype)
+            if lease is not None:
+                here[assignment.expert] = leases.enter_context(lease)
+        return here
 
     def _compute(
         self, call: LayerInput, assignments: Sequence[Assignment], here: Mapping[int, ExpertWeights]

@@ -13,6 +13,7 @@ them knows what to generate again.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import OrderedDict
@@ -261,7 +262,14 @@ def _rows(call: LayerInput, parts: Sequence[Part]) -> Tensor:
 
 
 def _error(answer: Tensor, truth: Tensor) -> float:
-    """The largest error of a row of `answer` [T, H], relative to the norm of the row of `truth` [T, H]."""
+    """The largest error of a row of `answer` [T, H], relative to the norm of the row of `truth` [T, H].
+
+    NaN where the truth is not finite, infinite where only the answer is not.
+    """
+    if not bool(truth.isfinite().all()):
+        return math.nan
+    if not bool(answer.isfinite().all()):
+        return math.inf
     norms = torch.linalg.vector_norm(truth, dim=-1)  # [T]
     differences = torch.linalg.vector_norm(answer - truth, dim=-1)  # [T]
     scale = torch.clamp(norms, min=1e-3 * float(norms.max()) + 1e-30)  # a row of almost nothing is no measure

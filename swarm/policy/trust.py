@@ -7,6 +7,7 @@ passes below it changes a token's hidden state by less than the model's own roun
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,7 +28,10 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Errors relative to what was computed again; None where that computation could not be had."""
+    """Errors relative to what was computed again; None where that computation could not be had.
+
+    Infinite where the answer is no number although the truth is one, NaN where the truth is none.
+    """
 
     second_peer: float | None = None
     own: float | None = None  # against verified weights: this one is the truth
@@ -37,6 +41,8 @@ class Comparison:
 def judge(comparison: Comparison, tolerance: float) -> Verdict:
     """The verdict on the peer whose answer is checked."""
     if comparison.own is not None:
+        if math.isnan(comparison.own):  # an honest answer would overflow, too
+            return Verdict.UNCHECKED
         return Verdict.AGREES if comparison.own <= tolerance else Verdict.LIED
     if comparison.second_peer is None:
         return Verdict.UNCHECKED

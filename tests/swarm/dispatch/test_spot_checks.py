@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
@@ -17,7 +18,7 @@ from moehive.swarm.dispatch.backend import SwarmExperts
 from moehive.swarm.dispatch.caller import ExpertCaller
 from moehive.swarm.dispatch.combine import combine_parts
 from moehive.swarm.dispatch.request import LayerInput, Part, sample
-from moehive.swarm.dispatch.spot_checks import LINK_SHARE, MAX_PEERS, SpotChecker
+from moehive.swarm.dispatch.spot_checks import LINK_SHARE, MAX_PEERS, SpotChecker, _error
 from moehive.swarm.dispatch.stats import DispatchStats
 from moehive.swarm.policy.trust import Verdict
 from moehive.swarm.standings import Standings
@@ -307,3 +308,11 @@ async def test_answers_to_checks_are_not_checked(world: World) -> None:
         await Layer().check(caller)
         await checks_done(caller, 1)
     assert caller.checks._queue.empty()
+
+
+def test_what_is_not_finite_is_a_lie_only_where_the_truth_is() -> None:
+    finite, infinite = torch.ones(2, 4), torch.tensor([[1.0, torch.inf, 1.0, 1.0]] * 2)
+    assert _error(finite, finite) == 0.0
+    assert _error(infinite, finite) == math.inf
+    assert math.isnan(_error(finite, infinite))
+    assert math.isnan(_error(infinite, infinite))
