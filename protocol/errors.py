@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import Self
 
 
 class RefusalCode(enum.IntEnum):
@@ -76,6 +77,16 @@ class PeerError(MoehiveError):
         super().__init__(f"peer {peer}: {message}" if peer else message)
         self.peer = peer
         self.reason = message
+
+    def afresh(self) -> Self:
+        """The same error without where it was raised and what caused it: to keep, or to raise to several callers.
+
+        A traceback holds its frames with all that they work on: an error that is kept beside what it ended keeps the
+        sockets and buffers of a peer that is gone, in a cycle that only a full garbage collection finds.
+        """
+        error = type(self).__new__(type(self), *self.args)
+        error.__dict__.update(self.__dict__)
+        return error
 
 
 class PeerUnreachable(PeerError):

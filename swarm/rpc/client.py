@@ -140,7 +140,7 @@ class Connection:
         await self._take_slot(timeout)  # given back in `_deliver`: a cancelled request counts until the peer confirms
         if self.broken is not None:
             self._slots.release()
-            raise self.broken
+            raise self.broken.afresh()
         request_id, buffers = self._session.send_request(message, payload)
         queue = self._waiting[request_id] = asyncio.Queue()
         self._idle.clear()
@@ -155,7 +155,7 @@ class Connection:
         except TimeoutError as error:
             raise PeerTimeout(f"no answer within {request.timeout:.1f} s", peer=self.peer) from error
         if isinstance(answer, PeerError):
-            raise answer
+            raise answer.afresh()  # this frame holds `answer`
         return answer
 
     async def _end(self, request: _Request) -> None:
@@ -195,7 +195,7 @@ class Connection:
         while not self.agent:
             for event in self._session.receive(await self._stream.read(READ_SIZE)):
                 if isinstance(event, RequestRefused):
-                    raise event.error
+                    raise event.error.afresh()  # this frame holds `event`
                 if not isinstance(event, Opened):
                     raise PeerUnreachable("closed the stream before saying hello", peer=self.peer)
                 self.agent = event.agent or "?"
@@ -229,7 +229,7 @@ class Connection:
 
     def _fail(self, error: PeerError) -> None:
         if self.broken is None:
-            self.broken = error
+            self.broken = error.afresh()  # whose traceback would hold us
             for _ in range(limits.MAX_REQUESTS_IN_FLIGHT):
                 self._slots.release()  # whoever waits for a turn learns that there will be none
         waiting, self._waiting = self._waiting, {}

@@ -50,7 +50,7 @@ class Channels:
             self._opening[peer] = self._tasks.create_task(self._open(peer, source), name=f"open {peer}")
         result = await asyncio.shield(self._opening[peer])
         if isinstance(result, PeerError):
-            raise result
+            raise result.afresh()  # several may wait, and this frame holds `result`
         return result
 
     def close(self, peer: PeerId) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 
 from moehive.protocol.errors import PeerUnreachable
 from moehive.protocol.ids import PeerId
@@ -28,6 +27,9 @@ class SocketStream:
     Small writes of one turn of the event loop leave together, but for the first, which never waits: when a batch has
     been computed, its answers to one peer are written by as many tasks at the same time, and a system call and a TLS
     record for each would cost more than all else about them.
+
+    asyncio's reader keeps the error that ended the connection, and the same one is raised wherever somebody waits. Its
+    traceback would hold the frames of that, and so the reader: a cycle around every lost connection.
     """
 
     def __init__(
@@ -59,7 +61,8 @@ class SocketStream:
         try:
             data = await self._reader.read(min(limit, _MAX_READ))
         except OSError as error:
-            raise PeerUnreachable(f"connection lost while reading: {error}", peer=self._peer) from error
+            reason = f"connection lost while reading: {error}"
+            raise PeerUnreachable(reason, peer=self._peer) from error.with_traceback(None)
         if self._closed:
             raise PeerUnreachable("the stream was closed on this side", peer=self._peer)
         return data
@@ -86,10 +89,9 @@ class SocketStream:
         self._writer.close()
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT):
-                with suppress(OSError):
-                    await self._writer.wait_closed()
-        except TimeoutError:
-            pass  # the other side does not read what is left in our buffer
+                await self._writer.wait_closed()
+        except OSError as error:  # TimeoutError too: the other side does not read what is left in our buffer
+            error.__traceback__ = None
         finally:
             self._writer.transport.abort()  # nothing, when it closed in time
 
@@ -120,7 +122,8 @@ class SocketStream:
         try:
             await self._writer.drain()
         except OSError as error:
-            raise PeerUnreachable(f"connection lost while writing: {error}", peer=self._peer) from error
+            reason = f"connection lost while writing: {error}"
+            raise PeerUnreachable(reason, peer=self._peer) from error.with_traceback(None)
 
     def _check_open(self) -> None:
         # asyncio accepts and drops what is written after the connection was lost.

@@ -109,3 +109,19 @@ def test_what_a_caller_may_act_on_is_an_attribute() -> None:
     budget = BudgetTooSmall("cache", budget=1, needed=2)
     assert (budget.budget, budget.needed) == (1, 2)
     assert (ShardUnavailable("ab").name, ModelUnavailable("cd").model_id) == ("ab", "cd")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in classes() if issubclass(kind, PeerError)])
+def test_an_error_that_is_made_afresh_says_the_same_and_holds_nothing_of_where_it_was_raised(
+    kind: type[PeerError],
+) -> None:
+    with pytest.raises(kind) as caught:
+        raise make(kind) from OSError("the socket")
+    error = caught.value
+    assert isinstance(error, PeerError)
+    error.peer = "named later"
+    again = error.afresh()
+    assert type(again) is kind
+    assert again is not error
+    assert (str(again), vars(again), again.args) == (str(error), vars(error), error.args)
+    assert (again.__traceback__, again.__cause__, again.__context__) == (None, None, None)

@@ -88,11 +88,13 @@ class TlsChannel:
         request_id = self._receiver.begin(GetChunks(hash=object_hash, first=first, count=count), request)
         try:
             await self._while_it_moves(request, timeout)
+            request.done.result()
         finally:
             self._receiver.withdraw(request_id)  # nothing, where the peer has finished
             if not request.done.done():
                 self._delivery.withdraw(request)
                 await _outlast_cancellation(request.done)
+            del request  # the error that it keeps has a traceback, which holds this frame
 
     async def close(self) -> None:
         """See `ChunkChannel`."""
@@ -113,6 +115,7 @@ class TlsChannel:
             return question.done.result()
         finally:
             self._receiver.withdraw(request_id)
+            del question  # the error that it keeps has a traceback, which holds this frame
 
     async def _take_slot(self, timeout: float) -> None:
         """Given back when the peer has finished with the request: a cancelled one counts until it confirms."""
@@ -129,7 +132,6 @@ class TlsChannel:
             if left <= 0:
                 raise PeerTimeout(f"no chunk within {timeout:.1f} s", peer=self.peer)
             await asyncio.wait((request.done,), timeout=left)
-        request.done.result()
 
     def _join(self) -> None:
         deadline = time.monotonic() + _CLOSE_TIMEOUT

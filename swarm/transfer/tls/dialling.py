@@ -32,8 +32,8 @@ async def _first_link(offer: BulkOffer, peer: PeerId) -> TlsLink:
             pending.discard(attempt)
             try:
                 return attempt.result()
-            except PeerUnreachable as error:
-                reasons.append(error.reason)
+            except PeerUnreachable as error:  # which the task keeps, while the traceback holds this frame and the task
+                reasons.append(error.with_traceback(None).reason)
     finally:
         for attempt in pending:
             attempt.cancel()

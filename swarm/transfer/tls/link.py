@@ -51,6 +51,7 @@ class TlsLink:
                 raise PeerUnreachable(f"{host} port {port} belongs to somebody else", peer=peer)
         except OSError as error:  # what a port without TLS makes of it, too
             link.close()
+            error.__traceback__ = None  # asyncio's frames in it hold the future that holds the error
             raise PeerUnreachable(f"{host} port {port}: {error}", peer=peer) from error
         except BaseException:
             link.close()

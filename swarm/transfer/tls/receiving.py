@@ -67,7 +67,7 @@ class Receiver:
         """Send a request; its id. Raises PeerError where the connection is broken, or breaks."""
         with self._lock:
             if self.broken is not None:
-                raise self.broken
+                raise self.broken.afresh()
             request_id, buffers = self._session.send_request(message)
             self._pending[request_id] = pending
         self._send(b"".join(buffers))
@@ -151,7 +151,7 @@ class Receiver:
                 assert isinstance(question, Question)
                 self._call(settle, question.done, (message, payload), None)
             case RequestRefused(0, error):  # the whole connection
-                raise error
+                raise error.afresh()  # this frame holds `event`
             case RequestRefused(request_id, error):
                 pending = self._ended(request_id)
                 if isinstance(pending, ChunkRequest):
@@ -171,16 +171,16 @@ class Receiver:
         """The thread that receives: end what is pending, after what is still being delivered, and close the link."""
         error.peer = error.peer or self._link.peer
         with self._lock:
-            self.broken = error
+            self.broken = error.afresh()  # whose traceback would hold us, and the buffers of the threads
             pending, self._pending = self._pending, {}
         self._link.shut()
         self._link.close()
         for each in pending.values():
             if isinstance(each, ChunkRequest):
                 self._delivery.enter()
-                self._delivery.carry_out(Step(each, error=error))
+                self._delivery.carry_out(Step(each, error=error.afresh()))
             else:
-                self._call(settle, each.done, None, error)
+                self._call(settle, each.done, None, error.afresh())
         for _ in range(limits.MAX_REQUESTS_IN_FLIGHT):  # whoever waits for a turn learns that there will be none
             self._call(self._on_answered)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from functools import partial
 
 import pytest
 import torch
+from support.references import without_collector
 from support.swarm_fakes import MODEL, SECRET, Clock, identity
 from support.toy_experts import answer_to
+from support.waiting import until
 
 from moehive.kernels.routing import group_by_expert
 from moehive.protocol import limits
@@ -247,3 +250,28 @@ async def test_a_taken_port_is_said() -> None:
         with pytest.raises(TransportError, match="--direct-port"):
             async with DirectServer(EXPERT, (HOST,), here.direct._port, agent="x", handle=None):  # type: ignore[arg-type]
                 pass
+
+
+@pytest.mark.parametrize("asked", [0, 1, 3])
+async def test_a_connection_that_broke_is_freed_at_once(asked: int) -> None:
+    """With its TLS state and buffers, over half a MiB, also where requests were waiting on it."""
+
+    async def broken(here: World) -> weakref.ref[Connection]:
+        connection = await here.upgraded()
+        await until(lambda: not here.pool._upgrading)  # the first one is closed
+        here.hold.clear()
+        asking = [asyncio.create_task(ask(connection)) for _ in range(asked)]
+        await until(lambda: len(here.handled) == asked)
+        await here.direct.__aexit__(None, None, None)
+        await until(lambda: connection.broken)
+        results = await asyncio.gather(*asking, return_exceptions=True)
+        assert [type(result) for result in results] == [PeerUnreachable] * asked
+        with pytest.raises(PeerUnreachable):
+            await ask(connection)
+        return weakref.ref(connection)
+
+    async with world() as here:
+        with without_collector():
+            gone = await broken(here)
+            here.pool._open.clear()  # as it does when somebody else is dialled
+            await until(lambda: gone() is None)

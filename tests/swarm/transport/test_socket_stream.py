@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from support.references import without_collector
 
 from moehive.protocol.errors import PeerUnreachable
 from moehive.protocol.ids import PeerId
@@ -79,3 +82,25 @@ async def test_what_was_written_is_sent_before_the_stream_closes() -> None:
         assert await read_exactly(theirs, 3) == b"abc"
         with pytest.raises(PeerUnreachable):
             await stream.write(b"late")
+
+
+async def test_a_stream_that_was_reset_is_freed_at_once() -> None:
+    async def reset() -> weakref.ref[SocketStream]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            theirs, _ = listener.accept()
+        stream = SocketStream(PeerId("them"), reader, writer)
+        reading = asyncio.create_task(stream.read(1))
+        writing = asyncio.create_task(stream.write(bytes(64 << 20)))  # waits for room
+        await asyncio.sleep(0)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+        theirs.close()
+        results = await asyncio.gather(reading, writing, return_exceptions=True)
+        assert [type(result) for result in results] == [PeerUnreachable] * 2
+        await stream.close()
+        return weakref.ref(stream)
+
+    with without_collector():
+        gone = await reset()
+        await asyncio.sleep(0)
+        assert gone() is None

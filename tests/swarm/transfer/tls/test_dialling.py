@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
@@ -22,11 +23,13 @@ from support.bulk import (
     offer_of,
     serving,
 )
+from support.references import without_collector
 
 from moehive.protocol.errors import NotAdmitted, PeerError, PeerUnreachable
 from moehive.protocol.messages import BulkOffer, Chunk, Welcome
 from moehive.swarm.transfer.tls.certificate import Certificate
 from moehive.swarm.transfer.tls.dialling import dial
+from moehive.swarm.transfer.tls.link import TlsLink
 from moehive.swarm.transfer.tls.server import BulkServer
 
 SHELF = FakeShelf(data_of(1))
@@ -212,3 +215,24 @@ async def test_anything_but_a_welcome(words: bytes) -> None:
         all_that_comes(tls)
 
     assert isinstance(await after_the_handshake(say), PeerError)
+
+
+async def test_of_an_attempt_that_failed_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    links: list[weakref.ref[TlsLink]] = []
+    make = TlsLink.__init__
+
+    def watched(link: TlsLink, *arguments: object) -> None:
+        links.append(weakref.ref(link))
+        make(link, *arguments)  # type: ignore[arg-type]
+
+    async def unreachable(offer: BulkOffer) -> None:
+        with suppress(PeerUnreachable):  # not `wait_for`, whose frame holds its task, and that the error
+            async with asyncio.timeout(PATIENCE):
+                await dial(offer, SERVER, "client")
+
+    monkeypatch.setattr(TlsLink, "__init__", watched)
+    with impostor(lambda sock: None) as closes_at_once, without_collector():
+        await unreachable(offer_at(closes_at_once, closes_at_once))
+        await asyncio.sleep(0)  # the event loop holds what woke us
+        assert len(links) == 2
+        assert not any(link() for link in links)
