@@ -79,13 +79,13 @@ class TlsLink:
     async def read(self, limit: int) -> bytes:
         """Some bytes; b"" at the end of the connection. Raises PeerUnreachable."""
         loop = asyncio.get_running_loop()
-        while True:
-            try:
-                return self._tls.read(limit)
-            except ssl.SSLWantReadError:
-                await self._fill(loop)
-            except OSError as error:
-                raise PeerUnreachable(f"connection lost: {error}", peer=self.peer) from error
+        try:
+            while True:
+                with suppress(ssl.SSLWantReadError):
+                    return self._tls.read(limit)
+                await self._fill(loop)  # outside of any handler: what it raises is to be translated, too
+        except OSError as error:
+            raise PeerUnreachable(f"connection lost: {error}", peer=self.peer) from error
 
     def start_blocking(self) -> None:
         """From now on `receive_into` may be used, by one thread, and `read` may not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import struct
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -236,3 +237,16 @@ async def test_of_an_attempt_that_failed_nothing_is_kept(monkeypatch: pytest.Mon
         await asyncio.sleep(0)  # the event loop holds what woke us
         assert len(links) == 2
         assert not any(link() for link in links)
+
+
+async def test_a_reset_before_anything_came_is_the_peers_fault() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ours = socket.create_connection(listening.getsockname())
+        theirs, _ = listening.accept()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+    theirs.close()
+    ours.setblocking(False)
+    link = TlsLink(ours, SERVER)
+    with pytest.raises(PeerUnreachable, match="connection lost"):
+        await asyncio.wait_for(link.read(1), PATIENCE)
+    link.close()
