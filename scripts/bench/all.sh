@@ -21,6 +21,8 @@ bench demo --json "$out/demo.json"
 bench local --json "$out/local.json"
 bench telemetry --json "$out/telemetry.json"
 bench cpu_experts --shapes qwen3-30b-a3b --budget 10 --json "$out/cpu_experts.json"  # Mixtral takes six minutes more
+bench cpu_quantised --json "$out/cpu_quantised.json"
+bench expert_forms --json "$out/expert_forms.json"
 bench long_context --json "$out/long_context.json"
 bench buffers --json "$out/buffers.json"
 bench tiers --json "$out/tiers.json" --plot "$out/tiers.svg"
