@@ -75,8 +75,9 @@ def add_all_choices(total: Tensor, token: Tensor, rows: Tensor, weights: Tensor)
         add_weighted(total, token, rows, weights)
         return
     order = torch.sort(token, stable=True)[1].view(tokens, -1).t().contiguous()  # [R / T, T]: where a token's rows are
+    weights = weights.float()
     for chosen in order:
-        total.add_(rows.index_select(0, chosen).float().mul_(weights.float()[chosen, None]))
+        total.add_(rows.index_select(0, chosen).float().mul_(weights[chosen, None]))
 
 
 def _ascending(outputs: Iterable[tuple[Assignment, Tensor]]) -> Iterable[tuple[Assignment, Tensor]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from transformers import PreTrainedModel
+from .mixing import M, mix_in
 
 # Told about how many tokens one generation computes, prompts included; the context lasts as long as it does.
 Generating = Callable[[int], AbstractContextManager[None]]
@@ -14,17 +14,11 @@ Generating = Callable[[int], AbstractContextManager[None]]
 _GENERATING: Final = "moehive_generating"  # the attribute of a model
 _USUAL_TOKENS: Final = 20  # new ones where nobody says: transformers' default
 
-M = TypeVar("M", bound=PreTrainedModel)
-
 
 def tell_horizon(model: M, generating: Generating) -> M:
     """Let each call of `model.generate` be announced to `generating`; the same model."""
     setattr(model, _GENERATING, generating)
-    kind = type(model)
-    if not issubclass(kind, _Tells):
-        # A subclass rather than a function on the model: that would refer to the model, which then is freed late.
-        model.__class__ = type(kind.__name__, (_Tells, kind), {"__module__": kind.__module__})
-    return model
+    return mix_in(model, _Tells)
 
 
 class _Tells:

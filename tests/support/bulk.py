@@ -202,3 +202,24 @@ def offer_at(*ports: int, fingerprint: bytes = bytes(32), token: bytes = bytes(3
 def ascending(indices: list[int]) -> bool:
     """Whether each is larger than the one before."""
     return all(earlier < later for earlier, later in pairwise(indices))
+
+
+class Gate:
+    """Holds up whoever passes, until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def __call__(self, index: int) -> None:
+        self.reached.set()
+        assert self._open.wait(PATIENCE)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+async def get(channel: TlsChannel, shelf: FakeShelf, first: int, count: int, timeout: float = PATIENCE) -> Collected:
+    collected = Collected()
+    await channel.get_chunks(shelf.hash, first, count, collected, timeout=timeout)
+    return collected

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -81,3 +82,13 @@ class Gate:
 def joined(tier: RamTier[str, str], key: str) -> int:
     flight = tier._flights.get(key)
     return 0 if flight is None else flight.users
+
+
+def take_while_it_loads(tier: RamTier[str, str], load: Gate, key: str) -> str:
+    """What somebody gets who asks for `key` while `load` is on its way with it."""
+    assert load.started.wait(DEADLINE)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(take, tier, key)
+        wait_until(lambda: joined(tier, key) == 1)
+        load.finish.set()
+        return waiting.result(DEADLINE)

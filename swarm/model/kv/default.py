@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeVar
-
-from transformers import PreTrainedModel
+from typing import Any, Final
 
 from moehive.protocol.errors import ConfigError
+from moehive.swarm.model.mixing import M, mix_in
 
 from .cache import kv_cache
 from .options import KvMode, KvOptions
 
 _OPTIONS: Final = "moehive_kv"  # the attribute of a model
-
-M = TypeVar("M", bound=PreTrainedModel)
 
 
 def use_kv(model: M, kv: KvMode | KvOptions) -> M:
@@ -26,11 +23,7 @@ def use_kv(model: M, kv: KvMode | KvOptions) -> M:
     if options.mode != "full":
         kv_cache(model, options)  # refused here, not at the first prompt
     setattr(model, _OPTIONS, options)
-    kind = type(model)
-    if not issubclass(kind, _Generates):
-        # A subclass rather than a function on the model: that would refer to the model, which then is freed late.
-        model.__class__ = type(kind.__name__, (_Generates, kind), {"__module__": kind.__module__})
-    return model
+    return mix_in(model, _Generates)
 
 
 class _Generates:

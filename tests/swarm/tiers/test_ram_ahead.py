@@ -1,10 +1,9 @@
 """Loads of a tier on suspicion: foreseen, late, too many, of no use any more."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from support.tiers import DEADLINE, Gate, call, joined, make, take, wait_until
+from support.tiers import DEADLINE, Gate, call, make, take, take_while_it_loads, wait_until
 
 from moehive.swarm.tiers.ram import RamTier
 
@@ -36,12 +35,7 @@ def test_a_use_that_joins_a_suspicion_is_late_and_only_partly_hidden() -> None:
     load = Gate("a")
     tier = make(40, load, loaders=1)
     tier.prefetch(0, [("a", 1.0)], most=1)
-    assert load.started.wait(DEADLINE)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(take, tier, "a")
-        wait_until(lambda: joined(tier, "a") == 1)
-        load.finish.set()
-        assert waiting.result(DEADLINE) == "value a"
+    assert take_while_it_loads(tier, load, "a") == "value a"
     assert (tier.stats.total.late, tier.stats.total.saved, tier.stats.speculation.used) == (1, 0, 1)
     [outcome] = tier.outcomes()
     assert outcome.used

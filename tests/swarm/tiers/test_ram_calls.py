@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiers import DEADLINE, Gate, call, joined, make, take, uses, value_of, wait_until
+from support.tiers import DEADLINE, Gate, call, make, take, take_while_it_loads, uses, value_of, wait_until
 
 from moehive.protocol.errors import StorageError
 from moehive.swarm.tiers.ram import RamTier
@@ -119,12 +119,7 @@ def test_an_error_of_a_load_on_a_guess_is_nobodys_and_who_waits_tries_again() ->
     load = Gate("a", StorageError("no"))
     tier = make(40, load, loaders=1)
     tier.prefetch(0, [("a", 1.0)], most=1)
-    assert load.started.wait(DEADLINE)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(take, tier, "a")
-        wait_until(lambda: joined(tier, "a") == 1)
-        load.finish.set()
-        assert waiting.result(DEADLINE) == "value a"
+    assert take_while_it_loads(tier, load, "a") == "value a"
     assert take(tier, "a") == "value a"
     assert tier.stats.failed_loads == 1
     assert load.calls == ["a", "a"]

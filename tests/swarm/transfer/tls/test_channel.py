@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import weakref
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,20 +11,20 @@ from support.bulk import (
     PATIENCE,
     Collected,
     FakeShelf,
+    Gate,
     ascending,
     channel_to,
     data_of,
+    get,
     serving,
     soon,
 )
-from support.references import without_collector
 
 from moehive.protocol import limits
 from moehive.protocol.errors import PeerRefused, PeerTimeout, PeerUnreachable, RefusalCode, StorageError
 from moehive.protocol.ids import ShardHash
 from moehive.swarm.store.base import WrongBytes
 from moehive.swarm.transfer.tls.channel import TlsChannel
-from moehive.swarm.transfer.tls.link import TlsLink
 from moehive.swarm.transfer.tls.server import BulkServer
 from moehive.swarm.transfer.uploads import Uploads
 
@@ -47,27 +46,6 @@ async def server(shelf: FakeShelf) -> AsyncIterator[BulkServer]:
 async def channel(server: BulkServer) -> AsyncIterator[TlsChannel]:
     async with channel_to(server) as opened:
         yield opened
-
-
-class Gate:
-    """Holds up whoever passes, until it is opened."""
-
-    def __init__(self) -> None:
-        self.reached = threading.Event()
-        self._open = threading.Event()
-
-    def __call__(self, index: int) -> None:
-        self.reached.set()
-        assert self._open.wait(PATIENCE)
-
-    def open(self) -> None:
-        self._open.set()
-
-
-async def get(channel: TlsChannel, shelf: FakeShelf, first: int, count: int, timeout: float = PATIENCE) -> Collected:
-    collected = Collected()
-    await channel.get_chunks(shelf.hash, first, count, collected, timeout=timeout)
-    return collected
 
 
 # --- what is asked for comes ------------------------------------------------------------------------------------------
@@ -331,37 +309,6 @@ async def test_a_connection_that_is_lost_fails_everything_and_stays_broken(shelf
             await get(channel, shelf, 0, 1)
         with pytest.raises(PeerUnreachable):
             await channel.have(shelf.hash, timeout=PATIENCE)
-        gate.open()
-
-
-@pytest.mark.parametrize("busy", [False, True])
-async def test_a_connection_that_was_lost_is_freed_at_once(shelf: FakeShelf, busy: bool) -> None:
-    """With the buffers of its threads, over a MiB each, also where requests and questions were waiting on it."""
-    gate = Gate()
-    shelf.gate = gate
-
-    async def lost(server: BulkServer) -> tuple[weakref.ref[TlsLink], list[weakref.ref[threading.Thread]]]:
-        async with channel_to(server) as channel:
-            waiting = []
-            if busy:
-                waiting = [asyncio.create_task(get(channel, shelf, first, 4)) for first in (0, 4)]
-                await asyncio.to_thread(gate.reached.wait, PATIENCE)
-                waiting.append(asyncio.create_task(channel.have(ShardHash("0" * 64), timeout=PATIENCE)))
-                waiting.append(asyncio.create_task(get(channel, shelf, 8, 4)))
-                await asyncio.sleep(0)
-            for connection in tuple(server._connections):
-                connection.shut()
-            await asyncio.gather(*waiting, return_exceptions=True)
-            assert await soon(lambda: channel.broken is not None)
-            with pytest.raises(PeerUnreachable):
-                await channel.have(shelf.hash, timeout=PATIENCE)
-            return weakref.ref(channel._link), [weakref.ref(thread) for thread in channel._threads]
-
-    async with serving(shelf) as server:
-        with without_collector():
-            link, threads = await lost(server)
-            assert await soon(lambda: link() is None)
-            assert await soon(lambda: not any(thread() for thread in threads))
         gate.open()
 
 
