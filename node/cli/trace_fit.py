@@ -38,10 +38,10 @@ def fit(trace: Path, model: Path, file: Path, /, *, json: Flag = False) -> None:
     """
     quiet_libraries()
     from moehive.swarm.prefetch.files import write_predictor
-    from moehive.swarm.prefetch.fitting import by_routers, fit, states_of
-    from moehive.swarm.prefetch.predictors import Predictor
+    from moehive.swarm.prefetch.fitting import by_routers, states_of
     from moehive.swarm.prefetch.routers import routers_of
     from moehive.swarm.prefetch.scoring import split, tokens_recall
+    from moehive.swarm.prefetch.training import fit
     from moehive.swarm.trace.files import read_trace
 
     from .trace import load_model
@@ -56,7 +56,7 @@ def fit(trace: Path, model: Path, file: Path, /, *, json: Flag = False) -> None:
         raise TraceError(f"{trace} is of another model: its layers are {list(recorded.layers)}")
     (first, _), (rest, used) = split(states, experts, 1 - _HELD_OUT)
     plain = by_routers(routers, recorded.top_k)
-    fitted = Predictor(fit(first, recorded.layers, routers), recorded.top_k, plain.hidden_size)
+    fitted = fit(first, recorded.layers, routers, recorded.top_k)
     write_predictor(fitted, routers, file)
     recalls = {
         name: tokens_recall(predictor, rest, used, recorded.layers)

@@ -25,12 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from moehive.protocol.ids import ExpertKey
-from moehive.swarm.prefetch.fitting import Router, States, by_routers, fit, states_of
+from moehive.swarm.prefetch.fitting import Router, States, by_routers, states_of
 from moehive.swarm.prefetch.measure import Usefulness
 from moehive.swarm.prefetch.predictors import Point, Predictor, unit
 from moehive.swarm.prefetch.replay import Machine, Outcome, replay
 from moehive.swarm.prefetch.routers import routers_of
 from moehive.swarm.prefetch.scoring import Experts, tokens_recall, width_for
+from moehive.swarm.prefetch.training import fit
 from moehive.swarm.tiers.lfru import Lfru
 from moehive.swarm.trace.recording import Recorder
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser = arguments(__doc__, rounds=1)
     parser.add_argument("--text", type=Path, required=True, help="UTF-8")
     parser.add_argument("--model", type=Path, nargs="+", default=[DEMO], help="checkpoint directories")
-    parser.add_argument("--fit-tokens", type=int, default=16384)
+    parser.add_argument("--fit-tokens", type=int, default=131072)
     parser.add_argument("--tokens", type=int, default=4096, help="to measure recall on")
     parser.add_argument("--replayed", type=int, default=1024, help="tokens of each replay")
     options = parser.parse_args()
@@ -110,8 +111,8 @@ def measure(recorded: Recorded, replayed: int) -> dict[str, Any]:
     shape = f"{len(recorded.layers)} layers of {recorded.num_experts} experts, {recorded.top_k} per token"
     print(f"### {recorded.name}: {shape}\n")
     plain = by_routers(recorded.routers, recorded.top_k)
-    maps = fit(recorded.fitted_to, recorded.layers, recorded.routers)
-    predictors = {"untrained": plain, "fitted": Predictor(maps, recorded.top_k, plain.hidden_size)}
+    fitted = fit(recorded.fitted_to, recorded.layers, recorded.routers, recorded.top_k)
+    predictors = {"untrained": plain, "fitted": fitted}
     return {
         "shape": shape,
         "similarity": similarity(recorded),

@@ -7,7 +7,6 @@ trace, and follows texts that change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -22,15 +21,13 @@ _MOST: Final = 1 << 16  # weights of a map, up to which it may have those of the
 _OFFSET: Final = 0.05  # how much slower the offset moves
 
 
-Routers = Mapping[int, Router]  # by layer
-
-
 def adaptable(predictor: Predictor) -> Predictor:
     """One with the same maps, which `adapt` may change; they can learn from the tokens before, where that is cheap."""
     return Predictor(
         {key: _with_history(found, predictor.hidden_size) for key, found in predictor.maps.items()},
         predictor.top_k,
         predictor.hidden_size,
+        predictor.readers,
     )
 
 
@@ -38,7 +35,7 @@ def _with_history(found: LinearMap, hidden: int) -> LinearMap:
     weight = found.weight.copy()
     if len(weight) == hidden and (1 + PARTS) * weight.size <= _MOST:
         weight = np.pad(weight, ((0, PARTS * hidden), (0, 0)))
-    return LinearMap(weight, found.offset.copy(), found.correction)
+    return LinearMap(weight, found.offset.copy(), found.correction, found.asker)
 
 
 def stride(found: LinearMap) -> int:

@@ -1,14 +1,13 @@
-"""Fitting linear predictors to a trace with hidden states: ridge regression on the router's logits.
+"""What predictors are made of: the routers of a model, and the hidden states that its traces keep.
 
-Logits rather than the chosen experts, because they also say how near the others were: on the demo model's traces it is
-worth two to four points of recall. The solution is exact and deterministic.
+The predictor that needs no training is here, too; training.py fits the other one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +15,9 @@ from numpy.typing import NDArray
 from moehive.protocol.errors import TraceError
 from moehive.swarm.trace.routing import RoutingTrace
 
+from .attending import ask_of_all
 from .history import Floats, histories
 from .predictors import LinearMap, Maps, Point, Predictor
-
-RIDGE: Final = 1e-3  # added to each feature's mean square, which is about 1
-_CHUNK: Final = 4096  # tokens whose features exist at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +36,9 @@ class Router:
         """[T, H] to [T, E]."""
         result: Floats = inputs @ self.weight.T + self.offset
         return result
+
+
+Routers = Mapping[int, Router]  # by layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +71,7 @@ def states_of(trace: RoutingTrace) -> tuple[States, NDArray[np.integer[Any]]]:
     return States(trace.samples.inputs, trace.samples.residuals, starts), trace.experts[rows]
 
 
-def untrained(routers: Mapping[int, Router]) -> Maps:
+def untrained(routers: Routers) -> Maps:
     """Each layer's own router, at every point: its norm in place of the one that the state has gone through."""
     maps: dict[tuple[Point, int], LinearMap] = {}
     ordered = sorted(routers.items())
@@ -88,44 +88,22 @@ def untrained(routers: Mapping[int, Router]) -> Maps:
     return maps
 
 
-def by_routers(routers: Mapping[int, Router], top_k: int) -> Predictor:
+def by_routers(routers: Routers, top_k: int) -> Predictor:
     """The predictor that needs no training."""
     return Predictor(untrained(routers), top_k, next(iter(routers.values())).weight.shape[1])
 
 
-def fit(states: States, layers: Sequence[int], routers: Mapping[int, Router]) -> Maps:
-    """The maps of `layers`, which are the columns of `states`, with the tokens before as features."""
-    maps: dict[tuple[Point, int], LinearMap] = {}
-    for column, layer in enumerate(layers):
-        router = routers[layer]
-        targets = router.logits(states.inputs[:, column].astype(np.float32))  # [T, E]
-        for point in Point:
-            rows = states.at(point, column)
-            if rows is not None:
-                weight, offset = _ridge(rows, states.starts, targets)
-                maps[point, layer] = LinearMap(weight, offset, router.correction)
-    return maps
-
-
-def features(rows: Floats, starts: NDArray[np.bool_]) -> Floats:
-    """Of consecutive tokens' states `rows` [T, H]: the states and their histories, [T, (1 + PARTS) H]."""
-    before = histories(rows, starts)
-    return np.concatenate((rows[:, None], before), axis=1).reshape(len(rows), -1)
-
-
-def _ridge(rows: Floats, starts: NDArray[np.bool_], targets: Floats) -> tuple[Floats, Floats]:
-    """Weight [F, E] and offset [E] with the least squared error, deviations from the means being penalised."""
-    every = features(rows, starts)
-    mean, center = every.mean(axis=0, dtype=np.float64), targets.mean(axis=0, dtype=np.float64)
-    squares = np.zeros((every.shape[1], every.shape[1]))
-    products = np.zeros((every.shape[1], targets.shape[1]))
-    for start in range(0, len(every), _CHUNK):
-        part = every[start : start + _CHUNK] - mean
-        squares += part.T @ part
-        products += part.T @ (targets[start : start + _CHUNK] - center)
-    squares[np.diag_indices_from(squares)] += RIDGE * len(every)
-    weight = np.linalg.solve(squares, products)
-    return weight.astype(np.float32), (center - mean @ weight).astype(np.float32)
+def features_of(predictor: Predictor, point: Point, layer: int, column: int, states: States) -> Floats | None:
+    """What the map of `layer`, in `column`, multiplies of every token, [T, F]; None where nothing can be guessed."""
+    found, rows = predictor.maps.get((point, layer)), states.at(point, column)
+    if found is None or rows is None:
+        return None
+    if found.asker is not None:
+        entered = rows if point is Point.ENTRY else states.residuals[:, column].astype(np.float32)
+        return ask_of_all(predictor.readers[layer], found.asker, entered, rows, states.starts)
+    if predictor.has_history(found):
+        return np.concatenate((rows[:, None], histories(rows, states.starts)), axis=1).reshape(len(rows), -1)
+    return rows
 
 
 def _safe(gain: Floats) -> Floats:

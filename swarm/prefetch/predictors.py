@@ -1,9 +1,8 @@
 """Which experts a layer will use, guessed from a hidden state that exists before the layer's router sees its own.
 
 There are three points to guess at, and a linear map for each point and layer. Untrained, the map is the layer's own
-router: hidden states change little from layer to layer (Eliseev and Mazur, arXiv 2312.17238, section 3.2). Fitted, it
-also takes what the tokens before had at the same point, and was regressed on the router's logits; before attention this
-is the predictor of arXiv 2511.10676.
+router: hidden states change little from layer to layer (Eliseev and Mazur, arXiv 2312.17238, section 3.2). Fitted, as
+in arXiv 2511.10676, it also takes what a small network made of the state and of the tokens before (attending.py).
 
 Everything here is a function of its arguments. E experts, H hidden size, F features.
 """
@@ -12,12 +11,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .attending import Asker, Memory, Reader, ask
 from .history import Floats
 
 
@@ -38,13 +38,14 @@ class Point(enum.Enum):
 class LinearMap:
     """Scores of a layer's experts: features @ weight + offset, of which the router takes the greatest.
 
-    weight: [F, E] float32, with F = H, or (1 + PARTS) H where the tokens before count. offset: [E] float32.
-    correction: [E] float32, for routers that choose by sigmoid(logit) + correction (DeepSeek-V3).
+    weight: [F, E] float32, with F = H, (1 + PARTS) H where the tokens' history counts, or H + MIXED with an asker.
+    offset: [E] float32. correction: [E] float32, for routers that choose by sigmoid(logit) + correction (DeepSeek-V3).
     """
 
     weight: Floats
     offset: Floats
     correction: Floats | None = None
+    asker: Asker | None = None
 
     def scores(self, features: Floats) -> Floats:
         """[..., F] to [..., E]."""
@@ -57,32 +58,35 @@ Maps = Mapping[tuple[Point, int], LinearMap]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictor:
-    """The maps of one model: by point and by the layer whose experts are guessed."""
+    """The maps of one model, by point and by the layer whose experts are guessed; the readers by that layer."""
 
     maps: Maps
     top_k: int
     hidden_size: int
+    readers: Mapping[int, Reader] = field(default_factory=dict)
 
     @property
     def uses_history(self) -> bool:
         """Whether any map takes what the tokens before had."""
-        return any(found.weight.shape[0] > self.hidden_size for found in self.maps.values())
+        return any(self.has_history(found) for found in self.maps.values())
 
-    def scores(self, point: Point, layer: int, row: Floats, history: Floats) -> Floats | None:
-        """Of the experts of `layer` [E], for one token's state `row` [H]; None where nothing is known of it.
+    def has_history(self, found: LinearMap) -> bool:
+        """Whether this map does."""
+        return found.asker is None and found.weight.shape[0] > self.hidden_size
+
+    def features(self, point: Point, layer: int, row: Floats, history: Floats, memory: Memory) -> Floats | None:
+        """What the map of `layer` multiplies, [F], for one token's state `row` [H]; None where there is no map.
 
         Before the layer the row is the input of an earlier layer's experts; at ENTRY what enters the decoder layer,
-        divided by its root mean square. `history` [PARTS, H] is of the same point.
+        divided by its root mean square. `history` [PARTS, H] is of the same point, `memory` of the guessed layer.
         """
-        features = self.features(point, layer, row, history)
-        return None if features is None else self.maps[point, layer].scores(features)
-
-    def features(self, point: Point, layer: int, row: Floats, history: Floats) -> Floats | None:
-        """What the map multiplies, [F], for the arguments of `scores`; None where there is no map."""
         found = self.maps.get((point, layer))
         if found is None:
             return None
-        return np.concatenate((row[None], history)).reshape(-1) if found.weight.shape[0] > len(row) else row
+        if found.asker is not None:
+            result: Floats = ask(self.readers[layer], found.asker, memory, row[None], memory.end)[0]
+            return result
+        return np.concatenate((row[None], history)).reshape(-1) if self.has_history(found) else row
 
 
 def unit(hidden: Floats) -> Floats:

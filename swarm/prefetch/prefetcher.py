@@ -15,8 +15,10 @@ from typing import Final, Protocol
 
 from moehive.swarm.log import get_logger
 
-from .adapting import Routers, adapt, adaptable, stride
+from .adapting import adapt, adaptable, stride
+from .attending import Memory, empty_memory, remember
 from .control import Limits, Mode, State, Window, judge, start, tick
+from .fitting import Routers
 from .history import REACH, Floats, advance, empty_history
 from .measure import Usefulness
 from .plan import NOTHING, Bounds, Economy, Plan, Profile, choose, grade, make_plan
@@ -25,6 +27,7 @@ from .predictors import Point, Predictor, margins, ranking
 EXTRA_WIDTH: Final = 2  # experts beyond the top k that may be loaded
 _SHADOW: Final = 4  # while nothing is loaded, guesses are made for every so many-th token, to know what they are worth
 _SMOOTHING: Final = 0.05
+_NO_MEMORY: Final = empty_memory()
 _log = get_logger(__name__)
 
 
@@ -109,6 +112,7 @@ class Prefetcher:
         self._leads: dict[Point, float] = {}
         self._guesses: dict[int, list[_Guess]] = {}
         self._histories: dict[tuple[bool, int], Floats] = {}  # (at entry, layer)
+        self._memories: dict[int, Memory] = {}
         self._token_began: float | None = None
         self._tokens: list[float] = []  # seconds
         self._window_loads = self._window_used = self._window_wasted = 0
@@ -177,7 +181,8 @@ class Prefetcher:
         """Guess the experts of `layer`, and begin to load as many as the plan says."""
         if self.state.loading and self.plan.least[point] > 1 and self._shadow:
             return  # only now and then, to know what it would be worth
-        features = self._predictor.features(point, layer, row, history)
+        memory = self._memories.get(layer, _NO_MEMORY)
+        features = self._predictor.features(point, layer, row, history, memory)
         if features is None:
             return
         scores = self._predictor.maps[point, layer].scores(features)  # [E]
@@ -236,6 +241,10 @@ class Prefetcher:
 
     def _remember(self, entry: bool, layer: int, rows: Floats) -> None:
         """A call of many tokens begins a session, as far as can be seen from here."""
+        reader = self._predictor.readers.get(layer) if entry else None
+        if reader is not None:
+            memory = self._memories.get(layer, _NO_MEMORY) if len(rows) == 1 else _NO_MEMORY
+            self._memories[layer] = remember(reader, memory, rows)
         if self._uses_history:
             history = self._history(entry, layer, rows) if len(rows) == 1 else empty_history(rows.shape[1])
             self._histories[entry, layer] = advance(history, rows)

@@ -18,9 +18,8 @@ from moehive.protocol.ids import ExpertKey
 from moehive.swarm.tiers.policy import Policy, Uses
 from moehive.swarm.tiers.residency import Entry, Residency, Speculation
 
-from .adapting import Routers
 from .control import Limits
-from .fitting import States
+from .fitting import Routers, States
 from .measure import Usefulness
 from .predictors import Predictor
 from .prefetcher import Prefetcher

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapting import Routers, adapt, adaptable, stride
-from .fitting import States, features
+from .adapting import adapt, adaptable, stride
+from .fitting import Routers, States, features_of
 from .history import Floats
 from .predictors import Point, Predictor, margins, recall
 
@@ -59,10 +59,10 @@ def all_scores(
     """
     predictor = predictor if routers is None else adaptable(predictor)
     for column, layer in enumerate(layers):
-        found, rows = predictor.maps.get((point, layer)), states.at(point, column)
-        if found is None or rows is None:
+        known = features_of(predictor, point, layer, column, states)
+        if known is None:
             continue
-        known = features(rows, states.starts) if found.weight.shape[0] > rows.shape[1] else rows
+        found = predictor.maps[point, layer]
         if routers is None:
             yield column, layer, found.scores(known)
             continue

@@ -16,10 +16,9 @@ from moehive.swarm.model.seats import backend_of
 from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.tiers.residency import Speculation
 
-from .adapting import Routers
 from .control import Limits
 from .files import read_predictor
-from .fitting import by_routers
+from .fitting import Routers, by_routers
 from .history import REACH
 from .measure import Usefulness
 from .predictors import Predictor, unit

@@ -87,8 +87,8 @@ def pack(kind: str, version: str, facts: Mapping[str, Any], arrays: Arrays) -> b
     return data
 
 
-def unpack(data: bytes, kind: str, version: str, name: str) -> tuple[dict[str, Any], Arrays]:
-    """What `pack` was given. Raises TraceError for anything else, and for another version."""
+def unpack(data: bytes, kind: str, version: str, name: str, remedy: str = "") -> tuple[dict[str, Any], Arrays]:
+    """What `pack` was given. Raises TraceError for anything else, and for another version, where `remedy` helps."""
     try:
         length = json_length(data[:PREFIX_SIZE], len(data))
         metadata = json.loads(data[PREFIX_SIZE : PREFIX_SIZE + length])["__metadata__"]
@@ -99,7 +99,8 @@ def unpack(data: bytes, kind: str, version: str, name: str) -> tuple[dict[str, A
     if found[0] != kind or not isinstance(facts, dict):
         raise TraceError(f"{name} is no {kind} but {str(found[0])[:64]!r}")
     if found[1] != version:
-        raise TraceError(f"{name} has version {str(found[1])[:64]!r} of its format; this build reads version {version}")
+        other = f"{name} has version {str(found[1])[:64]!r} of its format"
+        raise TraceError(f"{other}; this build reads version {version}{remedy}")
     return facts, arrays
 
 

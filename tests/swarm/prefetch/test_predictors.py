@@ -1,6 +1,17 @@
 import numpy as np
 import pytest
 
+from moehive.swarm.prefetch.attending import (
+    HEADS,
+    MIXED,
+    SIZE,
+    WIDTH,
+    Asker,
+    Reader,
+    ask,
+    empty_memory,
+    remember,
+)  # fmt: skip
 from moehive.swarm.prefetch.history import empty_history
 from moehive.swarm.prefetch.predictors import LinearMap, Point, Predictor, margins, ranking, recall, unit
 
@@ -13,23 +24,44 @@ def linear(rows: int) -> LinearMap:
 
 def test_a_map_without_history_takes_the_state_alone() -> None:
     predictor = Predictor({(Point.ENTRY, 4): linear(2)}, 1, 2)
-    scores = predictor.scores(Point.ENTRY, 4, ROW, empty_history(2))
-    assert scores is not None
-    assert scores.tolist() == [3.0, 4.0, 5.0]
+    features = predictor.features(Point.ENTRY, 4, ROW, empty_history(2), empty_memory())
+    assert features is not None
+    assert linear(2).scores(features).tolist() == [3.0, 4.0, 5.0]
     assert not predictor.uses_history
 
 
 def test_a_map_with_history_takes_what_was_before() -> None:
     predictor = Predictor({(Point.BEFORE, 4): linear(8)}, 1, 2)
-    scores = predictor.scores(Point.BEFORE, 4, ROW, empty_history(2) + 1)
-    assert scores is not None
-    assert scores.tolist() == [9.0, 10.0, 11.0]
+    features = predictor.features(Point.BEFORE, 4, ROW, empty_history(2) + 1, empty_memory())
+    assert features is not None
+    assert linear(8).scores(features).tolist() == [9.0, 10.0, 11.0]
     assert predictor.uses_history
+
+
+def test_a_map_with_an_asker_takes_what_it_read_of_the_layers_memory() -> None:
+    random = np.random.default_rng(0)
+    shapes = ((2, WIDTH), (WIDTH,), (WIDTH + 2, MIXED), (MIXED,))
+    asker = Asker(*(random.standard_normal(shape).astype(np.float32) for shape in shapes))
+    reader = Reader(
+        *(random.standard_normal(shape).astype(np.float32) for shape in ((2, 2 * WIDTH), (HEADS, 2 * SIZE)))
+    )
+    found = LinearMap(np.zeros((2 + MIXED, 3), np.float32), np.zeros(3, np.float32), asker=asker)
+    predictor = Predictor({(Point.BEFORE, 4): found}, 1, 2, {4: reader})
+    memory = remember(reader, empty_memory(), ROW[None])
+    nothing, something = (
+        predictor.features(Point.BEFORE, 4, ROW, empty_history(2), held) for held in (empty_memory(), memory)
+    )
+    assert nothing is not None
+    assert something is not None
+    assert nothing.shape == something.shape == (2 + MIXED,)
+    assert (something == ask(reader, asker, memory, ROW[None], 1)[0]).all()
+    assert (something != nothing).any()
+    assert not predictor.uses_history
 
 
 def test_nothing_is_guessed_of_a_layer_that_is_not_known() -> None:
     predictor = Predictor({(Point.ENTRY, 4): linear(2)}, 1, 2)
-    assert predictor.scores(Point.BEFORE, 4, ROW, empty_history(2)) is None
+    assert predictor.features(Point.BEFORE, 4, ROW, empty_history(2), empty_memory()) is None
 
 
 def test_a_correction_counts_beside_the_sigmoid() -> None:
