@@ -16,6 +16,7 @@ from .history import PARTS, Floats
 from .predictors import LinearMap, Predictor
 
 RATE: Final = 0.3  # share of an error that a step takes off
+FITTED_RATE: Final = 0.1  # the same of maps that know much already: larger steps lose more of it than they gain
 _CHEAP: Final = 1 << 14  # weights of a map, for which a step takes about ten microseconds
 _MOST: Final = 1 << 16  # weights of a map, up to which it may have those of the tokens before
 _OFFSET: Final = 0.05  # how much slower the offset moves
@@ -45,7 +46,8 @@ def stride(found: LinearMap) -> int:
 
 def adapt(found: LinearMap, features: Floats, router: Router, row: Floats) -> None:
     """Move a map towards what `router` says of the state `row` [H] that `features` [F] were a guess of; in place."""
+    rate = RATE if found.asker is None else FITTED_RATE
     error = router.logits(row) - (features @ found.weight + found.offset)  # [E]
-    step = (RATE / (float(features @ features) + 1)) * features  # [F]
+    step = (rate / (float(features @ features) + 1)) * features  # [F]
     found.weight[...] += np.multiply.outer(step, error)
-    found.offset[...] += RATE * _OFFSET * error
+    found.offset[...] += rate * _OFFSET * error

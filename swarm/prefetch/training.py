@@ -24,10 +24,11 @@ from .fitting import Router, Routers, States
 from .history import Floats
 from .predictors import LinearMap, Point, Predictor
 
-LEARNED: Final = 1 << 19  # tokens that a layer learns from, repeated ones counted: more of them gain little
+LEARNED: Final = 1 << 20  # tokens that a layer learns from, repeated ones counted: more of them gain little
 PASSES: Final = (4, 20)  # over the trace: at least, at most
 _LENGTH: Final = 256  # tokens of a window; the first ones of each see less than they might
-_BATCH: Final = 4  # windows of a step
+_BATCH: Final = 4  # windows of a step, at most
+_STEPS: Final = 32  # of a pass, at least: small traces make smaller ones
 _RATE: Final = 4e-3  # of Adam, for states of _HIDDEN numbers and narrower ones
 _HIDDEN: Final = 160
 _DECAY: Final = 0.1
@@ -116,14 +117,15 @@ def _learn(
 ) -> None:  # fmt: skip
     """Adam with a warm-up and half a cosine, on the means of the squared errors in units of the logits' variance."""
     passes = min(max(LEARNED // len(targets), PASSES[0]), PASSES[1])
-    steps, step = passes * -(-len(windows) // _BATCH), 0
+    batch = min(max(len(windows) // _STEPS, 1), _BATCH)
+    steps, step = passes * -(-len(windows) // batch), 0
     scale = 1 / (float(targets.var()) + 1e-12)
     peak = _RATE * min(1.0, _HIDDEN / rows[0].shape[1])
     optimizer = torch.optim.AdamW(network.parameters(), lr=peak, weight_decay=_DECAY, betas=(0.9, 0.98))
     for _ in range(passes):
         order = torch.randperm(len(windows), generator=random).numpy()
-        for start in range(0, len(order), _BATCH):
-            places = windows[order[start : start + _BATCH]]  # [S, W], -1 behind a session's end
+        for start in range(0, len(order), batch):
+            places = windows[order[start : start + batch]]  # [S, W], -1 behind a session's end
             known = torch.from_numpy(places >= 0)
             scores = network([torch.from_numpy(found[places]) for found in rows])
             wanted = torch.from_numpy(targets[places])

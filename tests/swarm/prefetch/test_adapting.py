@@ -8,6 +8,7 @@ import pytest
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.prefetch import adapting
 from moehive.swarm.prefetch.adapting import adapt, adaptable, stride
+from moehive.swarm.prefetch.attending import Asker
 from moehive.swarm.prefetch.fitting import Router, States, by_routers
 from moehive.swarm.prefetch.history import PARTS
 from moehive.swarm.prefetch.predictors import LinearMap, Point, Predictor, ranking, unit
@@ -17,6 +18,7 @@ from moehive.swarm.tiers.lfru import Lfru
 
 HIDDEN, EXPERTS, TOP_K, TOKENS = 12, 16, 4, 1500
 LAYERS = (3, 5)
+ASKER = Asker(*(np.zeros(1, np.float32),) * 4)
 
 
 def a_model(random: np.random.Generator) -> tuple[States, np.ndarray, dict[int, Router]]:
@@ -51,14 +53,15 @@ def test_guesses_get_better_without_a_trace() -> None:
     assert again == before, "what learns is a copy"
 
 
-def test_a_step_takes_its_share_off_the_error() -> None:
+@pytest.mark.parametrize(("asker", "rate"), [(None, adapting.RATE), (ASKER, adapting.FITTED_RATE)])
+def test_a_step_takes_its_share_off_the_error(asker: Asker | None, rate: float) -> None:
     random = np.random.default_rng(1)
     router = Router(random.random((EXPERTS, HIDDEN)).astype(np.float32), np.zeros(EXPERTS, np.float32), np.ones(HIDDEN))
-    found = LinearMap(np.zeros((HIDDEN, EXPERTS), np.float32), np.zeros(EXPERTS, np.float32))
+    found = LinearMap(np.zeros((HIDDEN, EXPERTS), np.float32), np.zeros(EXPERTS, np.float32), None, asker)
     features, row = 9 * unit(random.standard_normal(HIDDEN)), unit(random.standard_normal(HIDDEN))
     adapt(found, features, router, row)
     left = (router.logits(row) - found.scores(features)) / router.logits(row)
-    assert left == pytest.approx(np.full(EXPERTS, 1 - adapting.RATE), abs=0.02)
+    assert left == pytest.approx(np.full(EXPERTS, 1 - rate), abs=0.02)
 
 
 def test_large_maps_learn_seldom_and_only_from_the_token_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """What guesses are worth on the demo model, on text that it writes itself: the figures that were asked for.
 
 Recall at the entry of a layer, one layer of experts ahead: 0.85 at k without training, 0.93 fitted, with no more than a
-quarter of the bytes wasted. 0.93 takes somewhat more guesses than k (two).
+quarter of the bytes wasted. Fitted to the 4,300 tokens here, 0.93 takes somewhat more guesses than k (two); fitted to
+thirty times as many it does not (scripts/bench/prefetch.py).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from moehive.swarm.prefetch.fitting import Router, States, by_routers, fit, states_of
-from moehive.swarm.prefetch.predictors import Point, Predictor
+from moehive.swarm.prefetch.fitting import Router, States, by_routers, states_of
+from moehive.swarm.prefetch.predictors import Point
 from moehive.swarm.prefetch.routers import routers_of
 from moehive.swarm.prefetch.scoring import Experts, split, tokens_recall, width_for
+from moehive.swarm.prefetch.training import fit
 from moehive.swarm.trace.recording import Recorder
 
 DEMO = Path(__file__).parents[3] / "node" / "demo" / "model"
@@ -54,11 +56,15 @@ def test_untrained_guesses_learn_to_name_what_is_used() -> None:
     assert width_for(untrained, late, used, LAYERS, Point.ENTRY, 0.85, routers).wasted <= 0.25
 
 
-def test_a_fit_reaches_more_and_wastes_no_more_than_a_quarter() -> None:
+def test_a_fit_reaches_more_and_wastes_little() -> None:
     states, experts, routers = recorded()
     (first, _), (late, used) = split(states, experts, 0.7)
-    fitted = Predictor(fit(first, LAYERS, routers), 2, states.inputs.shape[2])
+    fitted = fit(first, LAYERS, routers, 2)
     found = width_for(fitted, late, used, LAYERS, Point.ENTRY, 0.93, routers)
     assert found.recall >= 0.93
-    assert found.wasted <= 0.25
-    assert np.diff(tokens_recall(fitted, late, used, LAYERS, routers)[0].at).min() > 0
+    assert found.wasted <= 0.15
+    entry, before, earlier = tokens_recall(fitted, late, used, LAYERS, routers)
+    assert entry.at[0] >= 0.89
+    assert before.at[0] >= 0.85
+    assert before.at[0] > earlier.at[0]
+    assert np.diff(entry.at).min() > 0

@@ -39,7 +39,7 @@ def test_a_fit_knows_what_the_tokens_before_add() -> None:
     fitted, plain = fit(states, LAYERS, routers, TOP_K), by_routers(routers, TOP_K)
     for layer in LAYERS:
         now = recalls(held_out, routers, fitted, layer, Point.ENTRY)
-        assert now > 0.9
+        assert now > 0.8
         assert now > recalls(held_out, routers, plain, layer, Point.ENTRY) + 0.1
     near, far, farther = (recalls(held_out, routers, fitted, 6, point) for point in Point)
     assert near > far > farther
