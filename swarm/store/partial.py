@@ -1,7 +1,9 @@
 """One download on its way to becoming an object: verified chunks written in any order, then one atomic rename.
 
 There is no record of which chunks are there. Opening the file hashes it, so nothing can contradict the bytes: a crash,
-a torn write or a quarantined object leaves chunks that are either right or missing.
+a torn write or a quarantined object leaves chunks that are either right or missing. The right ones are written once
+more: whoever wrote them may have been killed just after a sync had failed, and then the kernel calls clean what never
+reached the disk.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class PartialObject:
             self._verified = set(range(len(self.chunks.hashes)))
             return self
         try:
-            self._verified = set() if new else self._hash_chunks(self._fd)
+            self._verified = set() if new else self._adopt_chunks(self._fd)
         except BaseException:
             self._close()
             raise
@@ -183,8 +185,11 @@ class PartialObject:
             self._discard()
             raise
 
-    def _hash_chunks(self, fd: int) -> set[int]:
-        """The chunks that are right. A region that cannot be read is as good as missing: writing may remap it."""
+    def _adopt_chunks(self, fd: int) -> set[int]:
+        """The chunks that are right. A region that cannot be read is as good as missing: writing may remap it.
+
+        Raises DiskFull, StorageError.
+        """
         right = set()
         for index in range(len(self.chunks.hashes)):
             offset, length = chunk_range(index, self.chunks.size)
@@ -193,7 +198,11 @@ class PartialObject:
             except OSError:
                 continue
             if self.chunks.matches(index, data):
+                with storage_errors("write", self._path):
+                    self._fs.pwrite(fd, data, offset)
+                    self._fs.start_writing(fd, offset, length)
                 right.add(index)
+        self._unsynced = bool(right)
         return right
 
     def _open_fd(self) -> int:
