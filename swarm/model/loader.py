@@ -47,8 +47,7 @@ class ExpertLoader:
         quantization = manifest.model.quantization
         self._block = quantization.block if quantization else None
         self._biased = manifest.model.ffn.bias
-        self.buffers = HostBuffers()  # of shards
-        self.widened = HostBuffers()  # of what is computed with
+        self.buffers = HostBuffers()  # of shards, and of what is computed with
 
     @property
     def manifest(self) -> Manifest:
@@ -128,11 +127,6 @@ class ExpertLoader:
                 tensors[short] = torch.empty(entry.shape, dtype=TORCH_DTYPE[entry.dtype], device="meta")
         return self.matrices(key, tensors)
 
-    def drop_buffers(self) -> None:
-        """Give buffers that nobody uses to the system."""
-        self.buffers.drop()
-        self.widened.drop()
-
     def _empty(self, dtype: torch.dtype) -> Empty:
         """Makes an expert's matrices in one buffer, which is used again when they are gone."""
         left = [Tensor()]
@@ -140,7 +134,7 @@ class ExpertLoader:
         def empty(shape: tuple[int, ...]) -> Tensor:
             size = prod(shape) * dtype.itemsize
             if left[0].numel() < size:
-                left[0] = self.widened.allocate(self._matrix_bytes(dtype) + _PARTS * ALIGNMENT, 0)
+                left[0] = self.buffers.allocate(self._matrix_bytes(dtype) + _PARTS * ALIGNMENT, 0)
             memory, left[0] = left[0][:size], left[0][-(-size // ALIGNMENT) * ALIGNMENT :]
             return memory.view(dtype).view(shape)
 

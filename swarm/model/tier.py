@@ -66,7 +66,7 @@ class WeightsTier(RamTier[WeightsKey, ExpertWeights]):
             policy=Lfru(_place, top_k=loader.top_k),
             group=lambda key: key[0].layer,
             out_of_memory=is_out_of_memory,
-            freed=loader.drop_buffers,
+            freed=loader.buffers.drop,
         )
 
     def close(self) -> None:
