@@ -38,6 +38,7 @@ class HostBuffers:
         self._lock = threading.RLock()  # a buffer may come back, by garbage collection, inside any of our own lines
         self._generation = 0
         self._used = self._most = 0  # bytes now, and at once since the last drop
+        self._keeps = True
         self.fresh = self.reused = 0  # buffers
 
     def allocate(self, size: int, aligned_offset: int = 0) -> Tensor:
@@ -70,6 +71,12 @@ class HostBuffers:
             self._free = []
             self._most = self._used
 
+    def keep(self, keeps: bool) -> None:
+        """Whether free buffers are kept from now on: not where other memory takes their place in the budget."""
+        with self._lock:
+            self._keeps = keeps
+            self.drop()
+
     def _take(self, size: int) -> NDArray[Any]:
         with self._lock:
             self._used += size
@@ -92,5 +99,5 @@ class HostBuffers:
     def _give_back(self, memory: NDArray[np.uint8], generation: int) -> None:
         with self._lock:
             self._used -= memory.nbytes
-            if generation == self._generation:
+            if self._keeps and generation == self._generation:
                 self._free.append(memory)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moehive.kernels.canonical import Empty, canonical_weights, stored_matrices
+from moehive.kernels.cpu.packed import most_packed_bytes
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec
 from moehive.kernels.formats import ExpertMatrices
 from moehive.protocol.errors import ManifestError
@@ -65,10 +66,7 @@ class ExpertLoader:
 
     def room(self, key: ExpertKey, dtype: torch.dtype) -> int:
         """Bytes that loading an expert takes at most: its shard, and its weights where they are not views of it."""
-        shard = self._manifest.experts[key]
-        stored = (entry.dtype for entry in tensor_table(self._manifest, shard).values())
-        views = not self.spec.transposed and not self._biased and all(TORCH_DTYPE[name] == dtype for name in stored)
-        return self.stored_room(key) + (0 if views else self.widened_room(dtype))
+        return self.stored_room(key) + (0 if self.is_view(key, dtype) else self.widened_room(dtype))
 
     def stored_room(self, key: ExpertKey) -> int:
         """Bytes of an expert as it is stored, in a buffer."""
@@ -78,10 +76,17 @@ class ExpertLoader:
         """Bytes of an expert's weights that are no views of its shard, at most."""
         return self.nbytes(dtype) + (_PARTS + 1) * ALIGNMENT
 
-    def is_view(self, dtype: torch.dtype) -> bool:
+    def packed_room(self) -> int:
+        """Bytes of an expert's bf16 weights once they are packed (kernels/cpu/packed.py), at most."""
+        inner, hidden = self._manifest.model.intermediate_size, self._manifest.model.hidden_size
+        biases = self.nbytes(torch.bfloat16) - self._matrix_bytes(torch.bfloat16)
+        return most_packed_bytes(2 * inner, hidden) + most_packed_bytes(hidden, inner) + biases
+
+    def is_view(self, key: ExpertKey, dtype: torch.dtype) -> bool:
         """Whether what is computed with, of `dtype`, is what is stored."""
-        key = next(iter(self._manifest.experts))
-        return self.room(key, dtype) == self.stored_room(key)
+        shard = self._manifest.experts[key]
+        stored = (entry.dtype for entry in tensor_table(self._manifest, shard).values())
+        return not self.spec.transposed and not self._biased and all(TORCH_DTYPE[name] == dtype for name in stored)
 
     def largest_room(self, dtype: torch.dtype) -> int:
         """The most that `room` says of any expert."""
