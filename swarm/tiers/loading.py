@@ -124,6 +124,8 @@ class Loading(Generic[K, V]):
             raise
         finally:
             flight.done.set()
+            if flight.ended is not None:
+                flight.ended()
         if self._arrive is not None and coming is not None:
             self._arrive(coming)
             with self._lock:
