@@ -112,7 +112,9 @@ class ExpertLoader:
     def widen(self, key: ExpertKey, tensors: StoredExpert, dtype: torch.dtype) -> ExpertWeights:
         """What is computed with, of `dtype`: views where nothing changes. Raises ManifestError for no such expert."""
         with self._explained(key):
-            return canonical_weights(tensors, self.spec, dtype, block=self._block, empty=self._empty(dtype))
+            weights = canonical_weights(tensors, self.spec, dtype, block=self._block, empty=self._empty(dtype))
+            self._check_shapes(tuple(weights.gate_up.shape), tuple(weights.down.shape))
+            return weights
 
     def matrices(self, key: ExpertKey, tensors: StoredExpert) -> ExpertMatrices:
         """The same in the format that it is stored in. Raises ManifestError for tensors that make no such expert."""
@@ -134,16 +136,26 @@ class ExpertLoader:
 
     def _empty(self, dtype: torch.dtype) -> Empty:
         """Makes an expert's matrices in one buffer, which is used again when they are gone."""
-        left = [Tensor()]
+        left, room = [Tensor()], self._matrix_bytes(dtype) + _PARTS * ALIGNMENT
 
         def empty(shape: tuple[int, ...]) -> Tensor:
             size = prod(shape) * dtype.itemsize
+            if size > room:
+                raise ValueError(f"a matrix of {prod(shape)} elements, which no expert of the model has")
             if left[0].numel() < size:
-                left[0] = self.buffers.allocate(self._matrix_bytes(dtype) + _PARTS * ALIGNMENT, 0)
+                left[0] = self.buffers.allocate(room, 0)
             memory, left[0] = left[0][:size], left[0][-(-size // ALIGNMENT) * ALIGNMENT :]
             return memory.view(dtype).view(shape)
 
         return empty
+
+    def _check_shapes(self, *found: tuple[int, ...]) -> None:
+        """Raise ValueError for other matrices than those of the model's experts, which have one shape."""
+        inner, hidden = self._manifest.model.intermediate_size, self._manifest.model.hidden_size
+        shapes = (2 * inner, hidden), (hidden, inner)
+        wanted = tuple(shape[::-1] for shape in shapes) if self.spec.transposed else shapes
+        if found != wanted:
+            raise ValueError(f"an expert's matrices are {found}, the model's {wanted}")
 
     @contextmanager
     def _explained(self, key: ExpertKey) -> Iterator[None]:
