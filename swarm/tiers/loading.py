@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Final, Generic, TypeVar
 
 from moehive.protocol.errors import MemoryExhausted
@@ -86,6 +86,12 @@ class Loading(Generic[K, V]):
         """The budget."""
         return self._residency.budget
 
+    @property
+    def excess_bytes(self) -> int:
+        """Bytes beyond a budget that was lowered: in use, or promised to loads under way. They go when they can."""
+        with self._lock:
+            return self._residency.excess
+
     def _submit(self, flight: Flight[K, V]) -> None:
         """Inside the lock: let a loader thread fly it; its bytes are reserved."""
         if self._pool is None:
@@ -101,7 +107,7 @@ class Loading(Generic[K, V]):
     def _fly(self, flight: Flight[K, V]) -> Entry[K, V]:
         try:
             if not flight.reserved:
-                self._reserve(flight)
+                self._reserve_for(flight)
             started = self._clock()
             flight.value = self._load(flight)
             coming = None if self._arrive is None else flight.value
@@ -118,6 +124,8 @@ class Loading(Generic[K, V]):
             raise
         finally:
             flight.done.set()
+            if flight.ended is not None:
+                flight.ended()
         if self._arrive is not None and coming is not None:
             self._arrive(coming)
             with self._lock:
@@ -146,7 +154,8 @@ class Loading(Generic[K, V]):
         """What is held now, less one entry of this size, is evidently all that the machine has."""
         with self._lock:
             held = self._residency.resident + self._residency.reserved
-            self._residency.resize(max(self._residency.kept, held - flight.reserved))
+            least = max(self._residency.kept, held - flight.reserved)
+            self._residency.resize(min(self._residency.budget, least))  # it may have been lowered meanwhile
             self._shrinks += 1
         self._freed()
 
@@ -184,21 +193,40 @@ class Loading(Generic[K, V]):
         self._residency.counts(group).loads.add(seconds)
         self.load_seconds += (_SMOOTHING if self.load_seconds else 1.0) * (seconds - self.load_seconds)
 
-    def _reserve(self, flight: Flight[K, V]) -> None:
-        """Wait until the bytes of a load are promised. Raises BudgetTooSmall."""
-        key, room = flight.key, self._room_of(flight.key)
+    @contextmanager
+    def borrow(self, size: int, what: str) -> Iterator[None]:
+        """`size` bytes of the budget for `what`, which is no entry, as long as the context lasts.
+
+        Waits for them as a load does; raises BudgetTooSmall.
+        """
         with self._room:
-            deadline = time.monotonic() + self._wait
-            while not self._residency.reserve(key, room):
-                left = deadline - time.monotonic()
-                if left <= 0 or room > self._residency.budget:
-                    raise self._residency.refusal(f"{self.name} tier, {key}", room)
-                self._waiting += 1
-                try:
-                    self._room.wait(left)
-                finally:
-                    self._waiting -= 1
+            self._reserve(None, size, what)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._residency.cancel(size)
+                self._notify()
+
+    def _reserve_for(self, flight: Flight[K, V]) -> None:
+        """Wait until the bytes of a load are promised. Raises BudgetTooSmall."""
+        room = self._room_of(flight.key)
+        with self._room:
+            self._reserve(flight.key, room, str(flight.key))
             flight.reserved = room
+
+    def _reserve(self, key: K | None, size: int, what: str) -> None:
+        """Inside the lock: wait until `size` bytes are promised."""
+        deadline = time.monotonic() + self._wait
+        while not self._residency.reserve(key, size):
+            left = deadline - time.monotonic()
+            if left <= 0 or size > self._residency.budget:
+                raise self._residency.refusal(f"{self.name} tier, {what}", size)
+            self._waiting += 1
+            try:
+                self._room.wait(left)
+            finally:
+                self._waiting -= 1
 
     def _notify(self) -> None:
         """Inside the lock."""
