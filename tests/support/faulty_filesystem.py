@@ -57,6 +57,7 @@ class FaultyFileSystem:
         self.steps = 0
         self.log: list[str] = []
         self.capacity = capacity  # bytes of all files together
+        self.direct = True  # whether writes past the page cache work
         self._random = Random(seed)
         self._names: dict[Path, _File | None] = dict.fromkeys(existing)
         self._durable_names = dict(self._names)
@@ -91,7 +92,7 @@ class FaultyFileSystem:
     def after_power_cut(self) -> FaultyFileSystem:
         """The machine's disk after the cut, or after a cut right now."""
         rebooted = FaultyFileSystem(capacity=self.capacity, seed=self._random.getrandbits(32))
-        rebooted.now = self.now
+        rebooted.now, rebooted.direct = self.now, self.direct
         names = dict(self._durable_names)
         for change in self._pending:
             if self._random.random() < 0.5:
@@ -204,22 +205,12 @@ class FaultyFileSystem:
         node.modified = self.now
 
     def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-        node, copy = self._file(fd), bytes(data)
+        self._write("pwrite", fd, data, offset)
 
-        def write(target: bytearray, random: Random | None) -> None:
-            target.extend(bytes(max(0, offset - len(target))))
-            for start in range(0, len(copy), SECTOR):
-                if random is None or random.random() < 0.7:
-                    piece = copy[start : start + SECTOR]
-                    target[offset + start : offset + start + len(piece)] = piece
-
-        if self.steps == self._cut_at:  # the write that the power cut tears
-            node.pending.append(write)
-        self._step("pwrite", offset)
-        self._need_space(offset + len(copy) - len(node.data))
-        write(node.data, None)
-        node.pending.append(write)
-        node.modified = self.now
+    def pwrite_direct(self, fd: int, data: memoryview, offset: int) -> bool:
+        """As lost without a sync as any other. One that is refused has written some of it, as a short one has."""
+        self._write("pwrite_direct", fd, data if self.direct else data[: len(data) // 2], offset)
+        return self.direct
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         node = self._file(fd)
@@ -296,6 +287,24 @@ class FaultyFileSystem:
             code, self._named_fault = self._named_fault[2], None
         if code is not None:
             raise OSError(code, os.strerror(code))
+
+    def _write(self, call: str, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+        node, copy = self._file(fd), bytes(data)
+
+        def write(target: bytearray, random: Random | None) -> None:
+            target.extend(bytes(max(0, offset - len(target))))
+            for start in range(0, len(copy), SECTOR):
+                if random is None or random.random() < 0.7:
+                    piece = copy[start : start + SECTOR]
+                    target[offset + start : offset + start + len(piece)] = piece
+
+        if self.steps == self._cut_at:  # the write that the power cut tears
+            node.pending.append(write)
+        self._step(call, offset)
+        self._need_space(offset + len(copy) - len(node.data))
+        write(node.data, None)
+        node.pending.append(write)
+        node.modified = self.now
 
     def _file(self, fd: int) -> _File:
         if self._dead:
