@@ -19,6 +19,7 @@ from moehive.protocol.ids import ShardHash
 
 from .base import WrongBytes
 from .filesystem import FileSystem, storage_errors
+from .writing import ChunkWriter
 
 
 class Home(Protocol):
@@ -40,8 +41,8 @@ class Home(Protocol):
 class PartialObject:
     """A download, as a context manager; leaving it keeps what was written, unless that is nothing.
 
-    Methods block on the disk and may be called from several threads. Writes of one object take turns (a chunk is in the
-    page cache in under a millisecond); hashing, which costs as much, does not. Where another process finished the
+    Methods block on the disk and may be called from several threads. Writes of one object take turns, because
+    the disk does not get faster by more at a time; hashing does not. Where another process finished the
     object first, nothing is missing and `commit` returns its path.
     """
 
@@ -50,6 +51,7 @@ class PartialObject:
         self.chunks = chunks
         self._home = home
         self._fs = fs
+        self._writer = ChunkWriter(fs)
         self._lock = threading.Lock()
         self._syncing = threading.Lock()  # the file stays open while it is held; taken inside `_lock`
         self._unsynced = False
@@ -99,10 +101,9 @@ class PartialObject:
             raise WrongBytes(f"{len(data)} bytes are not chunk {index} of object {self.object_hash}")
         with self._lock:
             if index not in self._verified:
-                fd, (offset, length) = self._open_fd(), chunk_range(index, self.chunks.size)
+                fd, (offset, _) = self._open_fd(), chunk_range(index, self.chunks.size)
                 with storage_errors("write", self._path):
-                    self._fs.pwrite(fd, data, offset)
-                    self._fs.start_writing(fd, offset, length)
+                    self._writer.write(fd, data, offset)
                 self._verified.add(index)
                 self._unsynced = True
 

@@ -61,6 +61,7 @@ class FaultyFileSystem:
         self.steps = 0
         self.log: list[str] = []
         self.capacity = capacity  # bytes of all files together
+        self.direct = True  # whether writes past the page cache work
         self._random = Random(seed)
         self._names: dict[Path, _File | None] = dict.fromkeys(existing)
         self._durable_names = dict(self._names)
@@ -103,7 +104,7 @@ class FaultyFileSystem:
         `undoing_removals`: no removal has reached the disk that did not have to, and everything else has.
         """
         rebooted = FaultyFileSystem(capacity=self.capacity, seed=self._random.getrandbits(32))
-        rebooted.now = self.now
+        rebooted.now, rebooted.direct = self.now, self.direct
         names = dict(self._durable_names)
         for change in self._pending:
             if change.target is not None if undoing_removals else self._random.random() < 0.5:
@@ -215,26 +216,12 @@ class FaultyFileSystem:
         node.modified = self.now
 
     def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-        node, copy = self._file(fd), bytes(data)
+        self._write("pwrite", fd, data, offset)
 
-        def write(target: bytearray, random: Random | None) -> None:
-            target.extend(bytes(max(0, offset - len(target))))
-            for start in range(0, len(copy), SECTOR):
-                if random is None or random.random() < 0.7:
-                    piece = copy[start : start + SECTOR]
-                    target[offset + start : offset + start + len(piece)] = piece
-
-        if self.steps == self._cut_at:  # the write that the power cut tears
-            node.pending.append(write)
-        if self.steps == self._kill_at:
-            copy = copy[: self._random.randrange(len(copy) + 1)]
-            write(node.data, None)
-            node.pending.append(write)
-        self._step("pwrite", offset)
-        self._need_space(offset + len(copy) - len(node.data))
-        write(node.data, None)
-        node.pending.append(write)
-        node.modified = self.now
+    def pwrite_direct(self, fd: int, data: memoryview, offset: int) -> bool:
+        """As lost without a sync as any other. One that is refused has written some of it, as a short one has."""
+        self._write("pwrite_direct", fd, data if self.direct else data[: len(data) // 2], offset)
+        return self.direct
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         node = self._file(fd)
@@ -314,6 +301,28 @@ class FaultyFileSystem:
     def _need_life(self) -> None:
         if self._dead is not None:
             raise self._dead
+
+    def _write(self, call: str, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+        node, copy = self._file(fd), bytes(data)
+
+        def write(target: bytearray, random: Random | None) -> None:
+            target.extend(bytes(max(0, offset - len(target))))
+            for start in range(0, len(copy), SECTOR):
+                if random is None or random.random() < 0.7:
+                    piece = copy[start : start + SECTOR]
+                    target[offset + start : offset + start + len(piece)] = piece
+
+        if self.steps == self._cut_at:  # the write that the power cut tears
+            node.pending.append(write)
+        if self.steps == self._kill_at:
+            copy = copy[: self._random.randrange(len(copy) + 1)]
+            write(node.data, None)
+            node.pending.append(write)
+        self._step(call, offset)
+        self._need_space(offset + len(copy) - len(node.data))
+        write(node.data, None)
+        node.pending.append(write)
+        node.modified = self.now
 
     def _file(self, fd: int) -> _File:
         self._need_life()

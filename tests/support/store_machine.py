@@ -88,9 +88,10 @@ class _Download:
 class StoreUnderFire(RuleBasedStateMachine):
     """Two processes on one store: downloads, reads, deletions, bit rot, faults, kills and power cuts in any order."""
 
-    @initialize(seed=st.integers(0, 1 << 30), filled=st.booleans())
-    def boot(self, seed: int, filled: bool) -> None:
+    @initialize(seed=st.integers(0, 1 << 30), filled=st.booleans(), direct=st.booleans())
+    def boot(self, seed: int, filled: bool, direct: bool) -> None:
         self.fs = FaultyFileSystem(HOME, seed=seed)
+        self.fs.direct = direct
         self.durable: set[ShardHash] = set()  # committed, and not deleted since
         self.rotten: set[ShardHash] = set()  # a bit was flipped in a final file, which a power cut may bring back
         self.start_processes()
