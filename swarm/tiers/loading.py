@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from traceback import clear_frames
 from typing import Final, Generic, TypeVar
 
 from moehive.protocol.errors import MemoryExhausted
@@ -24,6 +25,14 @@ V = TypeVar("V")
 LOADERS: Final = 2  # threads that load ahead of the one that computes
 _SMOOTHING: Final = 0.1
 _WAIT: Final = 60.0  # seconds a miss waits for others to release, before it reports what budget would have done
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Whoever keeps an error keeps no memory by it: its frames have what was half loaded, which nobody counts."""
+    found: BaseException | None = error
+    while found is not None:
+        clear_frames(found.__traceback__)
+        found = found.__cause__ or found.__context__
 
 
 class Loading(Generic[K, V]):
@@ -113,6 +122,7 @@ class Loading(Generic[K, V]):
             coming = None if self._arrive is None else flight.value
             entry = self._publish(flight, None if self._arrive else self._clock() - started)
         except BaseException as error:
+            _forget_frames(error)
             flight.error = error
             with self._lock:
                 self._failed_loads += 1

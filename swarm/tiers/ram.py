@@ -182,6 +182,7 @@ class RamTier(Loading[K, V]):
                 self._residency.cancel(flight.reserved)
                 self._residency.speculation.loads -= 1
                 self._residency.speculation.cancelled += 1
+                self._notify()
 
     def keys(self) -> Sequence[K]:
         """What is resident now."""
