@@ -64,11 +64,14 @@ def test_direct_writes_leave_nothing_in_the_page_cache_and_the_descriptor_as_it_
 
     fs = Recorder()
     writer = ChunkWriter(fs)
-    writer.write(fd, aligned(DATA), 0)
-    writer.write(fd, bytes(DATA), CHUNK_SIZE)
-    assert fs.buffered == 0
     writer.write(fd, b"the end", 2 * CHUNK_SIZE)
     assert fs.buffered == 7
+    writer.write(fd, aligned(DATA), 0)
+    writer.write(fd, DATA, CHUNK_SIZE)
+    assert fs.buffered == 7
+    for index in range(2):
+        with pytest.raises(BlockingIOError):  # it is not in memory
+            os.preadv(fd, [bytearray(BLOCK)], index * CHUNK_SIZE, os.RWF_NOWAIT)
     assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
     assert LOCAL.pread(fd, 2 * CHUNK_SIZE + 7, 0) == DATA + DATA + b"the end"
 
