@@ -21,6 +21,7 @@ from moehive.kernels.formats import ExpertMatrices, WeightFormat, WeightMatrix
 from .processor import this_processor
 
 _SMALLEST: Final = 1 << 14  # elements: below, calling oneDNN costs more than it saves
+_BLOCK: Final = 64  # rows and columns of a block of that layout at most: both are filled up to whole blocks
 _PADDED: Final = 1 << 20  # elements: from here on, four equal rows are faster than one or two
 
 
@@ -86,6 +87,13 @@ def pack_expert(expert: ExpertMatrices) -> PackedExpert:
 def packed_bytes(blocked: Tensor) -> int:
     """Bytes of an opaque tensor, padding included."""
     return int(torch.ops.mkldnn._nbytes(blocked))
+
+
+def most_packed_bytes(rows: int, columns: int) -> int:
+    """What a bf16 matrix [rows, columns] takes at most once `pack_weights` made it ready, padding included."""
+    if rows * columns < _SMALLEST:
+        return 2 * rows * columns
+    return 2 * (-(-rows // _BLOCK) * _BLOCK) * (-(-columns // _BLOCK) * _BLOCK)
 
 
 def pack_weights(weights: ExpertWeights) -> ExpertWeights:

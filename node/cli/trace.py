@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
     from moehive.swarm.tiers.replay import Replay
     from moehive.swarm.trace.routing import RoutingTrace
-    from moehive.swarm.trace.scoring import Scores
+    from moehive.swarm.trace.scoring import Marks, Scores
 
 _POLICIES = {
     "lru": "LRU",
     "lfu": "LFU",
     "lfru": "moehive",
     "fitted": "fitted to the trace",
+    "foreseen": "and told the next layer",
     "belady": "Belady (knows the future)",
 }
 
@@ -98,7 +99,8 @@ def replay(file: Path, /, *, resident: tuple[Percent, ...] = (25.0, 50.0), json:
 
     LRU evicts what was used longest ago, LFU what was used least often. Belady's policy knows the future: no policy
     that loads on demand does better. How far the past tells the future is seen from moehive's policy when it is told
-    what regressions say that were fitted to the half of the trace that is not at hand. `layers` is the share of layer
+    what regressions say that were fitted to the half of the trace that is not at hand, and how far the best of guesses
+    would help from the same policy when it knows, besides, what the next layer uses. `layers` is the share of layer
     calls that found all their experts.
 
     Parameters
@@ -111,20 +113,24 @@ def replay(file: Path, /, *, resident: tuple[Percent, ...] = (25.0, 50.0), json:
         Print one JSON object instead of a table.
     """
     from moehive.swarm.trace.files import read_trace
-    from moehive.swarm.trace.scoring import fits_of, score, slots_of
+    from moehive.swarm.trace.scoring import fits_of, mark, score, slots_of
 
     trace = read_trace(file)
     fits = fits_of(trace)
-    scores = {percent: score(trace, slots_of(trace, percent / 100), fits) for percent in resident}
+    slots = {percent: slots_of(trace, percent / 100) for percent in resident}
+    found = [(percent, score(trace, some), mark(trace, some, fits)) for percent, some in slots.items()]
     if json:
-        say_json(_trace_json(trace) | {"scores": [_score_json(percent, found) for percent, found in scores.items()]})
+        say_json(_trace_json(trace) | {"scores": [_score_json(*each) for each in found]})
         return
     say(_describe(trace))
-    for percent, found in scores.items():
-        closed, by_fit = (f"{100 * share:.0f} %" for share in (found.closed, found.closed_by_fit))
-        say(f"\n{percent:g} % resident: {found.slots} of {_experts(trace)} experts; moehive's policy closes {closed} "
-            f"of the gap from LRU to Belady, fitted to the trace {by_fit}")  # fmt: skip
-        rows = [(name, *_row(getattr(found, policy))) for policy, name in _POLICIES.items()]
+    for percent, scores, marks in found:
+        shares = {name: f"{100 * scores.share(replay):.0f} %" for name, replay in _replays(scores, marks).items()}
+        say(
+            f"\n{percent:g} % resident: {scores.slots} of {_experts(trace)} experts; moehive's policy closes "
+            f"{shares['lfru']} of the gap from LRU to Belady, fitted to the trace {shares['fitted']}, told the next "
+            f"layer too {shares['foreseen']}"
+        )
+        rows = [(_POLICIES[name], *_row(replay)) for name, replay in _replays(scores, marks).items()]
         say(table(("policy", "hits", "layers", "loads", "evictions"), rows))
 
 
@@ -183,9 +189,18 @@ def _trace_json(trace: RoutingTrace) -> dict[str, Any]:
     }
 
 
-def _score_json(percent: float, scores: Scores) -> dict[str, Any]:
-    policies = {policy: _replay_json(getattr(scores, policy)) for policy in _POLICIES}
-    closed = {"gapClosed": round(scores.closed, 4), "gapClosedByFit": round(scores.closed_by_fit, 4)}
+def _replays(scores: Scores, marks: Marks) -> dict[str, Replay]:
+    """All of a budget, in the order of `_POLICIES`."""
+    return {name: getattr(scores, name, None) or getattr(marks, name) for name in _POLICIES}
+
+
+def _score_json(percent: float, scores: Scores, marks: Marks) -> dict[str, Any]:
+    policies = {name: _replay_json(replay) for name, replay in _replays(scores, marks).items()}
+    closed = {
+        "gapClosed": round(scores.closed, 4),
+        "gapClosedByFit": round(scores.share(marks.fitted), 4),
+        "gapClosedByForesight": round(scores.share(marks.foreseen), 4),
+    }
     return {"residentPercent": percent, "slots": scores.slots} | closed | policies
 
 

@@ -99,7 +99,8 @@ class LocalExperts:
         out = torch.zeros_like(hidden)  # [T, H]
         if hidden.shape[0] == 1:
             order = order_of_token(top_k_index, self._num_experts)
-            rows = self._token_rows(layer, [expert for expert, _ in order], hidden)
+            # A router of somebody's own may choose an expert twice, with two weights: it is computed once.
+            rows = self._token_rows(layer, list(dict.fromkeys(expert for expert, _ in order)), hidden)
             for expert, position in order:
                 add_token_row(out, rows[expert], position, top_k_weights)
             return out

@@ -1,4 +1,4 @@
-"""Host memory that is used again: buffers for shards, taken back when nobody can see them any more.
+"""Host memory that is used again: buffers for shards and weights, taken back when nobody can see them any more.
 
 Memory fresh from the system costs a page fault and a cleared page for every 4 KiB, which for an expert is a large part
 of reading it from the page cache. A buffer comes back when the last tensor on it is gone, however many views were made
@@ -25,17 +25,20 @@ Allocate = Callable[[int, int], Tensor]  # (size, aligned offset) -> uint8 [size
 
 
 class HostBuffers:
-    """Buffers of shards. `allocate` stands for `empty_bytes`; thread-safe.
+    """Buffers of any size. Thread-safe.
 
-    Bytes that are free but kept never add to those in use beyond the most that were in use at once: memory is asked for
-    only when no free buffer fits, and then all free buffers of other sizes are given to the system first. `drop` gives
-    them up at any time.
+    Those that are free and those in use together never take more bytes than were in use at once since the last `drop`,
+    so that who keeps what is in use within a budget keeps all of it there. Where fresh memory would take more, free
+    buffers of other sizes go back to the system first, the oldest before others. One pool for all that shares a budget:
+    two would each keep their own most.
     """
 
     def __init__(self) -> None:
-        self._free: list[NDArray[np.uint8]] = []
+        self._free: list[NDArray[np.uint8]] = []  # oldest first
         self._lock = threading.RLock()  # a buffer may come back, by garbage collection, inside any of our own lines
         self._generation = 0
+        self._used = self._most = 0  # bytes now, and at once since the last drop
+        self._keeps = True
         self.fresh = self.reused = 0  # buffers
 
     def allocate(self, size: int, aligned_offset: int = 0) -> Tensor:
@@ -55,24 +58,46 @@ class HostBuffers:
         with self._lock:
             return sum(memory.nbytes for memory in self._free)
 
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes of all buffers, in use or free."""
+        with self._lock:
+            return self._used + self.free_bytes
+
     def drop(self) -> None:
         """Give all free buffers to the system; what is in use now does not come back here either."""
         with self._lock:
             self._generation += 1
             self._free = []
+            self._most = self._used
+
+    def keep(self, keeps: bool) -> None:
+        """Whether free buffers are kept from now on: not where other memory takes their place in the budget."""
+        with self._lock:
+            self._keeps = keeps
+            self.drop()
 
     def _take(self, size: int) -> NDArray[Any]:
         with self._lock:
+            self._used += size
+            self._most = max(self._most, self._used)
             for index, memory in enumerate(self._free):
                 if memory.nbytes == size:
                     del self._free[index]
                     self.reused += 1
                     return memory
-            self._free = []
+            while self._free and self._used + self.free_bytes > self._most:
+                del self._free[0]
             self.fresh += 1
-        return np.empty(size, dtype=np.uint8)
+        try:
+            return np.empty(size, dtype=np.uint8)
+        except MemoryError:
+            with self._lock:
+                self._used -= size
+            raise
 
     def _give_back(self, memory: NDArray[np.uint8], generation: int) -> None:
         with self._lock:
-            if generation == self._generation:
+            self._used -= memory.nbytes
+            if self._keeps and generation == self._generation:
                 self._free.append(memory)

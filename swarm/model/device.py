@@ -204,9 +204,17 @@ class DeviceExperts:
             yield self.weights_in(slot)
 
     def upload(self, key: ExpertKey, dtype: torch.dtype) -> None:
-        """Begin to bring an expert that is in RAM to the device, if a thread is free and a slot is worth it."""
-        if dtype == self._layout.dtype:
-            self.tier.begin(key.layer, [key])
+        """Begin to bring an expert that is in RAM to the device, if a thread is free and a slot is worth it.
+
+        It stays in RAM until it is there: who has it from the swarm has no disk to load it from again.
+        """
+        in_ram = self.ram.try_lease((key, dtype)) if dtype == self._layout.dtype else None
+        if in_ram is None:
+            return
+        held = ExitStack()
+        held.enter_context(in_ram)
+        if not self.tier.begin_one(key, held.close):
+            held.close()
 
     def note(self, layer: int, rows: Mapping[int, int], tokens: int, dtype: torch.dtype) -> None:
         """What a call uses, where nothing has to wait for it."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moehive.kernels.canonical import Empty, canonical_weights, stored_matrices
+from moehive.kernels.cpu.packed import most_packed_bytes
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec
 from moehive.kernels.formats import ExpertMatrices
 from moehive.protocol.errors import ManifestError
@@ -47,8 +48,7 @@ class ExpertLoader:
         quantization = manifest.model.quantization
         self._block = quantization.block if quantization else None
         self._biased = manifest.model.ffn.bias
-        self.buffers = HostBuffers()  # of shards
-        self.widened = HostBuffers()  # of what is computed with
+        self.buffers = HostBuffers()  # of shards, and of what is computed with
 
     @property
     def manifest(self) -> Manifest:
@@ -66,10 +66,7 @@ class ExpertLoader:
 
     def room(self, key: ExpertKey, dtype: torch.dtype) -> int:
         """Bytes that loading an expert takes at most: its shard, and its weights where they are not views of it."""
-        shard = self._manifest.experts[key]
-        stored = (entry.dtype for entry in tensor_table(self._manifest, shard).values())
-        views = not self.spec.transposed and not self._biased and all(TORCH_DTYPE[name] == dtype for name in stored)
-        return self.stored_room(key) + (0 if views else self.widened_room(dtype))
+        return self.stored_room(key) + (0 if self.is_view(key, dtype) else self.widened_room(dtype))
 
     def stored_room(self, key: ExpertKey) -> int:
         """Bytes of an expert as it is stored, in a buffer."""
@@ -79,10 +76,17 @@ class ExpertLoader:
         """Bytes of an expert's weights that are no views of its shard, at most."""
         return self.nbytes(dtype) + (_PARTS + 1) * ALIGNMENT
 
-    def is_view(self, dtype: torch.dtype) -> bool:
+    def packed_room(self) -> int:
+        """Bytes of an expert's bf16 weights once they are packed (kernels/cpu/packed.py), at most."""
+        inner, hidden = self._manifest.model.intermediate_size, self._manifest.model.hidden_size
+        biases = self.nbytes(torch.bfloat16) - self._matrix_bytes(torch.bfloat16)
+        return most_packed_bytes(2 * inner, hidden) + most_packed_bytes(hidden, inner) + biases
+
+    def is_view(self, key: ExpertKey, dtype: torch.dtype) -> bool:
         """Whether what is computed with, of `dtype`, is what is stored."""
-        key = next(iter(self._manifest.experts))
-        return self.room(key, dtype) == self.stored_room(key)
+        shard = self._manifest.experts[key]
+        stored = (entry.dtype for entry in tensor_table(self._manifest, shard).values())
+        return not self.spec.transposed and not self._biased and all(TORCH_DTYPE[name] == dtype for name in stored)
 
     def largest_room(self, dtype: torch.dtype) -> int:
         """The most that `room` says of any expert."""
@@ -108,7 +112,9 @@ class ExpertLoader:
     def widen(self, key: ExpertKey, tensors: StoredExpert, dtype: torch.dtype) -> ExpertWeights:
         """What is computed with, of `dtype`: views where nothing changes. Raises ManifestError for no such expert."""
         with self._explained(key):
-            return canonical_weights(tensors, self.spec, dtype, block=self._block, empty=self._empty(dtype))
+            weights = canonical_weights(tensors, self.spec, dtype, block=self._block, empty=self._empty(dtype))
+            self._check_shapes(tuple(weights.gate_up.shape), tuple(weights.down.shape))
+            return weights
 
     def matrices(self, key: ExpertKey, tensors: StoredExpert) -> ExpertMatrices:
         """The same in the format that it is stored in. Raises ManifestError for tensors that make no such expert."""
@@ -128,23 +134,28 @@ class ExpertLoader:
                 tensors[short] = torch.empty(entry.shape, dtype=TORCH_DTYPE[entry.dtype], device="meta")
         return self.matrices(key, tensors)
 
-    def drop_buffers(self) -> None:
-        """Give buffers that nobody uses to the system."""
-        self.buffers.drop()
-        self.widened.drop()
-
     def _empty(self, dtype: torch.dtype) -> Empty:
         """Makes an expert's matrices in one buffer, which is used again when they are gone."""
-        left = [Tensor()]
+        left, room = [Tensor()], self._matrix_bytes(dtype) + _PARTS * ALIGNMENT
 
         def empty(shape: tuple[int, ...]) -> Tensor:
             size = prod(shape) * dtype.itemsize
+            if size > room:
+                raise ValueError(f"a matrix of {prod(shape)} elements, which no expert of the model has")
             if left[0].numel() < size:
-                left[0] = self.widened.allocate(self._matrix_bytes(dtype) + _PARTS * ALIGNMENT, 0)
+                left[0] = self.buffers.allocate(room, 0)
             memory, left[0] = left[0][:size], left[0][-(-size // ALIGNMENT) * ALIGNMENT :]
             return memory.view(dtype).view(shape)
 
         return empty
+
+    def _check_shapes(self, *found: tuple[int, ...]) -> None:
+        """Raise ValueError for other matrices than those of the model's experts, which have one shape."""
+        inner, hidden = self._manifest.model.intermediate_size, self._manifest.model.hidden_size
+        shapes = (2 * inner, hidden), (hidden, inner)
+        wanted = tuple(shape[::-1] for shape in shapes) if self.spec.transposed else shapes
+        if found != wanted:
+            raise ValueError(f"an expert's matrices are {found}, the model's {wanted}")
 
     @contextmanager
     def _explained(self, key: ExpertKey) -> Iterator[None]:

@@ -7,9 +7,12 @@ is widened into the other part, in a buffer that is used again, and what is comp
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Final, TypeAlias
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from torch import Tensor
 from moehive.kernels.cpu.packed import can_pack, pack_weights, packed_bytes
 from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.kernels.formats import ExpertMatrices
+from moehive.protocol.errors import BudgetTooSmall, MemoryExhausted
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.policy.budgets import ExpertForms, bytes_as_stored, least_experts, stays_widened
 from moehive.swarm.tiers.leases import Lease
@@ -34,10 +38,18 @@ _READ: Final = 0.5e9  # bytes per second, verified
 _WIDEN: Final = 1e9  # weights per second and thread: measured 1.0e9 for MXFP4, 1.0e9 to 1.6e9 for FP8, 1.9e9 for INT4
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How one expert is made ready. Chosen when room is promised to it, so that what it takes is what was promised."""
+
+    from_stored: bool  # from the part of RAM that holds experts as they are stored, which reads it where it is absent
+    packs: bool
+
+
 class WeightsTier(RamTier[WeightsKey, ExpertWeights]):
     """Experts as they are computed with, within `budget_bytes`; `hold_stored` takes a part of that for stored ones.
 
-    `read` stands for `loader.read`.
+    Buffers that are free are within it, too. `read` stands for `loader.read`.
     """
 
     def __init__(
@@ -45,8 +57,11 @@ class WeightsTier(RamTier[WeightsKey, ExpertWeights]):
     ) -> None:
         self._loader = loader
         self._read = loader.read if read is None else read
-        self._whole = budget_bytes
-        self._packs = False
+        self._holds_stored = self._packs = False
+        self._ways: dict[WeightsKey, _Way] = {}  # of the last load of each
+        self._dividing = threading.Lock()
+        self._growing: RamTier[Any, Any] = self  # the part that the last division made larger,
+        self._to_grow = 0  # by so many bytes more, once the other has released them
         self.stored: RamTier[ExpertKey, StoredExpert] = RamTier(
             0,
             self._read,
@@ -65,8 +80,9 @@ class WeightsTier(RamTier[WeightsKey, ExpertWeights]):
             size=_size,
             policy=Lfru(_place, top_k=loader.top_k),
             group=lambda key: key[0].layer,
-            out_of_memory=is_out_of_memory,
-            freed=loader.drop_buffers,
+            # What the part below could not get although it shrank, this one may be able to give.
+            out_of_memory=lambda error: is_out_of_memory(error) or isinstance(error, MemoryExhausted),
+            freed=loader.buffers.drop,
         )
 
     def close(self) -> None:
@@ -79,63 +95,120 @@ class WeightsTier(RamTier[WeightsKey, ExpertWeights]):
 
         `uploads`: an accelerator takes them as they are stored, so that this is the form to have them in. `may_pack`:
         where all of them stay, they may be packed for the processor's fast products (kernels/cpu/packed.py).
+
+        What is divided is the budget that is left where memory ran out before. At any time, also while experts are
+        used and loaded: neither part grows before the other has released the bytes.
         """
         forms = forms_of(self._loader, dtype, experts)
-        fits = stays_widened(self._whole, forms)
-        self._packs = may_pack and fits and dtype == torch.bfloat16 and not self._loader.spec.transposed and can_pack()
-        share = bytes_as_stored(self._whole, forms, always=uploads)
-        self.stored.resize(min(share, self.stored.budget_bytes))  # what grows comes last
-        self.resize(self._whole - share)
-        self.stored.resize(share)
+        packable = may_pack and dtype == torch.bfloat16 and not self._loader.spec.transposed and can_pack()
+        with self._dividing:
+            whole = self.budget_bytes + self.stored.budget_bytes + self._to_grow
+            share = bytes_as_stored(whole, forms, always=uploads)
+            self._holds_stored = share > 0
+            self._packs = packable and not share and stays_widened(whole, packed_forms(self._loader, forms))
+            self._loader.buffers.keep(not self._packs)
+            self._divide(whole, share)
+        self._grow()
+
+    def set_aside(self, size: int, what: str, *, least: int = 0) -> None:
+        """Lower the budget for good by `size` bytes that `what` takes of the same memory.
+
+        Raises BudgetTooSmall where less than `least` would be left. Before `hold_stored`, which divides the rest.
+        """
+        if self.budget_bytes < least + size:
+            raise BudgetTooSmall(f"memory for experts beside {what}", budget=self.budget_bytes, needed=least + size)
+        self.resize(self.budget_bytes - size)
 
     @contextmanager
     def as_stored(self, key: ExpertKey) -> Iterator[ExpertMatrices]:
         """An expert as it is stored, from memory or read for this. Raises what RamTier.lease and `read` raise."""
-        if not self.stored.budget_bytes:
-            yield self._loader.matrices(key, self._read(key))
-            return
-        with self._lease_stored(key) as tensors:
-            yield self._loader.matrices(key, tensors)
+        if self._stored_takes(key):
+            with self._lease_stored(key) as tensors:
+                yield self._loader.matrices(key, tensors)
+        else:
+            with self.borrow(self._loader.stored_room(key), f"{key} as it is stored"):
+                yield self._loader.matrices(key, self._read(key))
 
     @property
     def stored_stats(self) -> TierStats | None:
         """Of the part that holds experts as they are stored; None where it has no bytes."""
         return self.stored.stats if self.stored.budget_bytes else None
 
-    def _make(self, key: WeightsKey) -> ExpertWeights:
-        weights = self._widened(key)
-        return pack_weights(weights) if self._packs and key[1] == torch.bfloat16 else weights
+    # --- division -------------------------------------------------------------------------------------------------
 
-    def _widened(self, key: WeightsKey) -> ExpertWeights:
+    def _divide(self, whole: int, share: int) -> None:
+        """Shrink what is to shrink. Once there is a part for stored ones it keeps room for any of them: loads that
+        were promised room by it may be under way."""
+        if self.stored.budget_bytes:
+            share = max(share, self._largest_stored)
+        self._growing = self.stored if share > self.stored.budget_bytes else self
+        self.stored.resize(min(share, self.stored.budget_bytes))
+        self.resize(min(whole - share, self.budget_bytes))
+        self._to_grow = whole - self.budget_bytes - self.stored.budget_bytes
+
+    def _grow(self) -> None:
+        """Let one part grow by what the other has released."""
+        if not self._to_grow:
+            return
+        with self._dividing:
+            other = self.stored if self._growing is self else self
+            released = self._to_grow - other.excess_bytes
+            if released > 0:
+                self._to_grow -= released
+                self._growing.resize(self._growing.budget_bytes + released)
+
+    @cached_property
+    def _largest_stored(self) -> int:
+        return max(self._loader.stored_room(key) for key in self._loader.manifest.experts)
+
+    def _stored_takes(self, key: ExpertKey) -> bool:
+        return self._holds_stored and self._loader.stored_room(key) <= self.stored.budget_bytes
+
+    # --- loading --------------------------------------------------------------------------------------------------
+
+    def _bytes_to_load(self, key: WeightsKey) -> int:
         expert, dtype = key
-        if not self.stored.budget_bytes:
-            return self._loader.widen(expert, self._read(expert), dtype)
-        with self._lease_stored(expert) as tensors:
-            return self._loader.widen(expert, tensors, dtype)
+        loader, views = self._loader, self._loader.is_view(*key)
+        way = _Way(not views and self._stored_takes(expert), self._packs and dtype == torch.bfloat16)
+        self._ways[key] = way
+        if way.from_stored:
+            return max(loader.widened_room(dtype), loader.stored_room(expert))
+        return loader.room(expert, dtype) + (loader.packed_room() if way.packs else 0)
+
+    def _make(self, key: WeightsKey) -> ExpertWeights:
+        self._grow()
+        (expert, dtype), way = key, self._ways[key]
+        if way.from_stored:
+            with self._lease_stored(expert) as tensors:
+                return self._loader.widen(expert, tensors, dtype)
+        weights = self._loader.widen(expert, self._read(expert), dtype)
+        return pack_weights(weights) if way.packs else weights
 
     def _lease_stored(self, key: ExpertKey) -> Lease[ExpertKey, StoredExpert]:
         self.stored.note(Uses(key.layer, {key: 1}), ahead=False)
         return self.stored.lease(key)
 
-    def _bytes_to_load(self, key: WeightsKey) -> int:
-        expert, dtype = key
-        if not self.stored.budget_bytes:
-            return self._loader.room(expert, dtype) + (self._loader.widened_room(dtype) if self._packs else 0)
-        return max(self._loader.widened_room(dtype), self._loader.stored_room(expert))
-
 
 def forms_of(loader: ExpertLoader, dtype: torch.dtype, experts: int) -> ExpertForms:
-    """The facts about `experts` experts of a model, the largest of them for all."""
-    stored = max(loader.stored_room(key) for key in loader.manifest.experts)
+    """The facts about `experts` experts of a model: as stored the mean of them, else the largest."""
+    keys = loader.manifest.experts
+    stored = -(-sum(loader.stored_room(key) for key in keys) // len(keys))
+    kept = {key: loader.stored_room(key) if loader.is_view(key, dtype) else loader.widened_room(dtype) for key in keys}
     weights = loader.nbytes(dtype) / dtype.itemsize
     return ExpertForms(
         count=experts,
         stored=stored,
-        widened=loader.largest_room(dtype) if loader.is_view(dtype) else loader.widened_room(dtype),
+        widened=max(kept.values()),
+        making=max(loader.room(key, dtype) - size for key, size in kept.items()),
         floor=least_experts(loader.top_k),
         read=stored / _READ,
         widen=weights / (_WIDEN * torch.get_num_threads()),
     )
+
+
+def packed_forms(loader: ExpertLoader, forms: ExpertForms) -> ExpertForms:
+    """The same where bf16 experts are packed: each is there in the form that it is packed from while it is made."""
+    return replace(forms, widened=loader.packed_room(), making=forms.widened + forms.making)
 
 
 def is_out_of_memory(error: Exception) -> bool:

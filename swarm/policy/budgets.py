@@ -133,6 +133,7 @@ class ExpertForms:
     count: int
     stored: int  # bytes of one as it is stored
     widened: int  # bytes of one as it is computed with
+    making: int  # bytes beside these while one is made straight from the disk
     floor: int  # experts that the second form must have room for, whatever the first takes
     read: float  # seconds to read one from the disk, verified
     widen: float  # seconds to make the second form of the first
@@ -141,9 +142,9 @@ class ExpertForms:
 def stays_widened(budget: int, forms: ExpertForms) -> bool:
     """Whether every expert is made ready once and stays, so that what making it ready costs does not matter.
 
-    One more must fit, because it is there twice while it is made.
+    What the last one is made of must fit beside all of them: else another would leave for it, and come back.
     """
-    return (forms.count + 1) * forms.widened <= budget
+    return forms.count * forms.widened + forms.making <= budget
 
 
 def bytes_as_stored(budget: int, forms: ExpertForms, *, always: bool = False) -> int:
@@ -160,7 +161,8 @@ def bytes_as_stored(budget: int, forms: ExpertForms, *, always: bool = False) ->
         return most
 
     def cost(share: int) -> float:
-        widened = min(1.0, (budget - share) / (forms.count * forms.widened))
+        left = budget - (share or forms.making)  # of what is held as stored, one is made without reading
+        widened = min(1.0, left / (forms.count * forms.widened))
         here = max(widened, share / (forms.count * forms.stored))
         return (1 - widened) ** 2 * forms.widen + (1 - here) ** 2 * forms.read
 

@@ -9,6 +9,7 @@ forgotten at the first success. A busy peer did nothing wrong: it is passed over
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -35,7 +36,7 @@ class Standing:
 
     lies: int = 0
     failures: int = 0  # in a row
-    avoid_until: float = 0.0
+    avoid_until: float = -math.inf  # a clock may begin below zero, or jump there
     banned: bool = False  # the current avoidance is a ban
 
 

@@ -225,8 +225,8 @@ class ContentStore:
                     fs.allocate(fd, size)
             except BaseException:
                 if fresh:
-                    with suppress(OSError):  # what cannot be removed now is swept at the next start
-                        fs.unlink(path)
+                    with suppress(OSError, StorageError):  # what cannot be removed now is swept at the next start
+                        self._ledger.remove(path)
                 fs.close(fd)
                 raise
         return fd, path, fresh

@@ -20,6 +20,7 @@ from typing import Protocol
 from moehive.protocol.chunks import Buffer
 from moehive.protocol.errors import DiskFull, StorageError
 
+_NOT_DIRECT = (errno.EINVAL, errno.ENOTSUP)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -55,6 +56,12 @@ class FileSystem(Protocol):
 
     def pwrite(self, fd: int, data: Buffer, offset: int) -> None:
         """Write all of `data`."""
+
+    def pwrite_direct(self, fd: int, data: memoryview, offset: int) -> bool:
+        """Write all of `data` past the page cache, not durable for that. Nobody else uses the descriptor meanwhile.
+
+        False where the file system does not do that, or not from this address: some of it may have been written then.
+        """
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         """Read `length` bytes; fewer only at the end of the file."""
@@ -143,6 +150,22 @@ class LocalFileSystem:
         while view:
             count = os.pwrite(fd, view, offset)
             view, offset = view[count:], offset + count
+
+    def pwrite_direct(self, fd: int, data: memoryview, offset: int) -> bool:
+        """See FileSystem. Reads through the page cache see the bytes: Linux drops what it had of them."""
+        if sys.platform != "linux":
+            return False
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+            try:
+                return os.pwrite(fd, data, offset) == len(data)
+            finally:
+                fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+        except OSError as error:
+            if error.errno in _NOT_DIRECT:
+                return False
+            raise
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         """See FileSystem."""

@@ -1,7 +1,9 @@
 """One download on its way to becoming an object: verified chunks written in any order, then one atomic rename.
 
 There is no record of which chunks are there. Opening the file hashes it, so nothing can contradict the bytes: a crash,
-a torn write or a quarantined object leaves chunks that are either right or missing.
+a torn write or a quarantined object leaves chunks that are either right or missing. The right ones are written once
+more: whoever wrote them may have been killed just after a sync had failed, and then the kernel calls clean what never
+reached the disk.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from moehive.protocol.ids import ShardHash
 
 from .base import WrongBytes
 from .filesystem import FileSystem, storage_errors
+from .writing import ChunkWriter
 
 
 class Home(Protocol):
@@ -38,8 +41,8 @@ class Home(Protocol):
 class PartialObject:
     """A download, as a context manager; leaving it keeps what was written, unless that is nothing.
 
-    Methods block on the disk and may be called from several threads. Writes of one object take turns (a chunk is in the
-    page cache in under a millisecond); hashing, which costs as much, does not. Where another process finished the
+    Methods block on the disk and may be called from several threads. Writes of one object take turns, because
+    the disk does not get faster by more at a time; hashing does not. Where another process finished the
     object first, nothing is missing and `commit` returns its path.
     """
 
@@ -48,6 +51,7 @@ class PartialObject:
         self.chunks = chunks
         self._home = home
         self._fs = fs
+        self._writer = ChunkWriter(fs)
         self._lock = threading.Lock()
         self._syncing = threading.Lock()  # the file stays open while it is held; taken inside `_lock`
         self._unsynced = False
@@ -65,7 +69,7 @@ class PartialObject:
             self._verified = set(range(len(self.chunks.hashes)))
             return self
         try:
-            self._verified = set() if new else self._hash_chunks(self._fd)
+            self._verified = set() if new else self._adopt_chunks(self._fd)
         except BaseException:
             self._close()
             raise
@@ -97,10 +101,9 @@ class PartialObject:
             raise WrongBytes(f"{len(data)} bytes are not chunk {index} of object {self.object_hash}")
         with self._lock:
             if index not in self._verified:
-                fd, (offset, length) = self._open_fd(), chunk_range(index, self.chunks.size)
+                fd, (offset, _) = self._open_fd(), chunk_range(index, self.chunks.size)
                 with storage_errors("write", self._path):
-                    self._fs.pwrite(fd, data, offset)
-                    self._fs.start_writing(fd, offset, length)
+                    self._writer.write(fd, data, offset)
                 self._verified.add(index)
                 self._unsynced = True
 
@@ -183,8 +186,11 @@ class PartialObject:
             self._discard()
             raise
 
-    def _hash_chunks(self, fd: int) -> set[int]:
-        """The chunks that are right. A region that cannot be read is as good as missing: writing may remap it."""
+    def _adopt_chunks(self, fd: int) -> set[int]:
+        """The chunks that are right. A region that cannot be read is as good as missing: writing may remap it.
+
+        Raises DiskFull, StorageError.
+        """
         right = set()
         for index in range(len(self.chunks.hashes)):
             offset, length = chunk_range(index, self.chunks.size)
@@ -193,7 +199,11 @@ class PartialObject:
             except OSError:
                 continue
             if self.chunks.matches(index, data):
+                with storage_errors("write", self._path):
+                    self._fs.pwrite(fd, data, offset)
+                    self._fs.start_writing(fd, offset, length)
                 right.add(index)
+        self._unsynced = bool(right)
         return right
 
     def _open_fd(self) -> int:

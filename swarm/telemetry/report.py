@@ -101,8 +101,9 @@ def tier_lines(stats: TierStats, source: str, stored: TierStats | None = None) -
         lines[0] += f"; {every.clean_share:.1%} of layer calls missed none"
     if stored is not None:
         used = f"{format_size(stored.resident_bytes)} of {format_size(stored.budget_bytes)}"
-        times = latency_text(every.loads)
-        lines.append(f"  {stored.hits:,} were widened from what memory holds as it is stored ({used}): {times}")
+        lines.append(f"  {stored.hits:,} were found in memory as they are stored ({used})")
+        if every.loads.count:  # what an accelerator takes as it is stored is uploaded, and not widened
+            lines.append(f"  making one ready to compute with took {latency_text(every.loads)}")
     lowest = stored or stats
     if lowest.loads:
         place = "the swarm" if source == "swarm" else source

@@ -168,6 +168,10 @@ class DeviceTier(Generic[K]):
         """See RamTier.begin."""
         return self._tier.begin(layer, keys)
 
+    def begin_one(self, key: K, ended: Callable[[], None]) -> bool:
+        """See RamTier.begin_one."""
+        return self._tier.begin_one(key, ended)
+
     def lease(self, key: K) -> DeviceLease[K]:
         """An entry's slot for the length of a `with`, loaded where it is absent; see RamTier.lease for the errors.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -20,7 +20,19 @@ V = TypeVar("V")
 class Flight(Generic[K, V]):
     """One load that is under way or about to be. Changed under the tier's lock; `done` is set afterwards."""
 
-    __slots__ = ("done", "entry", "error", "future", "group", "key", "reserved", "speculation", "users", "value")
+    __slots__ = (
+        "done",
+        "ended",
+        "entry",
+        "error",
+        "future",
+        "group",
+        "key",
+        "reserved",
+        "speculation",
+        "users",
+        "value",
+    )
 
     def __init__(self, key: K, group: int, reserved: int, users: int, speculation: Speculation | None = None) -> None:
         self.key = key
@@ -29,6 +41,7 @@ class Flight(Generic[K, V]):
         self.users = users  # leases that wait for it
         self.speculation = speculation
         self.done = threading.Event()
+        self.ended: Callable[[], None] | None = None  # to be told, whatever came of it
         self.future: Future[None] | None = None  # of the loader thread; None: who needs it loads it
         self.value: V | None = None  # from its load until it is an entry
         self.entry: Entry[K, V] | None = None

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from traceback import clear_frames
 from typing import Final, Generic, TypeVar
 
 from moehive.protocol.errors import MemoryExhausted
@@ -24,6 +25,14 @@ V = TypeVar("V")
 LOADERS: Final = 2  # threads that load ahead of the one that computes
 _SMOOTHING: Final = 0.1
 _WAIT: Final = 60.0  # seconds a miss waits for others to release, before it reports what budget would have done
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Whoever keeps an error keeps no memory by it: its frames have what was half loaded, which nobody counts."""
+    found: BaseException | None = error
+    while found is not None:
+        clear_frames(found.__traceback__)
+        found = found.__cause__ or found.__context__
 
 
 class Loading(Generic[K, V]):
@@ -86,6 +95,12 @@ class Loading(Generic[K, V]):
         """The budget."""
         return self._residency.budget
 
+    @property
+    def excess_bytes(self) -> int:
+        """Bytes beyond a budget that was lowered: in use, or promised to loads under way. They go when they can."""
+        with self._lock:
+            return self._residency.excess
+
     def _submit(self, flight: Flight[K, V]) -> None:
         """Inside the lock: let a loader thread fly it; its bytes are reserved."""
         if self._pool is None:
@@ -101,12 +116,13 @@ class Loading(Generic[K, V]):
     def _fly(self, flight: Flight[K, V]) -> Entry[K, V]:
         try:
             if not flight.reserved:
-                self._reserve(flight)
+                self._reserve_for(flight)
             started = self._clock()
             flight.value = self._load(flight)
             coming = None if self._arrive is None else flight.value
             entry = self._publish(flight, None if self._arrive else self._clock() - started)
         except BaseException as error:
+            _forget_frames(error)
             flight.error = error
             with self._lock:
                 self._failed_loads += 1
@@ -118,6 +134,8 @@ class Loading(Generic[K, V]):
             raise
         finally:
             flight.done.set()
+            if flight.ended is not None:
+                flight.ended()
         if self._arrive is not None and coming is not None:
             self._arrive(coming)
             with self._lock:
@@ -146,7 +164,8 @@ class Loading(Generic[K, V]):
         """What is held now, less one entry of this size, is evidently all that the machine has."""
         with self._lock:
             held = self._residency.resident + self._residency.reserved
-            self._residency.resize(max(self._residency.kept, held - flight.reserved))
+            least = max(self._residency.kept, held - flight.reserved)
+            self._residency.resize(min(self._residency.budget, least))  # it may have been lowered meanwhile
             self._shrinks += 1
         self._freed()
 
@@ -184,21 +203,40 @@ class Loading(Generic[K, V]):
         self._residency.counts(group).loads.add(seconds)
         self.load_seconds += (_SMOOTHING if self.load_seconds else 1.0) * (seconds - self.load_seconds)
 
-    def _reserve(self, flight: Flight[K, V]) -> None:
-        """Wait until the bytes of a load are promised. Raises BudgetTooSmall."""
-        key, room = flight.key, self._room_of(flight.key)
+    @contextmanager
+    def borrow(self, size: int, what: str) -> Iterator[None]:
+        """`size` bytes of the budget for `what`, which is no entry, as long as the context lasts.
+
+        Waits for them as a load does; raises BudgetTooSmall.
+        """
         with self._room:
-            deadline = time.monotonic() + self._wait
-            while not self._residency.reserve(key, room):
-                left = deadline - time.monotonic()
-                if left <= 0 or room > self._residency.budget:
-                    raise self._residency.refusal(f"{self.name} tier, {key}", room)
-                self._waiting += 1
-                try:
-                    self._room.wait(left)
-                finally:
-                    self._waiting -= 1
+            self._reserve(None, size, what)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._residency.cancel(size)
+                self._notify()
+
+    def _reserve_for(self, flight: Flight[K, V]) -> None:
+        """Wait until the bytes of a load are promised. Raises BudgetTooSmall."""
+        room = self._room_of(flight.key)
+        with self._room:
+            self._reserve(flight.key, room, str(flight.key))
             flight.reserved = room
+
+    def _reserve(self, key: K | None, size: int, what: str) -> None:
+        """Inside the lock: wait until `size` bytes are promised."""
+        deadline = time.monotonic() + self._wait
+        while not self._residency.reserve(key, size):
+            left = deadline - time.monotonic()
+            if left <= 0 or size > self._residency.budget:
+                raise self._residency.refusal(f"{self.name} tier, {what}", size)
+            self._waiting += 1
+            try:
+                self._room.wait(left)
+            finally:
+                self._waiting -= 1
 
     def _notify(self) -> None:
         """Inside the lock."""

@@ -107,7 +107,7 @@ def first_to_free(sizes: Mapping[K, int], need: int, keep: Callable[[K], bool]) 
 
 def choose_victims(
     policy: Policy[K],
-    incoming: K,
+    incoming: K | None,
     need: int,
     *,
     sizes: Mapping[K, int],
@@ -115,6 +115,8 @@ def choose_victims(
     keep: Callable[[K], bool],
 ) -> Sequence[K] | None:
     """What leaves so that `incoming`, which is needed now, finds `need` bytes. None where too much must be kept.
+
+    `incoming` is None where the bytes are for something else than an entry.
 
     `sizes` is what is resident. `wanted` has, in the order of their use, what running steps will use: it stays where
     anything else can leave, and else what is used last leaves first.

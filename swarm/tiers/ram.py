@@ -12,7 +12,7 @@ that fails for it lowers the budget and is tried once more.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -86,6 +86,11 @@ class RamTier(Loading[K, V]):
             self._load_ahead(layer, absent)
             return [key for key in absent if key in self._flights]
 
+    def begin_one(self, key: K, ended: Callable[[], None]) -> bool:
+        """Begin to load one as `begin` does; whether it did. Then `ended` is called once it is loaded or has failed."""
+        with self._lock:
+            return key not in self._residency.entries and self._load_ahead(self._group(key), [key], ended) > 0
+
     def lease(self, key: K) -> Lease[K, V]:
         """The value under `key` for the length of a `with`, in which it is not evicted.
 
@@ -152,17 +157,21 @@ class RamTier(Loading[K, V]):
             outcomes, self._residency.outcomes = self._residency.outcomes, []
             return outcomes
 
-    def _load_ahead(self, layer: int, keys: Iterable[K]) -> None:
-        """Inside the lock: begin to load what is needed next, as far as loader threads and bytes are free."""
+    def _load_ahead(self, layer: int, keys: Iterable[K], ended: Callable[[], None] | None = None) -> int:
+        """Inside the lock: begin to load what is needed next, as far as loader threads and bytes are free; how many."""
+        begun = 0
         busy = sum(1 for flight in self._flights.values() if flight.future is not None)
         for key in keys:
             if key in self._flights:
                 continue
             room = self._room_of(key)
             if busy >= self._loaders or not self._residency.reserve_spare(key, room):
-                return
-            self._submit(Flight(key, layer, room, 0))
-            busy += 1
+                break
+            flight = Flight[K, V](key, layer, room, 0)
+            flight.ended = ended
+            self._submit(flight)
+            begun, busy = begun + 1, busy + 1
+        return begun
 
     def _drop_outdated(self, uses: Uses[K]) -> None:
         """Inside the lock: loads on suspicion that have not begun make way for what is needed."""
@@ -173,6 +182,7 @@ class RamTier(Loading[K, V]):
                 self._residency.cancel(flight.reserved)
                 self._residency.speculation.loads -= 1
                 self._residency.speculation.cancelled += 1
+                self._notify()
 
     def keys(self) -> Sequence[K]:
         """What is resident now."""

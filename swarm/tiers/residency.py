@@ -116,8 +116,11 @@ class Residency(Generic[K, V]):
 
     # --- loads ----------------------------------------------------------------------------------------------------
 
-    def reserve(self, key: K, size: int) -> bool:
-        """Promise `size` bytes to a load of `key`, evicting for it; False, and no change, where too much is in use."""
+    def reserve(self, key: K | None, size: int) -> bool:
+        """Promise `size` bytes to a load of `key`, evicting for it; False, and no change, where too much is in use.
+
+        None: to something that will not be an entry.
+        """
         need = self.resident + self.reserved + size - self.budget
         if need > 0:
             victims = choose_victims(self.policy, key, need, sizes=self.sizes, wanted=self._wanted, keep=self._keep)
@@ -185,6 +188,11 @@ class Residency(Generic[K, V]):
         """Bytes that cannot be evicted now: in use, pinned or promised."""
         return self.reserved + sum(entry.size for key, entry in self.entries.items() if self._keep(key))
 
+    @property
+    def excess(self) -> int:
+        """Bytes beyond a budget that was lowered, which leave when they are released."""
+        return max(0, self.resident + self.reserved - self.budget)
+
     def refusal(self, what: str, size: int) -> BudgetTooSmall:
         """Why `size` bytes cannot be had, and the budget that would do."""
         if size > self.budget:
@@ -233,9 +241,9 @@ class Residency(Generic[K, V]):
 
     def _trim(self) -> None:
         """Get as close to the budget as what is in use allows."""
-        excess = self.resident + self.reserved - self.budget
-        evictable = self.resident + self.reserved - self.kept if excess > 0 else 0
-        if excess > 0 and evictable > 0:
+        excess = self.excess
+        evictable = self.resident + self.reserved - self.kept if excess else 0
+        if evictable > 0:
             victims = self.policy.victims(None, min(excess, evictable), self._keep)
             assert victims is not None
             self._drop_all(victims)

@@ -4,8 +4,10 @@ Belady's policy knows what comes; nothing that sees only the past can. How much 
 property of the trace. Here it is measured: linear regressions of every layer's experts on their own decayed averages
 and on all that the layers used in the last token's time, fitted to all of the trace but the half that is at hand
 (alternating blocks), which includes later tokens. The tiers' policy then evicts by these chances instead of its own.
-That is no proof: another kind of predictor may do better. But it starts with what an online policy of this kind has
-still to learn.
+
+Another kind of predictor may do better, so there is a second mark: the same policy, which besides knows exactly what
+the next layers will use. A gate that is applied one layer early tells that for one layer, and not as well. What that
+policy does not reach, no better guess of the next layer gives.
 
 N tokens, L layers, E experts of each, F averages.
 """
@@ -30,6 +32,7 @@ Floats = NDArray[np.floating[Any]]
 RIDGE: Final = 100.0  # tokens
 MAX_EXPERTS: Final = 1024  # of all layers, up to which the regression on other layers is small enough
 _BLOCKS: Final = 6  # every other one is a half
+_UNUSED: Final = 1e-6  # the chance of what is known not to be used
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +51,7 @@ class Fitted:
         if token:
             usual[column + 1 :] = self.usual[token - 1, column + 1 :]  # their next call is this token's
         if not len(self.beyond):
-            return usual, usual
+            return usual, usual.copy()
         before = self.active[max(token - 1, 0), column + 1 :] if token else self.active[:0]
         rows = np.concatenate(([0], self.active[token, : column + 1].ravel(), before.ravel()))
         added = self.beyond[self.halves[token], column, rows].sum(axis=0).reshape(layers, -1)
@@ -56,11 +59,16 @@ class Fitted:
 
 
 class Hindsight(Lfru[ExpertKey]):
-    """The tiers' policy, told what it otherwise estimates. Replays `trace` and nothing else."""
+    """The tiers' policy, told what it otherwise estimates. Replays `trace` and nothing else.
 
-    def __init__(self, trace: RoutingTrace, fitted: Fitted) -> None:
+    `ahead` is how many layers after the one that is computed it knows exactly, where a call has one token.
+    """
+
+    def __init__(self, trace: RoutingTrace, fitted: Fitted, *, ahead: int = 0) -> None:
         super().__init__(lambda key: (key.layer, key.expert), top_k=trace.top_k)
+        self._trace = trace
         self._fitted = fitted
+        self._ahead = ahead
         self._columns = {layer: column for column, layer in enumerate(trace.layers)}
         self._ends = np.cumsum(trace.tokens) - 1  # [C]
         self._calls = 0
@@ -72,6 +80,11 @@ class Hindsight(Lfru[ExpertKey]):
     def _chances(self) -> tuple[Floats, Floats]:
         call, column = divmod(self._calls - 1, len(self._columns))
         chance, usual = self._fitted.chances(int(self._ends[call]), column)
+        for step in range(self._calls, self._calls + self._ahead):
+            later, at = divmod(step, len(self._columns))
+            if later < len(self._ends) and self._trace.tokens[later] == 1:
+                chance[at] = _UNUSED
+                chance[at, self._trace.experts[self._ends[later], at]] = 1.0
         rows, experts = [self._columns[layer] for layer in self._rows], self._resident.shape[1]
         return chance[rows, :experts], usual[rows, :experts]
 

@@ -7,7 +7,7 @@ al., "Not all models suit expert offloading", arXiv 2505.16056, section 4).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moehive.protocol.ids import ExpertKey
@@ -27,23 +27,26 @@ class Scores:
     slots: int  # experts that fit
     lru: Replay
     lfu: Replay
-    fitted: Replay  # the better of two that are told what a fit to the trace's other half says (hindsight.py)
     belady: Replay
     lfru: Replay
 
     @property
     def closed(self) -> float:
         """Which share of the way from LRU to Belady's optimum the policy goes; 0 where there is no way."""
-        return self._share(self.lfru)
+        return self.share(self.lfru)
 
-    @property
-    def closed_by_fit(self) -> float:
-        """The same of the fitted one: how far this trace's past tells its future."""
-        return self._share(self.fitted)
-
-    def _share(self, found: Replay) -> float:
+    def share(self, found: Replay) -> float:
+        """The same of another replay of this trace under this budget."""
         gap = self.belady.hit_rate - self.lru.hit_rate
         return (found.hit_rate - self.lru.hit_rate) / gap if gap > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The tiers' policy with more knowledge than there is, under the same budget (hindsight.py)."""
+
+    fitted: Replay  # told what a fit to the trace's other half says: how far this trace's past tells its future
+    foreseen: Replay  # and what the next layer uses, exactly: how far a perfect guess of that layer would help
 
 
 def slots_of(trace: RoutingTrace, resident: float) -> int:
@@ -51,24 +54,32 @@ def slots_of(trace: RoutingTrace, resident: float) -> int:
     return max(1, round(resident * len(trace.layers) * trace.num_experts))
 
 
+def score(trace: RoutingTrace, slots: int) -> Scores:
+    """Replay a trace with room for `slots` experts under every policy."""
+    steps = list(trace.steps())
+    policies: dict[str, Policy[ExpertKey]] = {
+        "lru": Lru(),
+        "lfu": Lfu(),
+        "belady": Belady(steps),
+        "lfru": policy_for(trace.top_k),
+    }
+    return Scores(slots, **{name: replay(policy, steps, _one, slots) for name, policy in policies.items()})
+
+
 def fits_of(trace: RoutingTrace) -> Sequence[Fitted]:
-    """What `score` needs of a trace, whatever the slots: it takes longer than a replay."""
+    """What `mark` needs of a trace, whatever the slots: it takes longer than a replay."""
     return [fit_halves(trace, others=others) for others in (False, True)]
 
 
-def score(trace: RoutingTrace, slots: int, fits: Sequence[Fitted]) -> Scores:
-    """Replay a trace with room for `slots` experts under every policy; `fits` are those of the trace."""
+def mark(trace: RoutingTrace, slots: int, fits: Sequence[Fitted]) -> Marks:
+    """What may be hoped for with room for `slots` experts: the better one of the trace's `fits`."""
     steps = list(trace.steps())
-    policies: dict[str, Callable[[], Policy[ExpertKey]]] = {
-        "lru": Lru,
-        "lfu": Lfu,
-        "belady": lambda: Belady(steps),
-        "lfru": lambda: policy_for(trace.top_k),
-    }
-    results = {name: replay(make(), steps, _one, slots) for name, make in policies.items()}
-    told = [replay(Hindsight(trace, fit), steps, _one, slots) for fit in fits]
-    fitted = max(told, key=lambda found: found.hits)
-    return Scores(slots, **results, fitted=fitted)
+
+    def best(ahead: int) -> Replay:
+        told = [replay(Hindsight(trace, fit, ahead=ahead), steps, _one, slots) for fit in fits]
+        return max(told, key=lambda found: found.hits)
+
+    return Marks(fitted=best(0), foreseen=best(1))
 
 
 def policy_for(top_k: int) -> Lfru[ExpertKey]:

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Iterator
 
 from moehive.protocol.ids import PeerId
-from moehive.swarm.transport.base import Buffer, Handler, Stream
+from moehive.swarm.transport.base import Buffer, Handler, Stream, joined_head
 
 from .uploads import PIECE, Uploads
 
@@ -47,7 +47,7 @@ class PacedStream:
         await self._stream.close()
 
     def _pieces(self, buffers: tuple[Buffer, ...]) -> Iterator[Buffer]:
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        views = joined_head(buffers, PIECE)
         if sum(map(len, views)) <= PIECE:
             yield b"".join(views)
             return

@@ -137,7 +137,7 @@ class Traffic:
             self._asking = {question for question in self._asking if question[0] != peer}
             for item in self._items.values():
                 if (claim := item.claims.pop(peer, None)) and claim.refuted:  # this is not forgotten by hanging up
-                    item.claims[peer] = Claim(refuted=claim.refuted, ask_at=0.0)
+                    item.claims[peer] = Claim(refuted=claim.refuted, ask_at=-math.inf)
 
     def ready_at(self, peer: PeerId) -> float:
         """From when on a peer may be bothered again."""

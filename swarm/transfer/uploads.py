@@ -130,7 +130,9 @@ class Uploads:
         """`ask`, wait, and `end`, for coroutines. Raises Refusal."""
         turn = self.ask(peer)
         try:
-            await asyncio.wrap_future(turn.granted)
+            if not turn.granted.done():
+                await asyncio.wrap_future(turn.granted)
+            turn.granted.result()  # which is there: no way through the event loop, for every chunk that need not wait
             yield
         finally:
             self.end(turn)

@@ -6,7 +6,7 @@ faults that can be switched on). Nothing above this module knows which one it ru
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -14,6 +14,16 @@ from typing import Protocol, Self
 from moehive.protocol.ids import PeerId
 
 Buffer = bytes | bytearray | memoryview
+
+
+def joined_head(buffers: Iterable[Buffer], limit: int) -> list[memoryview]:
+    """`buffers`, the first two joined as far as `limit` bytes go: a header of its own costs everybody on its way."""
+    views = [view for buffer in buffers if (view := memoryview(buffer).cast("B"))]
+    if len(views) < 2 or len(views[0]) >= limit:
+        return views
+    taken = limit - len(views[0])
+    head = memoryview(b"".join((views[0], views[1][:taken])))
+    return [head, *filter(None, (views[1][taken:], *views[2:]))]
 
 
 class Stream(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from moehive.protocol.errors import PeerUnreachable
 from moehive.protocol.ids import PeerId
 
-from .base import Buffer
+from .base import Buffer, joined_head
 
 # The selector loop receives at most 256 KiB at a time; a reader that buffers less pauses and resumes for every piece.
 READ_BUFFER = 1 << 20
@@ -69,7 +69,7 @@ class SocketStream:
 
     async def write(self, *buffers: Buffer) -> None:
         """See `base.Stream`."""
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        views = joined_head(buffers, _JOIN_BELOW)
         async with self._writing:
             if sum(len(view) for view in views) <= _JOIN_BELOW:
                 await self._send_small(b"".join(views))

@@ -28,7 +28,7 @@ from moehive.swarm.transport.memory import MemoryNetwork
 
 SEED = identity(1)
 RAM = 1 << 30
-FORMS = ExpertForms(count=1, stored=1, widened=1, floor=5, read=1.0, widen=1.0)
+FORMS = ExpertForms(count=1, stored=1, widened=1, making=0, floor=5, read=1.0, widen=1.0)
 
 
 class Node:

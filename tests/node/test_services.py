@@ -84,8 +84,8 @@ class Node:
         self.holdings = Holdings(self.manifest, self.source, on_change=lambda: None)
         self.holdings.verify([self.shard, *self.manifest.skeleton])
         self.worker = ComputeWorker(lease, SPEC, QueueLimits())
-        self.experts = ExpertService(self.holdings, self.worker)
         self.uploads = Uploads()
+        self.experts = ExpertService(self.holdings, self.worker, self.uploads)
         self.shards = ShardService(self.holdings, self.uploads, offer)
         self.peers = PeerService(self.holdings, self.worker, self.uploads, lambda: b"a signed record")
 
@@ -131,6 +131,17 @@ async def test_a_held_expert_is_computed(node: Node) -> None:
     assert isinstance(answer.message, ExpertsDone)
     [expected] = run_batch([Work.parse(request.message, bytearray(b"".join(request.payload)))], lease, SPEC)
     torch.testing.assert_close(request.read_answer(answer.payload).output, expected)
+
+
+async def test_uploads_learn_who_asks_for_experts_and_how_long_that_takes(node: Node) -> None:
+    """Or they would not make way."""
+    request = node.request()
+    async with node.serving(EXPERT) as connection:
+        await connection.ask(request.message, request.payload, timeout=10)
+    assert node.uploads.beside(identity(2).peer)
+    [sample] = node.uploads._samples
+    assert sample.rows == request.message.rows
+    assert sample.seconds > 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -56,6 +57,14 @@ def test_byte_by_byte() -> None:
     assert feed_all(FrameDecoder(), [stream[i : i + 1] for i in range(len(stream))]) == sent
 
 
+@given(st.lists(st.integers(1, 50_000), max_size=12), st.integers(0, 40))
+def test_large_frames_are_put_together_from_portions_of_any_size(cuts: list[int], meta: int) -> None:
+    sent = [Frame(3, 7, 0, bytes(meta), bytearray(Random(size).randbytes(size))) for size in (70_000, 0, 16_384)]
+    decoder = FrameDecoder()
+    assert feed_all(decoder, portions(b"".join(map(to_bytes, sent)), cuts)) == sent
+    assert decoder.buffered == 0
+
+
 def test_a_reused_receive_buffer_does_not_change_what_was_fed() -> None:
     whole = bytearray(to_bytes(Frame(1, 1, 0, b"abc", bytearray(b"defg"))))
     first, decoder = whole[:20], FrameDecoder()
@@ -63,6 +72,16 @@ def test_a_reused_receive_buffer_does_not_change_what_was_fed() -> None:
     first[:] = bytes(len(first))
     (frame,) = decoder.feed(bytes(whole[20:]))
     assert (frame.meta, bytes(frame.payload)) == (b"abc", b"defg")
+
+
+def test_a_large_receive_buffer_may_be_reused_too() -> None:
+    payload = bytearray(b"x" * 40_000)
+    whole = bytearray(to_bytes(Frame(1, 1, 0, b"abc", payload)))
+    first, decoder = whole[:30_000], FrameDecoder()
+    assert list(decoder.feed(first)) == []  # type: ignore[arg-type]
+    first[:] = bytes(len(first))
+    (frame,) = decoder.feed(bytes(whole[30_000:]))
+    assert frame.payload == payload
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(0, 200)))

@@ -23,6 +23,10 @@ class PowerCut(BaseException):
     """The machine is gone: not an Exception, because no handler may survive it."""
 
 
+class Killed(BaseException):
+    """All processes are gone, in the middle of a call of one of them; the machine runs on."""
+
+
 @dataclass(eq=False)
 class _File:
     data: bytearray = field(default_factory=bytearray)
@@ -57,6 +61,7 @@ class FaultyFileSystem:
         self.steps = 0
         self.log: list[str] = []
         self.capacity = capacity  # bytes of all files together
+        self.direct = True  # whether writes past the page cache work
         self._random = Random(seed)
         self._names: dict[Path, _File | None] = dict.fromkeys(existing)
         self._durable_names = dict(self._names)
@@ -64,9 +69,10 @@ class FaultyFileSystem:
         self._open: dict[int, _File] = {}
         self._fds: Iterator[int] = itertools.count(3)
         self._cut_at: int | None = None
+        self._kill_at: int | None = None
         self._faults: dict[int, int] = {}
         self._named_fault: tuple[str, str, int] | None = None
-        self._dead = False
+        self._dead: type[BaseException] | None = None
         self.now = 0.0  # what the machine's clock says; files get it when they are written to
 
     # --- what tests ask for ---------------------------------------------------------------------------------------
@@ -74,6 +80,10 @@ class FaultyFileSystem:
     def cut_power_at(self, step: int | None) -> None:
         """Let the machine die at this value of `steps`; a write is then torn."""
         self._cut_at = step
+
+    def kill_at(self, step: int | None) -> None:
+        """Let the processes die at this value of `steps`; of a write the beginning is done. Go on with `after_kill`."""
+        self._kill_at = step
 
     def fail_at(self, step: int, code: int) -> None:
         """Let the call at this value of `steps` raise OSError(code)."""
@@ -86,22 +96,25 @@ class FaultyFileSystem:
     def heal(self) -> None:
         """Forget faults that have not happened."""
         self._faults.clear()
-        self._cut_at = None
+        self._cut_at = self._kill_at = None
 
-    def after_power_cut(self) -> FaultyFileSystem:
-        """The machine's disk after the cut, or after a cut right now."""
+    def after_power_cut(self, *, undoing_removals: bool = False) -> FaultyFileSystem:
+        """The machine's disk after the cut, or after a cut right now. Or the fullest disk that it can leave behind:
+
+        `undoing_removals`: no removal has reached the disk that did not have to, and everything else has.
+        """
         rebooted = FaultyFileSystem(capacity=self.capacity, seed=self._random.getrandbits(32))
-        rebooted.now = self.now
+        rebooted.now, rebooted.direct = self.now, self.direct
         names = dict(self._durable_names)
         for change in self._pending:
-            if self._random.random() < 0.5:
+            if change.target is not None if undoing_removals else self._random.random() < 0.5:
                 change.apply(names)
         survivors: dict[int, _File] = {}
         for path, node in names.items():
             if self._lost_parent(path, names):
                 continue
             if node is not None and id(node) not in survivors:
-                survivors[id(node)] = self._survivor(node)
+                survivors[id(node)] = self._survivor(node, whole=undoing_removals)
             rebooted._names[path] = None if node is None else survivors[id(node)]
         rebooted._durable_names = dict(rebooted._names)
         return rebooted
@@ -111,7 +124,7 @@ class FaultyFileSystem:
         for node in self._open.values():
             node.locked_by = None
         self._open.clear()
-        self._dead = False
+        self._dead = None
         self.heal()
         return self
 
@@ -159,8 +172,7 @@ class FaultyFileSystem:
         return [name.name for name in self._names if name.parent == path and name != path]
 
     def size(self, path: Path) -> int | None:
-        if self._dead:
-            raise PowerCut
+        self._need_life()
         node = self._names.get(path)
         return None if node is None else len(node.data)
 
@@ -204,22 +216,12 @@ class FaultyFileSystem:
         node.modified = self.now
 
     def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-        node, copy = self._file(fd), bytes(data)
+        self._write("pwrite", fd, data, offset)
 
-        def write(target: bytearray, random: Random | None) -> None:
-            target.extend(bytes(max(0, offset - len(target))))
-            for start in range(0, len(copy), SECTOR):
-                if random is None or random.random() < 0.7:
-                    piece = copy[start : start + SECTOR]
-                    target[offset + start : offset + start + len(piece)] = piece
-
-        if self.steps == self._cut_at:  # the write that the power cut tears
-            node.pending.append(write)
-        self._step("pwrite", offset)
-        self._need_space(offset + len(copy) - len(node.data))
-        write(node.data, None)
-        node.pending.append(write)
-        node.modified = self.now
+    def pwrite_direct(self, fd: int, data: memoryview, offset: int) -> bool:
+        """As lost without a sync as any other. One that is refused has written some of it, as a short one has."""
+        self._write("pwrite_direct", fd, data if self.direct else data[: len(data) // 2], offset)
+        return self.direct
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
         node = self._file(fd)
@@ -271,8 +273,7 @@ class FaultyFileSystem:
             self._change(_Name(None, path, None))
 
     def modified(self, path: Path) -> float | None:
-        if self._dead:
-            raise PowerCut
+        self._need_life()
         node = self._names.get(path)
         return None if node is None else node.modified
 
@@ -286,9 +287,9 @@ class FaultyFileSystem:
     # --- parts ----------------------------------------------------------------------------------------------------
 
     def _step(self, call: str, detail: object) -> None:
-        if self._dead or self.steps == self._cut_at:
-            self._dead = True
-            raise PowerCut
+        if self._dead is None and self.steps in (self._cut_at, self._kill_at):
+            self._dead = PowerCut if self.steps == self._cut_at else Killed
+        self._need_life()
         self.log.append(f"{call} {detail}")
         self.steps += 1
         code = self._faults.pop(self.steps - 1, None)
@@ -297,9 +298,34 @@ class FaultyFileSystem:
         if code is not None:
             raise OSError(code, os.strerror(code))
 
+    def _need_life(self) -> None:
+        if self._dead is not None:
+            raise self._dead
+
+    def _write(self, call: str, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+        node, copy = self._file(fd), bytes(data)
+
+        def write(target: bytearray, random: Random | None) -> None:
+            target.extend(bytes(max(0, offset - len(target))))
+            for start in range(0, len(copy), SECTOR):
+                if random is None or random.random() < 0.7:
+                    piece = copy[start : start + SECTOR]
+                    target[offset + start : offset + start + len(piece)] = piece
+
+        if self.steps == self._cut_at:  # the write that the power cut tears
+            node.pending.append(write)
+        if self.steps == self._kill_at:
+            copy = copy[: self._random.randrange(len(copy) + 1)]
+            write(node.data, None)
+            node.pending.append(write)
+        self._step(call, offset)
+        self._need_space(offset + len(copy) - len(node.data))
+        write(node.data, None)
+        node.pending.append(write)
+        node.modified = self.now
+
     def _file(self, fd: int) -> _File:
-        if self._dead:
-            raise PowerCut
+        self._need_life()
         if fd not in self._open:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return self._open[fd]
@@ -330,7 +356,9 @@ class FaultyFileSystem:
         known = {*self._names, *self._durable_names}
         return any(parent in known and parent not in names for parent in path.parents)
 
-    def _survivor(self, node: _File) -> _File:
+    def _survivor(self, node: _File, *, whole: bool) -> _File:
+        if whole:
+            return _File(bytearray(node.data), bytearray(node.data), modified=node.modified)
         self._keep_some(node)
         when = node.modified if self._random.random() < 0.5 else 0.0
         return _File(bytearray(node.durable), bytearray(node.durable), modified=when)

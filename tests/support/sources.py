@@ -14,7 +14,7 @@ from moehive.protocol.chunks import CHUNK_SIZE, ChunkList, chunk_range
 from moehive.protocol.codec import Message
 from moehive.protocol.errors import RefusalCode
 from moehive.protocol.ids import PeerId, ShardHash
-from moehive.protocol.messages import SHARD, Chunk, ChunkHashes, GetChunkList, GetChunks, GetHave, Have
+from moehive.protocol.messages import SHARD, Chunk, ChunkHashes, GetChunkList, GetChunks, GetHave, Have, OpenBulk
 from moehive.swarm.identity import Identity
 from moehive.swarm.policy.claims import EVERYTHING
 from moehive.swarm.rpc.pool import ConnectionPool
@@ -51,6 +51,8 @@ class FakeSource:
     async def __call__(self, peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
         if self.refuses is not None:
             raise Refusal(self.refuses)
+        if isinstance(message, OpenBulk):
+            raise Refusal(RefusalCode.BUSY)
         if message.hash != self.chunks.root:  # type: ignore[attr-defined]
             raise Refusal(RefusalCode.NOT_HELD)
         match message:

@@ -10,7 +10,7 @@ from random import Random
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.faulty_filesystem import FaultyFileSystem, PowerCut
+from support.faulty_filesystem import FaultyFileSystem, Killed, PowerCut
 
 from moehive.protocol.chunks import CHUNK_SIZE, ChunkList, chunk_range, object_root
 from moehive.protocol.errors import CorruptShard, StorageError
@@ -88,9 +88,10 @@ class _Download:
 class StoreUnderFire(RuleBasedStateMachine):
     """Two processes on one store: downloads, reads, deletions, bit rot, faults, kills and power cuts in any order."""
 
-    @initialize(seed=st.integers(0, 1 << 30), filled=st.booleans())
-    def boot(self, seed: int, filled: bool) -> None:
+    @initialize(seed=st.integers(0, 1 << 30), filled=st.booleans(), direct=st.booleans())
+    def boot(self, seed: int, filled: bool, direct: bool) -> None:
         self.fs = FaultyFileSystem(HOME, seed=seed)
+        self.fs.direct = direct
         self.durable: set[ShardHash] = set()  # committed, and not deleted since
         self.rotten: set[ShardHash] = set()  # a bit was flipped in a final file, which a power cut may bring back
         self.start_processes()
@@ -112,10 +113,10 @@ class StoreUnderFire(RuleBasedStateMachine):
         """Run; True where it succeeded. After a failure nobody knows whether `uncertain` is durable."""
         try:
             action()
-        except PowerCut:
+        except (PowerCut, Killed) as crash:
             if uncertain is not None:
                 self.durable.discard(LISTS[uncertain].root)
-            self._reboot(power_cut=True)
+            self._reboot(power_cut=isinstance(crash, PowerCut))
             return False
         except StorageError:
             if uncertain is not None:
@@ -214,6 +215,10 @@ class StoreUnderFire(RuleBasedStateMachine):
     @rule(after=st.integers(0, 12))
     def cut_soon(self, after: int) -> None:
         self.fs.cut_power_at(self.fs.steps + after)
+
+    @rule(after=st.integers(0, 12))
+    def kill_soon(self, after: int) -> None:
+        self.fs.kill_at(self.fs.steps + after)
 
     @rule(power_cut=st.booleans())
     def crash(self, power_cut: bool) -> None:

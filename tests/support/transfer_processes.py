@@ -15,24 +15,28 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from moehive.protocol.codec import Message
 from moehive.protocol.ids import PeerId
-from moehive.protocol.messages import SHARD
+from moehive.protocol.messages import SHARD, OpenBulk
 from moehive.swarm.rpc.pool import ConnectionPool
-from moehive.swarm.rpc.server import stream_handler
+from moehive.swarm.rpc.server import Reply, stream_handler
 from moehive.swarm.standings import Standings
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.store.partial import PartialObject
 from moehive.swarm.transfer.downloader import Downloader
 from moehive.swarm.transfer.sources import Source, Sources, Wanted
 from moehive.swarm.transfer.stream_channel import stream_channels
+from moehive.swarm.transfer.uploads import Uploads
 from moehive.swarm.transport.base import Stream
 
+from .bulk import FakeShelf, offer_of, serving
 from .loopback import LoopbackTransport, StreamThatStops
 from .sources import FakeSource
 from .swarm_fakes import SECRET
@@ -43,6 +47,7 @@ _PRELOAD = [
     "hypothesis",
     "moehive.swarm.transfer.downloader",
     "moehive.swarm.transfer.stream_channel",
+    "moehive.swarm.transfer.tls.server",
     "moehive.swarm.transport.memory",
 ]
 
@@ -64,10 +69,10 @@ class Processes:
         for process in self._started:
             process.kill()
 
-    def start(self, main: Callable[..., None], *arguments: Any) -> Running:
-        """Run `main(pipe, *arguments)`."""
+    def start(self, main: Callable[..., None], *arguments: Any, **options: Any) -> Running:
+        """Run `main(pipe, *arguments, **options)`."""
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=main, args=(theirs, *arguments), daemon=True)
+        process = self._context.Process(target=main, args=(theirs, *arguments), kwargs=options, daemon=True)
         process.start()
         theirs.close()
         running = Running(process, ours)
@@ -98,20 +103,61 @@ class Running:
 # --- what they run ------------------------------------------------------------------------------------------------
 
 
-def serve(pipe: Connection, name: str, path: Path, stop_after: int | None = None) -> None:
-    """Supply the object at `path`; says its port, and "stopped" when it sends no more after `stop_after` bytes."""
-    asyncio.run(_serve(pipe, name, path, stop_after))
+def serve(pipe: Connection, name: str, path: Path, stop_after: int | None = None, **wrong: Any) -> None:
+    """Supply the object at `path`; says its port, and "stopped" when it sends no more after `stop_after` bytes.
+
+    `wrong`: what is wrong with it, see FakeSource.
+    """
+    asyncio.run(_serve(pipe, name, path, stop_after, wrong))
 
 
-async def _serve(pipe: Connection, name: str, path: Path, stop_after: int | None) -> None:
+async def _serve(pipe: Connection, name: str, path: Path, stop_after: int | None, wrong: dict[str, Any]) -> None:
     stopped = asyncio.Event()
     async with LoopbackTransport(name) as transport:
-        handler = stream_handler(SHARD, SECRET, transport.peer, "source", FakeSource(path.read_bytes()))
+        source = FakeSource(path.read_bytes(), **wrong)
+        handler = stream_handler(SHARD, SECRET, transport.peer, "source", source)
 
         async def on_stream(stream: Stream) -> None:
             await handler(stream if stop_after is None else StreamThatStops(stream, stop_after, stopped=stopped))
 
         await transport.serve(SHARD.name, on_stream)
+        pipe.send(transport.addresses[0])
+        await stopped.wait()
+        pipe.send("stopped")
+        await asyncio.Event().wait()
+
+
+class UploadsThatStop(Uploads):
+    """Lets so many bytes pass, in small pieces, and then nothing more."""
+
+    def __init__(self, after: int, stopped: Callable[[], object]) -> None:
+        super().__init__(rate=1e12)
+        self._left = after
+        self._stopped = stopped
+
+    def pay(self, size: int) -> float:
+        self._left -= size
+        if self._left >= 0:
+            return 0.0
+        self._stopped()
+        return 1e6
+
+
+def serve_directly(pipe: Connection, name: str, path: Path, stop_after: int = 1 << 60) -> None:
+    """`serve` by TLS connections, which the stream only offers."""
+    asyncio.run(_serve_directly(pipe, name, path, stop_after))
+
+
+async def _serve_directly(pipe: Connection, name: str, path: Path, stop_after: int) -> None:
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    uploads = UploadsThatStop(stop_after, partial(loop.call_soon_threadsafe, stopped.set))
+    async with LoopbackTransport(name) as transport, serving(FakeShelf(path.read_bytes()), uploads) as server:
+
+        async def offer(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+            assert isinstance(message, OpenBulk)
+            await reply(offer_of(server, peer))
+
+        await transport.serve(SHARD.name, stream_handler(SHARD, SECRET, transport.peer, "source", offer))
         pipe.send(transport.addresses[0])
         await stopped.wait()
         pipe.send("stopped")

@@ -22,6 +22,7 @@ from moehive.protocol.frames import HEADER, Frame, Header, decode_header
 from moehive.protocol.messages import Chunk
 from moehive.protocol.session import ClientSession, Event, ReplyReceived, RequestRefused
 from moehive.swarm.log import get_logger
+from moehive.swarm.store.writing import aligned_buffer
 
 from .delivery import ChunkRequest, Delivery, Step, settle
 from .link import TlsLink
@@ -92,7 +93,7 @@ class Receiver:
 
     def run(self) -> None:
         """Until the connection ends or the peer breaks the protocol."""
-        buffer = memoryview(bytearray(CHUNK_SIZE))
+        buffer = aligned_buffer(CHUNK_SIZE)  # so that a store writes it without a copy
         while True:
             with self._receiving:
                 if self.broken is not None:

@@ -7,6 +7,7 @@ client that does not read, or sends requests byte by byte, costs its own connect
 
 from __future__ import annotations
 
+import select
 import ssl
 import threading
 import time
@@ -64,6 +65,8 @@ class ServedConnection:
         self._turn: Turn | None = None
         self._ending = threading.Event()
         self._received = received
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
 
     @property
     def peer(self) -> PeerId:
@@ -97,6 +100,8 @@ class ServedConnection:
 
     def _receive(self, wait: float) -> None:
         """Take what the client has sent; where that is nothing, wait so many seconds. Raises at the end of it all."""
+        if not wait and not self._has_bytes():
+            return
         deadline = time.monotonic() + wait
         while True:
             self._sock.settimeout(max(deadline - time.monotonic(), 0.0))
@@ -110,6 +115,10 @@ class ServedConnection:
                 self._on_event(event)
             if self._todo or not wait:
                 return
+
+    def _has_bytes(self) -> bool:
+        """Whether anything has come. Asking OpenSSL costs an exception each time that it has not."""
+        return bool(self._sock.pending() or self._readable.poll(0))
 
     def _on_event(self, event: Event) -> None:
         match event:

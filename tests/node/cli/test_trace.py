@@ -33,8 +33,8 @@ def test_a_generation_is_recorded_and_replayed(
     outcome = moehive("trace", "replay", ours, "--resident", "100", "--resident", "50")
     assert outcome.code == 0, outcome.err
     assert "100 % resident: 48 of 48 experts" in outcome.out
-    assert [line.split()[0] for line in outcome.out.splitlines() if line.startswith("  ")][:6] == [
-        "policy", "LRU", "LFU", "moehive", "fitted", "Belady",
+    assert [line.split()[0] for line in outcome.out.splitlines() if line.startswith("  ")][:7] == [
+        "policy", "LRU", "LFU", "moehive", "fitted", "and", "Belady",
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,9 +18,10 @@ from moehive.swarm.dispatch.request import LayerInput
 from moehive.swarm.dispatch.resident import FIRST_RATE, ResidentExperts
 from moehive.swarm.dispatch.weights import SwarmWeights
 from moehive.swarm.model.device import DeviceExperts
-from moehive.swarm.model.loader import ExpertLoader
+from moehive.swarm.model.loader import ExpertLoader, StoredExpert
 from moehive.swarm.model.slots import ExpertLayout
 from moehive.swarm.model.tier import WeightsTier
+from moehive.swarm.store.base import NotHeld
 from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.tiers.accelerator import TorchAccelerator
 
@@ -124,6 +126,40 @@ async def test_what_is_kept_and_used_is_computed_on_the_device_from_then_on(mixt
     assert (resident.device_stats.hits, resident.device_stats.misses) == (1, 1)
     assert resident.tier_stats.entries == 0
     resident.close()
+
+
+async def test_an_expert_stays_in_ram_until_it_is_on_the_device(mixtral: ConvertedDirectory) -> None:
+    """A client has no disk to load it from again: without it, an upload would be a load that fails."""
+    manifest, loader = mixtral.manifest, ExpertLoader(mixtral.manifest, mixtral)
+    packing, go_on = threading.Event(), threading.Event()
+
+    def read(key: ExpertKey) -> StoredExpert:
+        raise NotHeld(manifest.experts[key].hash)
+
+    tier = WeightsTier(loader, 1 << 24, read=read)
+    slot = ExpertLayout.of(manifest.model, torch.float32).nbytes
+    accelerator = TorchAccelerator.named("cpu")
+    device = DeviceExperts(loader, tier, accelerator, torch.float32, 16 * slot, kernels=False)
+    pack = device.tier._pack
+
+    def held_up(key: ExpertKey, memory: torch.Tensor) -> None:
+        packing.set()
+        assert go_on.wait(20)
+        pack(key, memory)
+
+    device.tier._pack = held_up
+    assert tier.put((KEY, torch.float32), loader.load(KEY, torch.float32), 0.1)
+    device.upload(KEY, torch.float32)
+    assert packing.wait(20)
+    device.upload(KEY, torch.float32)  # which is on its way
+    assert not tier.evict((KEY, torch.float32))
+    go_on.set()
+    await until(lambda: bool(device.device_stats.entries))
+    await until(lambda: tier.evict((KEY, torch.float32)))
+    device.upload(KEY, torch.float32)  # which is there
+    device.upload(ExpertKey(0, 0), torch.float32)  # which is nowhere
+    assert (device.device_stats.failed_loads, tier.stats.failed_loads) == (0, 0)
+    device.close()
 
 
 class Waiting:

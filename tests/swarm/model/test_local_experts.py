@@ -206,6 +206,33 @@ def test_tensors_that_make_no_expert_are_the_manifests_fault(own_copy: Path) -> 
         ExpertLoader(transposed, directory).load(ExpertKey(manifest.model.moe_layers[0], 0), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1), (1, 0.5), (0.5, 1)], ids=str)
+def test_an_expert_of_another_size_is_the_manifests_fault(
+    converted: Path, dtype: torch.dtype, sizes: tuple[float, float]
+) -> None:
+    directory = ConvertedDirectory(converted)
+    model = directory.manifest.model
+    inner, hidden = int(model.intermediate_size * sizes[0]), int(model.hidden_size * sizes[1])
+    other = replace(directory.manifest, model=replace(model, intermediate_size=inner, hidden_size=hidden))
+    loader, key = ExpertLoader(other, directory), ExpertKey(model.moe_layers[0], 0)
+    with pytest.raises(ManifestError, match=directory.manifest.experts[key].file):
+        loader.load(key, dtype)
+
+
+def test_a_token_may_choose_an_expert_twice(converted: Path) -> None:
+    """As routers do that draw with replacement: each choice counts with its own weight."""
+    directory = ConvertedDirectory(converted)
+    model, backend = directory.manifest.model, backend_of(directory)
+    hidden, weights = torch.randn(1, model.hidden_size), torch.tensor([[0.25, 0.5, 2.0]])
+    for _ in range(2):  # absent, and resident
+        found = backend.run(model.moe_layers[0], hidden, torch.tensor([[3, 1, 3]]), weights)
+        once = backend.run(model.moe_layers[0], hidden, torch.tensor([[3, 1]]), torch.tensor([[2.25, 0.5]]))
+        torch.testing.assert_close(found, once)
+    both = backend.run(model.moe_layers[0], hidden.expand(2, -1), torch.tensor([[3, 1, 3]] * 2), weights.expand(2, -1))
+    torch.testing.assert_close(both, found.expand(2, -1))
+
+
 def test_unknown_mathematics_is_the_manifests_fault(converted: Path) -> None:
     with pytest.raises(ManifestError, match="expertFfn: unknown activation 'snake'"):
         spec_of(ExpertFfn(Gate.CONCATENATED, "snake"))

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from moehive.kernels.cpu import packed
 from moehive.kernels.cpu.packed import can_pack, is_packed, plain_weights
-from moehive.protocol.errors import CorruptShard
+from moehive.kernels.expert_ffn import ExpertWeights
+from moehive.protocol.errors import BudgetTooSmall, CorruptShard
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm import open_local
+from moehive.swarm.model import buffers
 from moehive.swarm.model.backend import LocalExperts
+from moehive.swarm.model.buffers import HostBuffers
 from moehive.swarm.model.loader import ExpertLoader, StoredExpert
-from moehive.swarm.model.tier import WeightsTier, forms_of
+from moehive.swarm.model.tier import WeightsTier, forms_of, packed_forms
 from moehive.swarm.store.directory import ConvertedDirectory
+from moehive.swarm.tiers.policy import Uses
 
 BF16 = torch.bfloat16
 QUANTISED = ["gpt_oss_mxfp4", "deepseek_v3_fp8"]
@@ -73,7 +80,8 @@ def test_what_fits_as_stored_is_read_once_and_nothing_changes(checkpoints: Any, 
 def test_what_is_widened_from_memory_is_what_is_read(checkpoints: Any, family: str, dtype: torch.dtype) -> None:
     loader = loader_of(checkpoints.converted(family))
     tier = WeightsTier(loader, 1 << 30)
-    tier.stored.resize(1 << 29)
+    tier.hold_stored(dtype, len(loader.manifest.experts), uploads=True)
+    assert tier.stored_stats is not None
     for key in loader.manifest.experts:
         wanted = [tensor.clone() for tensor in loader.load(key, dtype).tensors]
         with tier.lease((key, dtype)) as weights:
@@ -115,7 +123,7 @@ def test_an_error_of_reading_reaches_who_leases(checkpoints: Any) -> None:
         raise CorruptShard("changed")
 
     tier = WeightsTier(loader, 1 << 30, read=read)
-    tier.stored.resize(1 << 29)
+    tier.hold_stored(BF16, 4, uploads=True)
     key = next(iter(loader.manifest.experts))
     with pytest.raises(CorruptShard, match="changed"), tier.lease((key, BF16)):
         pass
@@ -126,12 +134,180 @@ def test_an_error_of_reading_reaches_who_leases(checkpoints: Any) -> None:
 def test_buffers_of_what_is_widened_are_used_again(checkpoints: Any) -> None:
     loader = loader_of(checkpoints.converted("deepseek_v3_fp8"))
     keys = list(loader.manifest.experts)
-    tensors, before = loader.read(keys[0]), loader.widened.fresh
+    tensors, before = loader.read(keys[0]), loader.buffers.fresh
     for _ in range(3):
         weights = loader.widen(keys[0], tensors, torch.float32)
         assert len({tensor.untyped_storage().data_ptr() for tensor in weights.tensors}) == 1
         del weights
-    assert loader.widened.fresh - before <= 1
+    assert loader.buffers.fresh - before <= 1
+
+
+class CountedBuffers(HostBuffers):
+    """Knows the most bytes that were ever taken."""
+
+    peak = 0
+
+    def _take(self, size: int) -> Any:
+        memory = super()._take(size)
+        self.peak = max(self.peak, self.taken_bytes)
+        return memory
+
+
+def counted(loader: ExpertLoader, monkeypatch: pytest.MonkeyPatch) -> CountedBuffers:
+    monkeypatch.setattr(buffers, "SMALLEST", 0)  # those of the tests are tiny
+    loader.buffers = CountedBuffers()
+    return loader.buffers
+
+
+def walk(tier: WeightsTier, loader: ExpertLoader, dtype: torch.dtype = BF16, turns: int = 2) -> None:
+    """Calls of all experts of each layer."""
+    for layer in loader.manifest.model.moe_layers * turns:
+        keys = [(ExpertKey(layer, expert), dtype) for expert in range(loader.num_experts)]
+        tier.note(Uses(layer, dict.fromkeys(keys, 1)))
+        for key in keys:
+            with tier.lease(key) as weights:
+                assert weights.tensors[0].dtype == dtype
+                del weights  # kept beyond its lease it would be memory that nobody counts
+
+
+@pytest.mark.parametrize("uploads", [False, True])
+def test_free_buffers_are_within_the_budget(checkpoints: Any, uploads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantised experts leave a free shard's buffer behind, which must not come on top of a full tier."""
+    loader = loader_of(checkpoints.converted("deepseek_v3_fp8"))
+    memory, budget = counted(loader, monkeypatch), 12 * loader.widened_room(BF16)
+    tier = WeightsTier(loader, budget)
+    tier.hold_stored(BF16, len(loader.manifest.experts), uploads=uploads)
+    walk(tier, loader)
+    tier.close()
+    assert memory.peak <= budget
+    assert memory.peak > budget - 2 * loader.widened_room(BF16), "the tier was never full"
+    assert memory.reused > memory.fresh
+
+
+def test_a_budget_is_divided_anew_while_experts_are_loaded(checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = loader_of(checkpoints.converted("deepseek_v3_fp8"))
+    memory, experts = counted(loader, monkeypatch), len(loader.manifest.experts)
+    budget = 14 * loader.widened_room(BF16)
+    tier = WeightsTier(loader, budget)
+
+    def work() -> None:
+        for turn in range(4):
+            walk(tier, loader, turns=1)
+            for key in list(loader.manifest.experts)[turn::5]:
+                with tier.as_stored(key) as matrices:
+                    assert matrices.nbytes <= loader.stored_room(key)
+                    del matrices
+
+    with ThreadPoolExecutor(3) as pool:
+        working = [pool.submit(work) for _ in range(3)]
+        turn = 0
+        while not all(one.done() for one in working):
+            tier.hold_stored(BF16, experts if turn % 3 else 2, uploads=turn % 2 == 0)
+            turn += 1
+        for one in working:
+            one.result()
+    tier.close()
+    assert turn > 3
+    assert memory.peak <= budget
+    assert tier.stats.reserved_bytes == tier.stored.stats.reserved_bytes == 0
+    tier._grow()
+    assert tier.budget_bytes + tier.stored.budget_bytes == budget
+
+
+def test_a_part_grows_only_by_what_the_other_has_released(checkpoints: Any) -> None:
+    loader = loader_of(checkpoints.converted("deepseek_v3_fp8"))
+    experts, whole = len(loader.manifest.experts), 14 * loader.widened_room(BF16)
+    tier = WeightsTier(loader, whole)
+    with tier.borrow(whole // 2, "a test"):
+        with tier.borrow(whole // 2, "a test"):
+            tier.hold_stored(BF16, experts, uploads=True)
+            assert tier.stats.reserved_bytes + tier.stored.budget_bytes == whole
+        walk(tier, loader, turns=1)
+        share = tier.stored.budget_bytes
+        assert share > 0
+        assert tier.budget_bytes + share == whole
+        with tier.stored.borrow(share, "a test"):
+            tier.hold_stored(BF16, 1)
+            assert tier.budget_bytes == whole - share
+            walk(tier, loader, turns=1)
+            assert tier.budget_bytes == whole - share, "it grew by bytes that are lent"
+    tier.hold_stored(BF16, 1)
+    assert tier.stored.budget_bytes == max(map(loader.stored_room, loader.manifest.experts))
+    assert tier.budget_bytes + tier.stored.budget_bytes == whole
+    tier.close()
+
+
+def test_a_load_under_way_takes_what_was_promised_to_it(checkpoints: Any) -> None:
+    """Room was promised for a shard and its weights; what is divided anew meanwhile is for later loads."""
+    loader = loader_of(checkpoints.converted("deepseek_v3_fp8"))
+    first, second = list(loader.manifest.experts)[:2]
+    tries: list[ExpertKey] = []
+
+    def read(key: ExpertKey) -> StoredExpert:
+        tries.append(key)
+        if len(tries) == 1:
+            tier.hold_stored(BF16, len(loader.manifest.experts), uploads=True)
+            raise MemoryError  # so that it is tried again
+        return loader.read(key)
+
+    tier = WeightsTier(loader, 30 * loader.widened_room(BF16), read=read)
+    with tier.lease((first, BF16)):
+        assert tier.stored.budget_bytes > 0
+        assert tier.stored.stats.loads == 0
+    tier.resize(30 * loader.widened_room(BF16))
+    with tier.lease((second, BF16)):
+        assert tier.stored.stats.loads == 1
+    assert tries == [first, first, second]
+    tier.close()
+
+
+def test_a_division_does_not_bring_back_memory_that_the_machine_does_not_have(checkpoints: Any) -> None:
+    loader = loader_of(checkpoints.converted("deepseek_v3_fp8"))
+    experts, failing = len(loader.manifest.experts), [False] * 9 + [True]
+
+    def read(key: ExpertKey) -> StoredExpert:
+        if failing and failing.pop(0):
+            raise MemoryError
+        return loader.read(key)
+
+    tier = WeightsTier(loader, 1 << 30, read=read)
+    tier.hold_stored(BF16, 1)
+    walk(tier, loader, turns=1)
+    left = tier.budget_bytes
+    assert tier.stats.shrinks == 1
+    assert left < 1 << 30
+    for uploads in (False, True, False):
+        tier.hold_stored(BF16, experts, uploads=uploads)
+        assert tier.budget_bytes + tier.stored.budget_bytes == left
+    tier.close()
+
+
+def test_memory_that_ends_in_the_part_below_shrinks_the_part_above(checkpoints: Any) -> None:
+    loader = loader_of(checkpoints.converted("deepseek_v3_fp8"))
+    failing = [False] * 9 + [True, True]
+
+    def read(key: ExpertKey) -> StoredExpert:
+        if failing and failing.pop(0):
+            raise MemoryError
+        return loader.read(key)
+
+    tier = WeightsTier(loader, 1 << 30, read=read)
+    tier.hold_stored(BF16, len(loader.manifest.experts), uploads=True)
+    walk(tier, loader, turns=1)
+    assert (tier.stored.stats.shrinks, tier.stats.shrinks) == (1, 1)
+    tier.close()
+
+
+def test_bytes_set_aside_leave_the_budget_for_good(checkpoints: Any) -> None:
+    loader = loader_of(checkpoints.converted("deepseek_v3_fp8"))
+    room = loader.widened_room(BF16)
+    tier = WeightsTier(loader, 9 * room)
+    tier.set_aside(2 * room, "staging memory", least=7 * room)
+    tier.hold_stored(BF16, len(loader.manifest.experts), uploads=True)
+    assert tier.budget_bytes + tier.stored.budget_bytes == 7 * room
+    with pytest.raises(BudgetTooSmall) as caught:
+        WeightsTier(loader, 9 * room).set_aside(2 * room, "staging memory", least=8 * room)
+    assert (caught.value.budget, caught.value.needed) == (9 * room, 10 * room)
 
 
 @pytest.mark.skipif(not can_pack(), reason="this processor has no bf16 products")
@@ -140,18 +316,35 @@ def test_buffers_of_what_is_widened_are_used_again(checkpoints: Any) -> None:
 def test_experts_that_stay_are_packed(
     checkpoints: Any, fits: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Within the bytes that packing takes, and none leaves for another; one byte less, and none is packed."""
     monkeypatch.setattr(packed, "_SMALLEST", 64)  # those of the tests are tiny
-    loader = loader_of(checkpoints.converted("qwen3_moe"))
-    experts = len(loader.manifest.experts)
-    budget = (experts + 1) * forms_of(loader, dtype, experts).widened - (0 if fits else 1)
+    loader = loader_of(checkpoints.converted("deepseek_v3_fp8"))  # whose shapes are no whole blocks
+    memory, experts = counted(loader, monkeypatch), len(loader.manifest.experts)
+    forms = forms_of(loader, dtype, experts)
+    room = packed_forms(loader, forms) if dtype == BF16 else forms
+    assert dtype != BF16 or room.widened > forms.widened, "packing takes no more: nothing is tested"
+    budget = experts * room.widened + room.making - (0 if fits else 1)
     tier = WeightsTier(loader, budget)
     tier.hold_stored(dtype, experts, may_pack=True)
-    for key in loader.manifest.experts:
+    for key in [*loader.manifest.experts] * 2:
         wanted = loader.load(key, dtype)
         with tier.lease((key, dtype)) as weights:
             assert is_packed(weights) == (fits and dtype == BF16)
             for found, tensor in zip(plain_weights(weights).tensors, wanted.tensors, strict=True):
                 assert torch.equal(found, tensor)
-    assert tier.stats.resident_bytes <= budget
-    assert tier.stats.entries == experts
+    stats = tier.stats
+    assert stats.resident_bytes <= budget
+    assert not is_packed(weights) or memory.free_bytes == 0, "beside packed ones they would be beyond the budget"
+    if fits or dtype == BF16:
+        assert (stats.loads, stats.evictions, stats.entries) == (experts, 0, experts)
     tier.close()
+
+
+@pytest.mark.skipif(not can_pack(), reason="this processor has no bf16 products")
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_the_most_that_packing_takes(rows: int, columns: int) -> None:
+    weights = ExpertWeights(torch.zeros(2 * rows, columns, dtype=BF16), torch.zeros(columns, rows, dtype=BF16))
+    made = packed.pack_weights(weights)
+    sizes = [packed.packed_bytes(one) if one.is_mkldnn else one.nbytes for one in made.tensors]
+    assert sizes[0] <= packed.most_packed_bytes(2 * rows, columns)
+    assert sizes[1] <= packed.most_packed_bytes(columns, rows)

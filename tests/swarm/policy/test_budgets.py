@@ -91,12 +91,13 @@ def test_the_least_that_runs_holds_two_layers_of_one_token() -> None:
     assert least_ram(100, top_k=8) == 1700
 
 
-FORMS = ExpertForms(count=100, stored=25, widened=100, floor=5, read=0.03, widen=0.01)
+FORMS = ExpertForms(count=100, stored=25, widened=100, making=25, floor=5, read=0.03, widen=0.01)
 forms = st.builds(
     ExpertForms,
     count=st.integers(1, 1000),
     stored=st.integers(1, 1000),
     widened=st.integers(1, 1000),
+    making=st.integers(0, 1000),
     floor=st.integers(1, 20),
     read=st.floats(0, 10),
     widen=st.floats(0, 10),
@@ -127,10 +128,9 @@ def test_the_form_that_costs_a_use_the_least_time(budget: int, facts: ExpertForm
     assert bytes_as_stored(budget, facts) == share
 
 
-@pytest.mark.parametrize(("experts", "stays"), [(9, True), (10, False)])
-def test_experts_stay_where_one_more_would_fit(experts: int, stays: bool) -> None:
-    facts = replace(FORMS, count=experts)
-    assert stays_widened(10 * facts.widened, facts) is stays
+@pytest.mark.parametrize(("budget", "stays"), [(1025, True), (1024, False)])
+def test_experts_stay_where_the_last_can_be_made_beside_the_others(budget: int, stays: bool) -> None:
+    assert stays_widened(budget, replace(FORMS, count=10)) is stays
 
 
 def test_a_device_that_takes_them_as_stored_decides_the_form() -> None:

@@ -137,6 +137,15 @@ def test_the_last_chunks_of_a_silent_peer_are_asked_from_an_idle_one_too() -> No
     assert busy.wake < NOW + 0.1  # watched
 
 
+def test_of_several_idle_peers_the_fastest_takes_over() -> None:
+    silent = Peer(A, pace(heard=NOW - 0.5))
+    for fast, slow in ((B, C), (C, B)):
+        peers = [silent, Peer(fast, pace(80e6)), Peer(slow, pace(40e6))]
+        what = item(missing=span(0, 1), holders=(A, B, C))
+        decided = plan(facts([what], peers, [flight(1, A, 0, 1, heard=NOW - 0.5)]))
+        assert [(ask.peer, ask.duplicate) for ask in decided.ask] == [(fast, True)]
+
+
 def test_a_slow_peer_gets_no_chunk_that_others_would_have_brought_by_then() -> None:
     """Ten chunks are left: 0.1 s for two fast ones. A slow one needs 0.2 s for a single chunk."""
     missing = span(0, 10)

@@ -52,6 +52,11 @@ def test_depth_by_hand(rate: float, rtt: float, depth: int) -> None:
     assert sending(rate, rtt=rtt).depth == depth
 
 
+def test_it_is_always_between_two_and_thirty_two_chunks_of_half_a_second_and_a_round_trip() -> None:
+    assert [sending(rate, seconds=20.0).depth for rate in (0.2e6, 1e6, 1e10)] == [2, 2, 32]
+    assert Pace(received=20 * CHUNK_SIZE, busy=1.0, rtt=0.3).depth == 16  # 20 chunks a second, for 0.5 s + 0.3 s
+
+
 def test_a_new_speed_counts_after_a_second_or_two() -> None:
     pace = sending(50e6)
     now = pace.heard

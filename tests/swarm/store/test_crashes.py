@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
-from support.faulty_filesystem import FaultyFileSystem, PowerCut
+from support.faulty_filesystem import FaultyFileSystem, Killed, PowerCut
 from support.store_machine import (
     BUDGET,
     CONTENT,
@@ -22,6 +23,7 @@ from support.store_machine import (
     ROOT,
     StoreUnderFire,
     check_nothing_wrong_visible,
+    chunk_of,
     download,
     fill,
     make_store,
@@ -76,6 +78,20 @@ def test_a_power_cut_at_any_step_leaves_nothing_wrong_and_the_download_can_be_fi
         assert visible(fs) == {LISTS[i].root: OBJECTS[i] for i in (1, 2)}
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_a_kill_at_any_step_leaves_nothing_wrong_locked_or_in_use(seed: int) -> None:
+    for step in range(len(STEPS)):
+        fs = FaultyFileSystem(HOME, seed=seed)
+        fs.kill_at(step)
+        with pytest.raises(Killed):
+            life(make_store(fs))
+        fs.after_kill()
+        check_nothing_wrong_visible(fs)
+        life(make_store(fs))
+        for disk in (fs, fs.after_power_cut()):
+            assert visible(disk) == {LISTS[i].root: OBJECTS[i] for i in (1, 2)}
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_any_call_may_fail_and_the_next_attempt_succeeds(code: int) -> None:
     expected = DiskFull if code == errno.ENOSPC else StorageError
@@ -94,7 +110,7 @@ def test_any_call_may_fail_and_the_next_attempt_succeeds(code: int) -> None:
         assert visible(fs) == {LISTS[i].root: OBJECTS[i] for i in (1, 2)}
 
 
-@pytest.mark.parametrize("capacity", [0, 7, 8, CHUNK_SIZE, CHUNK_SIZE + 14])
+@pytest.mark.parametrize("capacity", [0, 7, 8, 9, CHUNK_SIZE, CHUNK_SIZE + 15])
 def test_a_full_disk_is_said_before_anything_is_fetched(capacity: int) -> None:
     fs = FaultyFileSystem(HOME, capacity=capacity)
     store = make_store(fs)
@@ -142,6 +158,22 @@ def test_bytes_that_could_not_be_synced_are_fetched_again() -> None:
     assert fs.files(ROOT / "partial") == {}
 
 
+def test_bytes_whose_sync_failed_just_before_a_kill_are_synced_all_the_same() -> None:
+    """Nobody was left to discard them. The next process finds them right, in a cache that calls them clean."""
+    for seed in range(8):
+        fs = FaultyFileSystem(HOME, seed=seed)
+        with suppress(Killed), make_store(fs).open_partial(LISTS[2].root, LISTS[2]) as partial:
+            fill(partial, 2)
+            fs.fail_next("fdatasync", "", errno.EIO)
+            fs.kill_at(fs.steps + 1)
+            partial.commit()
+        fs.after_kill()
+        with make_store(fs).open_partial(LISTS[2].root, LISTS[2]) as partial:
+            assert not partial.missing()
+            partial.commit()
+        assert visible(fs.after_power_cut()) == {LISTS[2].root: OBJECTS[2]}
+
+
 def test_syncing_what_nobody_wrote_does_nothing() -> None:
     fs = FaultyFileSystem(HOME)
     store = make_store(fs)
@@ -155,6 +187,73 @@ def test_syncing_what_nobody_wrote_does_nothing() -> None:
         before = list(fs.log)
         partial.sync()
         assert fs.log == before
+
+
+# --- the budget, where a power cut brings back what was removed -------------------------------------------------------
+
+
+def _evict(store: ContentStore) -> None:
+    store.evict(HASHES, pins=frozenset())
+
+
+def _delete(store: ContentStore) -> None:
+    store.delete(HASHES[3])
+
+
+def _discard(store: ContentStore) -> None:
+    """A download that is given up; and one that brought nothing, which gives its room back."""
+    store.delete(HASHES[3])
+    with store.open_partial(HASHES[3], LISTS[3]) as partial:
+        partial.write_chunk(0, chunk_of(3, 0))
+        partial.discard()
+    with store.open_partial(HASHES[3], LISTS[3]):
+        pass
+
+
+def _sweep(store: ContentStore) -> None:
+    store.delete(HASHES[3])
+    with store.open_partial(HASHES[3], LISTS[3]) as partial:
+        partial.write_chunk(0, chunk_of(3, 0))
+    store.sweep(max_age=-1.0)
+
+
+def full_store() -> tuple[FaultyFileSystem, ContentStore]:
+    fs = FaultyFileSystem(HOME)
+    store = make_store(fs)
+    for which in range(len(OBJECTS)):
+        download(store, which)
+    assert store.usage().used_bytes == BUDGET
+    return fs, store
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["fails", "killed"])
+@pytest.mark.parametrize("remove", [_evict, _delete, _discard, _sweep])
+def test_room_is_not_filled_before_what_was_in_it_is_gone_for_good(
+    remove: Callable[[ContentStore], None], killed: bool
+) -> None:
+    """A process removes things and fails, or is killed, at any step; another one fills the room; then the power goes.
+
+    What the first one removed may come back then: it had not been synced. The second one has to do that first.
+    """
+    fs, store = full_store()
+    first = fs.steps
+    remove(store)
+    for step in range(first, fs.steps):
+        disk, store = full_store()
+        other = make_store(disk)
+        if killed:
+            disk.kill_at(step)
+        else:
+            disk.fail_at(step, errno.EIO)
+        with suppress(StorageError, Killed):
+            remove(store)
+        if killed:
+            disk.after_kill()
+        for which in (3, 2, 1):
+            with suppress(StorageError), other.open_partial(HASHES[which], LISTS[which]) as partial:
+                fill(partial, which)
+        after = disk.after_power_cut(undoing_removals=True)
+        assert make_store(after).usage().used_bytes <= BUDGET, fs.log[step]
 
 
 # --- a state machine --------------------------------------------------------------------------------------------------

@@ -69,4 +69,4 @@ def test_what_memory_holds_as_stored_stands_between_memory_and_the_disk() -> Non
     assert said["tiers"][1]["hits"] == below.hits
     assert said["tiers"][2]["movedBytes"] == below.loaded_bytes
     lines = tier_lines(above, "disk", stored=below)
-    assert any(f"{below.hits:,} were widened from what memory holds as it is stored" in line for line in lines)
+    assert any(f"{below.hits:,} were found in memory as they are stored" in line for line in lines)

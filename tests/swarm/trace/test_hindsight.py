@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moehive.protocol.ids import ExpertKey
+from moehive.swarm.tiers.replay import replay
 from moehive.swarm.trace import hindsight
-from moehive.swarm.trace.hindsight import fit_halves
+from moehive.swarm.trace.hindsight import Hindsight, fit_halves
 from moehive.swarm.trace.routing import RoutingTrace
 
 
@@ -40,3 +42,16 @@ def test_large_models_are_fitted_without_others(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(hindsight, "MAX_EXPERTS", 8)
     chance, usual = fit_halves(coupled(), others=True).chances(50, 1)
     assert np.array_equal(chance, usual)
+
+
+def test_who_is_told_the_next_layer_never_evicts_what_it_uses() -> None:
+    trace = coupled(300)
+    steps, fitted = list(trace.steps()), fit_halves(trace, others=False)
+    blind, told = (replay(Hindsight(trace, fitted, ahead=ahead), steps, lambda _: 1, 4) for ahead in (0, 1))
+    assert told.hits > 1.1 * blind.hits
+    policy = Hindsight(trace, fitted, ahead=1)
+    policy.step(steps[0])
+    following = next(iter(steps[1].rows))
+    for expert in (following.expert, (following.expert + 1) % 8):
+        policy.loaded(ExpertKey(following.layer, expert), 1)
+    assert policy.victims(None, 1, lambda _: False) == [ExpertKey(following.layer, (following.expert + 1) % 8)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,22 +29,26 @@ OBJECTS = {ChunkList.of(data).root: data for data in (DATA, OTHER)}
 
 
 class Channel:
-    """A ChunkChannel that has OBJECTS. `during` is called before each chunk."""
+    """A ChunkChannel that has OBJECTS, or `has` of them. `during` is called before each chunk."""
 
-    def __init__(self, peer: str, during: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, peer: str, during: Callable[[], object] = lambda: None, has: frozenset[int] | None = None
+    ) -> None:
         self.peer = PeerId(peer)
         self.broken: PeerError | None = None
         self.closed = 0
         self.requests = 0
+        self.withdrawn = 0
         self.hangs = asyncio.Event()
         self.hangs.set()
         self._during = during
+        self._has = has
 
     async def chunk_list(self, object_hash: ShardHash, *, timeout: float) -> ChunkList:
         return ChunkList.of(OBJECTS[object_hash])
 
     async def have(self, object_hash: ShardHash, *, timeout: float) -> frozenset[int] | None:
-        return None
+        return self._has
 
     async def get_chunks(
         self, object_hash: ShardHash, first: int, count: int, deliver: Deliver, *, timeout: float
@@ -51,7 +56,11 @@ class Channel:
         self.requests += 1
         data = memoryview(OBJECTS[object_hash])
         for index in range(first, first + count):
-            await self.hangs.wait()
+            try:
+                await self.hangs.wait()
+            except asyncio.CancelledError:
+                self.withdrawn += 1
+                raise
             self._during()
             offset, length = chunk_range(index, len(data))
             await asyncio.to_thread(deliver, index, data[offset : offset + length])
@@ -63,12 +72,12 @@ class Channel:
 class World:
     """A downloader and the channels that it may open."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, speed: float) -> None:
         self.channels: dict[PeerId, Channel] = {}
         self.opened: list[PeerId] = []
         self.standings = Standings()
         self.store = ContentStore(root, 1 << 30)
-        self.downloads = Downloader(self.open, self.standings)
+        self.downloads = Downloader(self.open, self.standings, clock=lambda: speed * time.monotonic())
 
     def add(self, channel: Channel) -> Channel:
         self.channels[channel.peer] = channel
@@ -81,15 +90,18 @@ class World:
 
     async def fetch(self, data: bytes, *peers: str, timeout: float = 30.0) -> bytes:
         async def find() -> Sources:
-            return {PeerId(peer): Source() for peer in peers or self.channels}
+            return {
+                PeerId(peer): Source(partial=self.channels[peer]._has is not None) for peer in peers or self.channels
+            }
 
         wanted = Wanted(ChunkList.of(data).root, find, "a shard")
         return (await self.downloads.fetch(wanted, self.store, timeout=timeout)).read_bytes()
 
 
 @asynccontextmanager
-async def engine(root: Path) -> AsyncIterator[World]:
-    world = World(root)
+async def engine(root: Path, speed: float = 1.0) -> AsyncIterator[World]:
+    """`speed` makes timeouts pass more quickly."""
+    world = World(root, speed)
     async with world.downloads:
         yield world
 
@@ -183,6 +195,33 @@ async def test_no_channel_in_time(world: World, monkeypatch: pytest.MonkeyPatch)
     world.add(Channel("a"))
     with pytest.raises(ShardUnavailable, match="peer a: no channel within"):
         await world.fetch(DATA, timeout=0.0)
+
+
+async def test_who_lost_the_race_for_a_chunk_is_told(world: World) -> None:
+    """Others have brought what it was asked for, while the object is not complete: its request is withdrawn."""
+    slow = world.add(Channel("slow", has=frozenset(range(9))))
+    last = world.add(Channel("last", has=frozenset({9})))  # keeps the object from being complete
+    fast = world.add(Channel("fast", has=frozenset(range(9))))
+    for channel in (slow, last, fast):
+        channel.hangs.clear()
+    fetching = asyncio.create_task(world.fetch(DATA))
+    await until(lambda: slow.requests and last.requests and fast.requests)
+    fast.hangs.set()
+    await until(lambda: slow.withdrawn)
+    assert not last.withdrawn
+    last.hangs.set()
+    assert await fetching == DATA
+
+
+async def test_the_connection_of_a_silent_peer_is_given_up_and_somebody_else_looked_for(tmp_path: Path) -> None:
+    async with engine(tmp_path, speed=20.0) as world:
+        silent = world.add(Channel("silent"))
+        silent.hangs.clear()
+        fetching = asyncio.create_task(world.fetch(DATA))
+        await until(lambda: silent.closed)
+        world.add(Channel("other"))
+        assert await fetching == DATA
+    assert not world.standings.banned(silent.peer)
 
 
 async def test_small_objects_do_not_wait_for_each_other(world: World) -> None:

@@ -14,7 +14,7 @@ import pytest
 from support.loopback import LoopbackTransport, StreamThatStops
 from support.sources import FakeSource, make_data
 from support.swarm_fakes import SECRET
-from support.transfer_processes import Processes, receive, serve
+from support.transfer_processes import Processes, receive, serve, serve_directly
 from support.waiting import until
 
 from moehive.protocol.chunks import CHUNK_SIZE, ChunkList
@@ -26,8 +26,9 @@ from moehive.swarm.rpc.server import stream_handler
 from moehive.swarm.standings import Standings
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.transfer.downloader import Downloader
+from moehive.swarm.transfer.opening import ChannelOpener
 from moehive.swarm.transfer.sources import Source, Sources, Wanted
-from moehive.swarm.transfer.stream_channel import stream_channels
+from moehive.swarm.transfer.stream_channel import StreamChannel
 from moehive.swarm.transport.base import Handler
 
 DATA = make_data(24)
@@ -45,8 +46,8 @@ class Receiver:
         self.sources: dict[PeerId, Source] = {}
         self.found = asyncio.Event()
 
-    def add(self, name: str, port: str) -> None:
-        self.sources[PeerId(name)] = Source((port,))
+    def add(self, name: str, port: str, *, partial: bool = False) -> None:
+        self.sources[PeerId(name)] = Source((port,), partial=partial)
 
     async def find(self) -> Sources:
         self.found.set()
@@ -71,7 +72,8 @@ async def receiving(root: Path, clock: Callable[[], float] = time.monotonic) -> 
             ConnectionPool(transport, SHARD, SECRET, "receiver", clock=lambda: 20 * time.monotonic())
         )
         standings = Standings(clock)
-        downloads = await stack.enter_async_context(Downloader(stream_channels(pool), standings, clock=clock))
+        channels = ChannelOpener(pool, "receiver", StreamChannel)
+        downloads = await stack.enter_async_context(Downloader(channels, standings, clock=clock))
         yield Receiver(downloads, standings, ContentStore(root / "store", 1 << 30))
 
 
@@ -106,17 +108,21 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+BY = pytest.mark.parametrize("by", [serve, serve_directly], ids=["stream", "tls"])
+
+
 @pytest.mark.swarm
+@BY
 @pytest.mark.parametrize("sent", [1, CHUNK_SIZE // 2, 5 * CHUNK_SIZE // 2])
 async def test_a_source_that_is_killed_in_the_middle_of_a_chunk(
-    receiver: Receiver, processes: Processes, file: Path, sent: int
+    receiver: Receiver, processes: Processes, file: Path, by: Callable[..., None], sent: int
 ) -> None:
-    victim = processes.start(serve, "victim", file, sent + 2000)
+    victim = processes.start(by, "victim", file, sent + 2000)
     receiver.add("victim", victim.says())
     fetching = asyncio.create_task(receiver.fetch())
     assert await asyncio.to_thread(victim.says) == "stopped"
     victim.kill()
-    survivor = processes.start(serve, "survivor", file)
+    survivor = processes.start(by, "survivor", file)
     receiver.add("survivor", survivor.says())
     assert await fetching == DATA
     assert not receiver.standings.banned(PeerId("victim"))
@@ -124,10 +130,11 @@ async def test_a_source_that_is_killed_in_the_middle_of_a_chunk(
 
 
 @pytest.mark.swarm
+@BY
 async def test_all_sources_are_killed_and_then_one_returns(
-    receiver: Receiver, processes: Processes, file: Path
+    receiver: Receiver, processes: Processes, file: Path, by: Callable[..., None]
 ) -> None:
-    sources = [processes.start(serve, f"source {n}", file, 3 * CHUNK_SIZE) for n in range(2)]
+    sources = [processes.start(by, f"source {n}", file, 3 * CHUNK_SIZE) for n in range(2)]
     for number, source in enumerate(sources):
         receiver.add(f"source {number}", source.says())
     fetching = asyncio.create_task(receiver.fetch())
@@ -138,10 +145,38 @@ async def test_all_sources_are_killed_and_then_one_returns(
     assert kept
     receiver.found.clear()
     await asyncio.wait_for(receiver.found.wait(), 30)  # it looks for somebody
-    again = processes.start(serve, "source 0", file)
+    again = processes.start(by, "source 0", file)
     receiver.add("source 0", again.says())
     assert await fetching == DATA
     assert receiver.downloads.stats.received == len(DATA)
+
+
+@pytest.mark.swarm
+async def test_wrong_bytes_from_one_and_from_all(receiver: Receiver, processes: Processes, file: Path) -> None:
+    liars = [processes.start(serve, f"liar {n}", file, wrong_chunk=5) for n in range(2)]
+    for number, liar in enumerate(liars):
+        receiver.add(f"liar {number}", liar.says())
+    with pytest.raises(ShardUnavailable) as caught:
+        await receiver.fetch(timeout=0.0)
+    for number in range(2):
+        assert f"peer liar {number}: chunk 5 of {CHUNKS.root} is wrong" in str(caught.value)
+        assert receiver.standings.banned(PeerId(f"liar {number}"))
+    assert not receiver.store.has(CHUNKS.root)
+    honest = processes.start(serve, "honest", file)
+    receiver.add("honest", honest.says())
+    assert await receiver.fetch() == DATA
+    assert not receiver.standings.banned(PeerId("honest"))
+
+
+@pytest.mark.swarm
+async def test_a_have_map_that_lies(receiver: Receiver, processes: Processes, file: Path) -> None:
+    liar = processes.start(serve, "liar", file, have=frozenset({0, 1}), claims=frozenset(EVERY))
+    receiver.add("liar", liar.says(), partial=True)
+    fetching = asyncio.create_task(receiver.fetch())
+    await until(lambda: receiver.standings.banned(PeerId("liar")))
+    honest = processes.start(serve, "honest", file)
+    receiver.add("honest", honest.says())
+    assert await fetching == DATA
 
 
 @pytest.mark.swarm
@@ -228,9 +263,9 @@ async def test_a_source_that_only_trickles_is_given_up(tmp_path: Path) -> None:
             await receiver.fetch(timeout=0.0)
 
 
-@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+@pytest.mark.parametrize("jump", [3600.0, -3600.0, -1e9])
 async def test_a_clock_that_jumps(tmp_path: Path, jump: float) -> None:
-    """A machine that slept, or a hypervisor that does not know what monotonic means."""
+    """A machine that slept, or a hypervisor that does not know what monotonic means: it may read below zero, too."""
     ahead = 0.0
     half = asyncio.Event()
     source = FakeSource(DATA)

@@ -66,6 +66,13 @@ async def test_where_nobody_waits_it_leaves_as_fast_as_it_goes(slept: list[float
     assert not slept
 
 
+async def test_a_header_does_not_leave_alone(slept: list[float]) -> None:
+    recorder = Recorder()
+    await PacedStream(recorder, Uploads()).write(b"head", bytes(16 * PIECE), b"", b"tail")  # type: ignore[arg-type]
+    assert b"".join(recorder.written) == b"head" + bytes(16 * PIECE) + b"tail"
+    assert len(recorder.written[0]) == PIECE
+
+
 async def test_small_frames_leave_whole(slept: list[float]) -> None:
     recorder = Recorder()
     await PacedStream(recorder, Uploads(clock=Clock(100.0))).write(b"head", b"body")  # type: ignore[arg-type]

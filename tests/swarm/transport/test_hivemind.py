@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import stat
 import tempfile
 import time
@@ -170,6 +171,14 @@ async def test_port_in_use_is_an_error_that_says_so(node: HivemindTransport) -> 
 def test_quic_is_refused() -> None:
     with pytest.raises(ConfigError, match="only TCP"):
         HivemindTransport(Identity.ephemeral(), listen=["/ip4/0.0.0.0/udp/0/quic-v1"])
+
+
+async def test_only_tcp_is_listened_on(node: HivemindTransport) -> None:
+    [process] = daemons()
+    sockets = process.net_connections("inet")
+    assert [one for one in sockets if one.type == socket.SOCK_STREAM and one.status == psutil.CONN_LISTEN]
+    assert not [one for one in sockets if one.type == socket.SOCK_DGRAM]
+    assert all("/tcp/" in address for address in node.addresses)
 
 
 async def test_orphaned_daemon_ends_itself(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,15 @@ async def test_a_large_write_goes_behind_the_small_ones_before_it() -> None:
         await writing
 
 
+async def test_a_header_leaves_with_the_beginning_of_its_large_body() -> None:
+    async with connected() as (stream, handed, theirs):
+        parts = (b"head", b"b" * (200 << 10), b"", b"c" * 10)
+        writing = asyncio.ensure_future(stream.write(*parts))
+        assert await read_exactly(theirs, sum(map(len, parts))) == b"".join(parts)
+        await writing
+        assert handed == [64 << 10, (136 << 10) + 4, 10]
+
+
 async def test_many_small_writes_do_not_pile_up_before_they_are_sent() -> None:
     async with connected() as (stream, handed, theirs):
         part = b"x" * (60 << 10)
