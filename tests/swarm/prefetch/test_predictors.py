@@ -42,9 +42,7 @@ def test_a_map_with_an_asker_takes_what_it_read_of_the_layers_memory() -> None:
     random = np.random.default_rng(0)
     shapes = ((2, WIDTH), (WIDTH,), (WIDTH + 2, MIXED), (MIXED,))
     asker = Asker(*(random.standard_normal(shape).astype(np.float32) for shape in shapes))
-    reader = Reader(
-        *(random.standard_normal(shape).astype(np.float32) for shape in ((2, 2 * WIDTH), (HEADS, 2 * SIZE)))
-    )
+    reader = Reader(*(random.standard_normal(shape).astype(np.float32) for shape in ((2, 2 * WIDTH), (HEADS, SIZE))))
     found = LinearMap(np.zeros((2 + MIXED, 3), np.float32), np.zeros(3, np.float32), asker=asker)
     predictor = Predictor({(Point.BEFORE, 4): found}, 1, 2, {4: reader})
     memory = remember(reader, empty_memory(), ROW[None])
