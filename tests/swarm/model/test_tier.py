@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.mixed_loader import MixedLoader
 from torch import Tensor
 
 from moehive.kernels.cpu import packed
@@ -295,6 +296,23 @@ def test_memory_that_ends_in_the_part_below_shrinks_the_part_above(checkpoints: 
     tier.hold_stored(BF16, len(loader.manifest.experts), uploads=True)
     walk(tier, loader, turns=1)
     assert (tier.stored.stats.shrinks, tier.stats.shrinks) == (1, 1)
+    tier.close()
+
+
+@pytest.mark.parametrize("uploads", [False, True])
+def test_experts_that_are_stored_in_two_forms_have_their_values(checkpoints: Any, uploads: bool) -> None:
+    """Those in bf16 are views of what was read, the others are widened."""
+    directory = ConvertedDirectory(checkpoints.converted("deepseek_v3_fp8"))
+    loader = MixedLoader(directory.manifest, directory)
+    budget = 12 * loader.largest_room(BF16)
+    tier = WeightsTier(loader, budget)
+    tier.hold_stored(BF16, len(loader.manifest.experts), uploads=uploads)
+    walk(tier, loader)
+    for key in loader.manifest.experts:
+        wanted = loader.load(key, BF16)
+        with tier.lease((key, BF16)) as weights:
+            assert all(torch.equal(a, b) for a, b in zip(weights.tensors, wanted.tensors, strict=True))
+    assert tier.resident_bytes + tier.stored.resident_bytes <= budget
     tier.close()
 
 
