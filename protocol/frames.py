@@ -7,10 +7,9 @@
       u8       u8       u16      u32          u32          u32          msgpack      raw bytes
 
 All integers are big-endian. `meta` is a msgpack map (see `messages`), `payload` is tensor rows or file bytes as they
-are. The decoder takes bytes in any portions and holds no more than what came: a declared length allocates nothing, and
-a frame that arrives byte by byte costs no more than one that arrives at once. Each byte of a large frame is copied
-once, when the frame is complete. Whoever wants the payload to lie elsewhere reads the three parts itself, with
-`decode_header`.
+are. The decoder takes bytes in any portions and copies them into one buffer that grows with them: a declared length
+allocates nothing, and a frame that arrives byte by byte costs no more than one that arrives at once. Whoever wants the
+payload to lie elsewhere reads the three parts itself, with `decode_header`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ FRAME_VERSION = 1
 HEADER = struct.Struct(">BBHIII")
 FLAG_MORE = 1  # further replies to the same request follow
 _KNOWN_FLAGS = FLAG_MORE
-_LARGE_PORTION = 16 << 10  # bytes; many smaller ones would cost more to keep apart than to copy
 
 Buffer = bytes | bytearray | memoryview
 
@@ -77,52 +75,35 @@ class FrameDecoder:
 
     def __init__(self, max_payload: int = limits.MAX_PAYLOAD_BYTES) -> None:
         self.max_payload = max_payload  # holds for the headers that are still to come
-        self._parts: list[bytearray | memoryview] = []
-        self._held = 0  # bytes in them
+        self._buffer = bytearray()
         self._need = HEADER.size  # bytes until the next step
         self._header: Header | None = None
 
     @property
     def mid_frame(self) -> bool:
         """Whether a frame has begun and is not complete: the end of the stream here is a truncation."""
-        return self._header is not None or self._held > 0
+        return self._header is not None or len(self._buffer) > 0
 
     @property
     def buffered(self) -> int:
         """Bytes held of a frame that is not complete."""
-        return self._held
+        return len(self._buffer)
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Take received bytes; yield the frames that they complete. Raises ProtocolViolation."""
         view = memoryview(data)
-        while view or (self._header is not None and self._need == self._held):
-            taken = view[: self._need - self._held]
+        while view or (self._header is not None and self._need == len(self._buffer)):
+            taken = view[: self._need - len(self._buffer)]
             view = view[len(taken) :]
-            self._keep(taken)
-            if self._held < self._need:
+            self._buffer += taken
+            if len(self._buffer) < self._need:
                 return
-            whole = self._take()
+            whole, self._buffer = self._buffer, bytearray()
             if self._header is None:
                 self._header = decode_header(whole, self.max_payload)
                 self._need = self._header.meta_size + self._header.payload_size
             else:
                 yield self._complete(whole)
-
-    def _keep(self, taken: memoryview) -> None:
-        """Large portions stay where they are until the frame is complete; small ones are joined at once."""
-        self._held += len(taken)
-        last = self._parts[-1] if self._parts else None
-        if len(taken) >= _LARGE_PORTION and taken.readonly:
-            self._parts.append(taken)
-        elif isinstance(last, bytearray):
-            last += taken
-        else:
-            self._parts.append(bytearray(taken))
-
-    def _take(self) -> bytearray:
-        parts, self._parts, self._held = self._parts, [], 0
-        [first, *more] = parts or [bytearray()]
-        return first if isinstance(first, bytearray) and not more else bytearray().join(parts)
 
     def _complete(self, whole: bytearray) -> Frame:
         assert self._header is not None

@@ -94,8 +94,8 @@ class DeviceExperts:
         self.ram = ram
         self.device = accelerator.device
         self.costs = Costs()
-        self._views: dict[int, ExpertWeights] = {}  # by slot
-        self._matrices: dict[int, ExpertMatrices] = {}  # by slot
+        self._views: dict[tuple[int, int], ExpertWeights] = {}  # by slot and form
+        self._matrices: dict[tuple[int, int], ExpertMatrices] = {}  # by slot and form
         self._clock = clock
 
     def close(self) -> None:
@@ -189,19 +189,19 @@ class DeviceExperts:
         with ExitStack() as stack:
             slot = None if expert in plan.processor else self.enter(stack, key)
             if slot is not None:
-                yield self.weights_in(slot)
+                yield self.weights_in(slot, key)
                 return
             yield stack.enter_context(self.lease_here(plan, expert, most_rows))
 
     def try_lease(self, key: ExpertKey, dtype: torch.dtype) -> AbstractContextManager[ExpertWeights] | None:
         """The weights of an expert that is on the device, to be entered once; None where it is not."""
         lease = self.tier.try_lease(key) if dtype == self._layout.dtype else None
-        return None if lease is None else self._weights_of(lease)
+        return None if lease is None else self._weights_of(lease, key)
 
     @contextmanager
-    def _weights_of(self, lease: DeviceLease[ExpertKey]) -> Iterator[ExpertWeights]:
+    def _weights_of(self, lease: DeviceLease[ExpertKey], key: ExpertKey) -> Iterator[ExpertWeights]:
         with lease as slot:
-            yield self.weights_in(slot)
+            yield self.weights_in(slot, key)
 
     def upload(self, key: ExpertKey, dtype: torch.dtype) -> None:
         """Begin to bring an expert that is in RAM to the device, if a thread is free and a slot is worth it.
@@ -229,21 +229,27 @@ class DeviceExperts:
             yield weights
             self.costs = self.costs.measured(min(plan.rows[expert], most_rows), self._clock() - started)
 
-    def weights_in(self, slot: Slot) -> ExpertWeights:
-        """What torch computes with, of a leased slot."""
-        weights = self._views.get(slot.index)
+    def weights_in(self, slot: Slot, key: ExpertKey) -> ExpertWeights:
+        """What torch computes with, of a slot that is leased for an expert."""
+        form = self.form_of(key)
+        weights = self._views.get((slot.index, form))
         if weights is None:
-            weights = self._layout.weights(slot.memory)
+            weights = self._layout.weights(form, slot.memory)
             if not self.takes_stored:  # views, which change with the slot
-                self._views[slot.index] = weights
+                self._views[slot.index, form] = weights
         return weights
 
-    def matrices_in(self, slot: Slot) -> ExpertMatrices:
-        """What the kernels compute with, of a leased slot."""
-        matrices = self._matrices.get(slot.index)
+    def matrices_in(self, slot: Slot, key: ExpertKey) -> ExpertMatrices:
+        """What the kernels compute with, of a slot that is leased for an expert."""
+        form = self.form_of(key)
+        matrices = self._matrices.get((slot.index, form))
         if matrices is None:
-            matrices = self._matrices[slot.index] = self._layout.matrices(slot.memory)
+            matrices = self._matrices[slot.index, form] = self._layout.matrices(form, slot.memory)
         return matrices
+
+    def form_of(self, key: ExpertKey) -> int:
+        """Experts of one number lie alike in their slots, so that one launch can compute them together."""
+        return self._layout.form_of(key)
 
     def enter(self, stack: ExitStack, key: ExpertKey) -> Slot | None:
         """A leased slot; None where the device has no memory for it, or too much is in use: the processor can do it."""
@@ -304,7 +310,7 @@ def slot_layout(loader: ExpertLoader, dtype: torch.dtype, *, kernels: bool) -> S
         from .grouped import reads
 
         stored = StoredLayout.of(loader, dtype)
-        if stored is not None and reads(loader.form()):
+        if stored is not None and all(map(reads, stored.forms)):
             return stored
     return ExpertLayout.of(loader.manifest.model, dtype)
 
@@ -313,8 +319,8 @@ def grouped_experts(loader: ExpertLoader, layout: SlotLayout, device: torch.devi
     """What computes all experts of a layer together; None where the kernels do not read them."""
     from .grouped import GroupedExperts, reads
 
-    form = layout.matrices(torch.empty(layout.nbytes, dtype=torch.uint8, device="meta"))
-    return GroupedExperts(loader.num_experts, loader.top_k, loader.spec, device) if reads(form) else None
+    readable = all(map(reads, layout.forms))
+    return GroupedExperts(loader.num_experts, loader.top_k, loader.spec, device) if readable else None
 
 
 def accelerator_for(device: torch.device | str | None, vram: int | None) -> Accelerator | None:

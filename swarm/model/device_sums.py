@@ -16,6 +16,7 @@ from torch import Tensor
 from moehive.kernels.combine import add_weighted
 from moehive.kernels.cpu.experts import expert_rows_fast
 from moehive.kernels.expert_ffn import expert_ffn
+from moehive.kernels.formats import ExpertMatrices
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.tiers.device import Slot
 
@@ -82,16 +83,24 @@ class DeviceSums:
         experts = self._experts
         hidden = self._inputs.on(experts.device)
         if experts.grouped is not None:
-            views = {expert: (slot.index, experts.matrices_in(slot)) for expert, slot in slots.items()}
-            found = experts.grouped.sum(self._plan.layer, hidden, groups, views)
-            self._there = found if self._there is None else self._there.add_(found)
+            for form in sorted({experts.form_of(self._key(group)) for group in groups}):
+                alike = [group for group in groups if experts.form_of(self._key(group)) == form]
+                views = {group.expert: self._view(group, slots[group.expert]) for group in alike}
+                found = experts.grouped.sum(self._plan.layer, form, hidden, alike, views)
+                self._there = found if self._there is None else self._there.add_(found)
             return
         if self._there is None:
             self._there = torch.zeros(self._shape, dtype=torch.float32, device=experts.device)
         for group in groups:
             token, weight = group.token.to(experts.device), group.weight.to(experts.device)
-            rows = expert_ffn(hidden[token], experts.weights_in(slots[group.expert]), experts.spec)  # [R, H]
-            add_weighted(self._there, token, rows, weight)
+            weights = experts.weights_in(slots[group.expert], self._key(group))
+            add_weighted(self._there, token, expert_ffn(hidden[token], weights, experts.spec), weight)
+
+    def _view(self, group: WeightedRows, slot: Slot) -> tuple[int, ExpertMatrices]:
+        return slot.index, self._experts.matrices_in(slot, self._key(group))
+
+    def _key(self, group: WeightedRows) -> ExpertKey:
+        return ExpertKey(self._plan.layer, group.expert)
 
     def _add_here(self, group: WeightedRows, slice_rows: int) -> Iterator[int]:
         """Add with the processor, no more rows at a time than `slice_rows`."""

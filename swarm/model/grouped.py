@@ -24,17 +24,19 @@ class GroupedExperts:
         self._top_k = top_k
         self._spec = spec
         self._device = device
-        self._tables: dict[int, tuple[ExpertTable, dict[int, int]]] = {}  # by layer; the slot of each expert
+        # By layer and form; beside a table, the slot of each expert in it.
+        self._tables: dict[tuple[int, int], tuple[ExpertTable, dict[int, int]]] = {}
         self._lock = threading.Lock()
 
     def sum(
         self,
         layer: int,
+        form: int,
         hidden: Tensor,
         groups: Sequence[WeightedRows],
         slots: Mapping[int, tuple[int, ExpertMatrices]],
     ) -> Tensor:
-        """The weighted sum over the experts of `groups`, fp32 [T, H], for hidden [T, H] on the device.
+        """The weighted sum over the experts of `groups`, all of one form, fp32 [T, H], for hidden [T, H] on the device.
 
         `slots` has a slot's number and its views for each of these experts; they must not be written to before the
         work enqueued here is done. What the table still says of experts that are not among them is not looked at.
@@ -42,18 +44,18 @@ class GroupedExperts:
         index, weights = choices(groups, hidden.shape[0], self._top_k, self._num_experts)
         index, weights = index.to(self._device), weights.to(self._device)
         with self._lock:
-            table, placed = self._table(layer)
+            table, placed = self._table(layer, form)
             for expert, (slot, matrices) in slots.items():
                 if placed.get(expert) != slot:
                     table.put(expert, matrices)
                     placed[expert] = slot
             return run_experts(hidden, index, weights, table, self._spec, dtype=torch.float32)
 
-    def _table(self, layer: int) -> tuple[ExpertTable, dict[int, int]]:
-        found = self._tables.get(layer)
+    def _table(self, layer: int, form: int) -> tuple[ExpertTable, dict[int, int]]:
+        found = self._tables.get((layer, form))
         if found is None:
             with torch.inference_mode(False):  # calls outside that mode change it, too
-                found = self._tables[layer] = ExpertTable(self._num_experts, self._device), {}
+                found = self._tables[layer, form] = ExpertTable(self._num_experts, self._device), {}
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from math import prod
 from typing import Final, TypeAlias
 
@@ -121,18 +122,31 @@ class ExpertLoader:
         with self._explained(key):
             return stored_matrices(tensors, self.spec, block=self._block)
 
-    def form(self) -> ExpertMatrices:
-        """An expert as it is stored, without its values: tensors of the device "meta"."""
-        key, model = next(iter(self._manifest.experts)), self._manifest.model
-        tensors = {}
-        for name, entry in tensor_table(self._manifest, self._manifest.experts[key]).items():
-            short = short_name(name)
-            if short.endswith(".weight_shape"):  # its values are shapes
-                shape = model.intermediate_size, model.hidden_size
-                tensors[short] = torch.tensor(shape[::-1] if short.startswith(("down_proj", "w2")) else shape)
-            else:
-                tensors[short] = torch.empty(entry.shape, dtype=TORCH_DTYPE[entry.dtype], device="meta")
-        return self.matrices(key, tensors)
+    @cached_property
+    def forms(self) -> Mapping[ExpertKey, ExpertMatrices]:
+        """Every expert as it is stored, without its values: tensors of the device "meta".
+
+        One and the same for all experts that are stored alike; a checkpoint may leave some layers unquantised. Raises
+        ManifestError.
+        """
+        found: dict[tuple[tuple[str, str, tuple[int, ...]], ...], ExpertMatrices] = {}
+        forms = {}
+        for key, shard in self._manifest.experts.items():
+            table = tensor_table(self._manifest, shard)
+            kinds = tuple((short_name(name), entry.dtype, tuple(entry.shape)) for name, entry in table.items())
+            if kinds not in found:
+                found[kinds] = self.matrices(
+                    key, {name: self._blank(name, dtype, shape) for name, dtype, shape in kinds}
+                )
+            forms[key] = found[kinds]
+        return forms
+
+    def _blank(self, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of an expert without its values, but for those that are shapes."""
+        if name.endswith(".weight_shape"):
+            sides = self._manifest.model.intermediate_size, self._manifest.model.hidden_size
+            return torch.tensor(sides[::-1] if name.startswith(("down_proj", "w2")) else sides)
+        return torch.empty(shape, dtype=TORCH_DTYPE[dtype], device="meta")
 
     def _empty(self, dtype: torch.dtype) -> Empty:
         """Makes an expert's matrices in one buffer, which is used again when they are gone."""

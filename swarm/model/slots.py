@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Final, Protocol
@@ -34,13 +34,20 @@ class SlotLayout(Protocol):
     def nbytes(self) -> int:
         """Of a slot."""
 
+    @property
+    def forms(self) -> Sequence[ExpertMatrices]:
+        """The forms that experts have in a slot, without their values."""
+
+    def form_of(self, key: ExpertKey) -> int:
+        """Which of `forms` an expert has. In a slot, all of one form lie at the same addresses."""
+
     def pack(self, key: ExpertKey, ram: WeightsTier, memory: Tensor) -> None:
-        """Write an expert from `ram` to host memory, uint8 [nbytes]. Raises ManifestError for one unlike others."""
+        """Write an expert from `ram` to host memory, uint8 [nbytes]. Raises ManifestError for one unlike its form."""
 
-    def weights(self, memory: Tensor) -> ExpertWeights:
-        """What torch computes with, of `dtype`, for a slot uint8 [nbytes]."""
+    def weights(self, form: int, memory: Tensor) -> ExpertWeights:
+        """What torch computes with, of `dtype`, for a slot uint8 [nbytes] with an expert of that form."""
 
-    def matrices(self, memory: Tensor) -> ExpertMatrices:
+    def matrices(self, form: int, memory: Tensor) -> ExpertMatrices:
         """What the kernels compute with: views of a slot uint8 [nbytes]."""
 
 
@@ -92,7 +99,7 @@ class ExpertLayout:
 
     @classmethod
     def of(cls, model: ModelFacts, dtype: torch.dtype) -> ExpertLayout:
-        """Of all experts of a model; they have one shape."""
+        """Of all experts of a model; they have one shape, and in `dtype` one form, however they are stored."""
         inner, hidden = model.intermediate_size, model.hidden_size
         gate_up, down = (2 * inner, hidden), (hidden, inner)
         matrices = (gate_up[::-1], down[::-1]) if model.ffn.transposed else (gate_up, down)
@@ -104,59 +111,80 @@ class ExpertLayout:
         """See SlotLayout."""
         return self._parts.nbytes
 
+    @property
+    def forms(self) -> Sequence[ExpertMatrices]:
+        """See SlotLayout."""
+        return [self.matrices(0, torch.empty(self.nbytes, dtype=torch.uint8, device="meta"))]
+
+    def form_of(self, key: ExpertKey) -> int:
+        """See SlotLayout."""
+        return 0
+
     def pack(self, key: ExpertKey, ram: WeightsTier, memory: Tensor) -> None:
         """See SlotLayout."""
         with ram.lease((key, self.dtype)) as weights:
             self._parts.write(weights.tensors, memory)
 
-    def weights(self, memory: Tensor) -> ExpertWeights:
+    def weights(self, form: int, memory: Tensor) -> ExpertWeights:
         """See SlotLayout. Views."""
         return ExpertWeights(*self._parts.views(memory))
 
-    def matrices(self, memory: Tensor) -> ExpertMatrices:
+    def matrices(self, form: int, memory: Tensor) -> ExpertMatrices:
         """See SlotLayout."""
-        return self.weights(memory).matrices(self._spec)
+        return self.weights(form, memory).matrices(self._spec)
 
 
 class StoredLayout:
-    """An expert as it is stored: a half to a quarter of the bytes of a quantised one."""
+    """An expert as it is stored: a half to a quarter of the bytes of a quantised one.
 
-    def __init__(self, dtype: torch.dtype, spec: FfnSpec, form: ExpertMatrices) -> None:
+    Where experts are stored in several forms, a slot has room for the largest, and each is as its own form says.
+    """
+
+    def __init__(self, dtype: torch.dtype, spec: FfnSpec, forms: Mapping[ExpertKey, ExpertMatrices]) -> None:
         self.dtype = dtype
         self._spec = spec
-        self._form = form
-        self._parts = Parts.of(_present(form))
+        self.forms: Sequence[ExpertMatrices] = list({id(form): form for form in forms.values()}.values())
+        numbers = {id(form): number for number, form in enumerate(self.forms)}
+        self._form_of = {key: numbers[id(form)] for key, form in forms.items()}
+        self._parts = [Parts.of(_present(form)) for form in self.forms]
 
     @classmethod
     def of(cls, loader: ExpertLoader, dtype: torch.dtype) -> StoredLayout | None:
-        """Of all experts of a model; None where they are not quantised."""
-        form = loader.form()
-        formats = (form.gate_up.format, form.down.format)
-        return None if WeightFormat.PLAIN in formats else cls(dtype, loader.spec, form)
+        """Of all experts of a model; None where none is quantised, or some is in floating point but not of `dtype`."""
+        layout = cls(dtype, loader.spec, loader.forms)
+        matrices = [matrix for form in layout.forms for matrix in (form.gate_up, form.down)]
+        plain = [matrix.data.dtype for matrix in matrices if matrix.format is WeightFormat.PLAIN]
+        return layout if len(plain) < len(matrices) and all(found == dtype for found in plain) else None
 
     @property
     def nbytes(self) -> int:
         """See SlotLayout."""
-        return self._parts.nbytes
+        return max(parts.nbytes for parts in self._parts)
+
+    def form_of(self, key: ExpertKey) -> int:
+        """See SlotLayout."""
+        return self._form_of[key]
 
     def pack(self, key: ExpertKey, ram: WeightsTier, memory: Tensor) -> None:
         """See SlotLayout."""
+        parts = self._parts[self._form_of[key]]
         with ram.as_stored(key) as matrices:
-            self._parts.write(_present(matrices), memory)
+            parts.write(_present(matrices), memory[: parts.nbytes])
 
-    def weights(self, memory: Tensor) -> ExpertWeights:
-        """See SlotLayout. New tensors, with the values that the processor computes with."""
-        return widened(self.matrices(memory), self._spec, self.dtype)
+    def weights(self, form: int, memory: Tensor) -> ExpertWeights:
+        """See SlotLayout. New tensors, with the values that the processor computes with; views of what has them."""
+        return widened(self.matrices(form, memory), self._spec, self.dtype)
 
-    def matrices(self, memory: Tensor) -> ExpertMatrices:
+    def matrices(self, form: int, memory: Tensor) -> ExpertMatrices:
         """See SlotLayout."""
-        views = iter(self._parts.views(memory))
-        fields = [None if part is None else next(views) for part in _fields(self._form)]
+        stored, parts = self.forms[form], self._parts[form]
+        views = iter(parts.views(memory[: parts.nbytes]))
+        fields = [None if part is None else next(views) for part in _fields(stored)]
         gate_up, down = (
             WeightMatrix(matrix.format, data, scale, zero, matrix.block)
             for matrix, (data, scale, zero) in (
-                (self._form.gate_up, fields[:3]),
-                (self._form.down, fields[3:6]),
+                (stored.gate_up, fields[:3]),
+                (stored.down, fields[3:6]),
             )
             if data is not None
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 from moehive.kernels.cpu.packed import can_pack, pack_weights, packed_bytes
 from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.kernels.formats import ExpertMatrices
-from moehive.protocol.errors import BudgetTooSmall, MemoryExhausted
+from moehive.protocol.errors import MemoryExhausted
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.policy.budgets import ExpertForms, bytes_as_stored, least_experts, stays_widened
 from moehive.swarm.tiers.leases import Lease
@@ -109,15 +109,6 @@ class WeightsTier(RamTier[WeightsKey, ExpertWeights]):
             self._loader.buffers.keep(not self._packs)
             self._divide(whole, share)
         self._grow()
-
-    def set_aside(self, size: int, what: str, *, least: int = 0) -> None:
-        """Lower the budget for good by `size` bytes that `what` takes of the same memory.
-
-        Raises BudgetTooSmall where less than `least` would be left. Before `hold_stored`, which divides the rest.
-        """
-        if self.budget_bytes < least + size:
-            raise BudgetTooSmall(f"memory for experts beside {what}", budget=self.budget_bytes, needed=least + size)
-        self.resize(self.budget_bytes - size)
 
     @contextmanager
     def as_stored(self, key: ExpertKey) -> Iterator[ExpertMatrices]:

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from support.fake_accelerator import FakeAccelerator
+from support.mixed_loader import MixedLoader
 from torch import Tensor
 
 from moehive.protocol.errors import BudgetTooSmall
 from moehive.swarm import open_local
+from moehive.swarm.model import device
 from moehive.swarm.model.device import DeviceExperts, ExpertLayout
 from moehive.swarm.model.loader import ExpertLoader
 from moehive.swarm.model.seats import backend_of, device_statistics
+from moehive.swarm.model.slots import StoredLayout
 from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.store.directory import ConvertedDirectory
 
@@ -57,6 +60,31 @@ def test_tokens_and_logits_are_those_of_the_plain_path(
     assert (stats.evictions > 0) == (slots != "all")
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_checkpoint_that_is_stored_in_two_forms_gives_the_same_tokens(
+    checkpoints: Any, stored: bool, prompt: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FP8 with some experts in bf16: in slots as they are computed with, and as they are stored."""
+    directory = ConvertedDirectory(checkpoints.converted("deepseek_v3_fp8"))
+    loader = MixedLoader(directory.manifest, directory)
+    assert len({id(form) for form in loader.forms.values()}) == 2
+    if stored:  # as a GPU has them; torch's products widen them
+        layout = StoredLayout.of(loader, torch.bfloat16)
+        assert layout is not None
+        monkeypatch.setattr(device, "slot_layout", lambda *_, **__: layout)
+    plain, _ = open_local(directory.root, prefetch=False)
+    ram, accelerator = WeightsTier(loader, 1 << 30), FakeAccelerator(eager=True)
+    budget = (2 * loader.top_k + 2) * slot_bytes(directory.root)
+    backend = DeviceExperts(loader, ram, accelerator, torch.bfloat16, budget)
+    ram.hold_stored(torch.bfloat16, len(directory.manifest.experts), uploads=stored)
+    assert backend.takes_stored is stored
+    served, _ = open_local(directory.root, backend=backend)
+    assert torch.equal(logits(served, prompt), logits(plain, prompt))
+    assert torch.equal(generate(served, prompt[:1]), generate(plain, prompt[:1]))
+    assert backend.device_stats.evictions > 0
+    close(backend, accelerator)
+
+
 def test_what_is_computed_waits_for_copies_that_come_late(converted: Path, prompt: Tensor) -> None:
     """On a device that makes a copy only when what computes was told to wait for it: else slots hold garbage."""
     directory = ConvertedDirectory(converted)
@@ -70,6 +98,11 @@ def test_what_is_computed_waits_for_copies_that_come_late(converted: Path, promp
     assert torch.equal(generate(served, prompt[:1]), generate(plain, prompt[:1]))
     assert accelerator.copies > 0
     assert accelerator.allocated <= budget
+    close(backend, accelerator)
+
+
+def close(backend: DeviceExperts, accelerator: FakeAccelerator) -> None:
+    """While the device goes on."""
     closing = threading.Thread(target=backend.close)
     closing.start()
     while closing.is_alive():

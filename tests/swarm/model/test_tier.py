@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.mixed_loader import MixedLoader
 from torch import Tensor
 
 from moehive.kernels.cpu import packed
 from moehive.kernels.cpu.packed import can_pack, is_packed, plain_weights
 from moehive.kernels.expert_ffn import ExpertWeights
-from moehive.protocol.errors import BudgetTooSmall, CorruptShard
+from moehive.protocol.errors import CorruptShard
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm import open_local
 from moehive.swarm.model import buffers
@@ -298,16 +299,21 @@ def test_memory_that_ends_in_the_part_below_shrinks_the_part_above(checkpoints: 
     tier.close()
 
 
-def test_bytes_set_aside_leave_the_budget_for_good(checkpoints: Any) -> None:
-    loader = loader_of(checkpoints.converted("deepseek_v3_fp8"))
-    room = loader.widened_room(BF16)
-    tier = WeightsTier(loader, 9 * room)
-    tier.set_aside(2 * room, "staging memory", least=7 * room)
-    tier.hold_stored(BF16, len(loader.manifest.experts), uploads=True)
-    assert tier.budget_bytes + tier.stored.budget_bytes == 7 * room
-    with pytest.raises(BudgetTooSmall) as caught:
-        WeightsTier(loader, 9 * room).set_aside(2 * room, "staging memory", least=8 * room)
-    assert (caught.value.budget, caught.value.needed) == (9 * room, 10 * room)
+@pytest.mark.parametrize("uploads", [False, True])
+def test_experts_that_are_stored_in_two_forms_have_their_values(checkpoints: Any, uploads: bool) -> None:
+    """Those in bf16 are views of what was read, the others are widened."""
+    directory = ConvertedDirectory(checkpoints.converted("deepseek_v3_fp8"))
+    loader = MixedLoader(directory.manifest, directory)
+    budget = 12 * loader.largest_room(BF16)
+    tier = WeightsTier(loader, budget)
+    tier.hold_stored(BF16, len(loader.manifest.experts), uploads=uploads)
+    walk(tier, loader)
+    for key in loader.manifest.experts:
+        wanted = loader.load(key, BF16)
+        with tier.lease((key, BF16)) as weights:
+            assert all(torch.equal(a, b) for a, b in zip(weights.tensors, wanted.tensors, strict=True))
+    assert tier.resident_bytes + tier.stored.resident_bytes <= budget
+    tier.close()
 
 
 @pytest.mark.skipif(not can_pack(), reason="this processor has no bf16 products")
