@@ -22,12 +22,10 @@ from support.bulk import (
 
 from moehive.protocol import limits
 from moehive.protocol.errors import PeerRefused, PeerTimeout, PeerUnreachable, RefusalCode, StorageError
-from moehive.protocol.ids import PeerId, ShardHash
-from moehive.swarm.policy.upload import UploadLimits
+from moehive.protocol.ids import ShardHash
 from moehive.swarm.store.base import WrongBytes
 from moehive.swarm.transfer.tls.channel import TlsChannel
 from moehive.swarm.transfer.tls.server import BulkServer
-from moehive.swarm.transfer.uploads import Uploads
 
 CHUNKS = 12  # and a short one
 
@@ -115,40 +113,6 @@ async def test_a_server_whose_disk_fails_refuses_after_what_it_could_send(
     assert "disk" not in refused.value.detail
     assert collected.indices == [0, 1, 2]
     assert (await get(channel, shelf, 5, 2)).indices == [5, 6]
-
-
-async def test_the_server_sends_no_sooner_than_the_rate_allows(shelf: FakeShelf) -> None:
-    class OneChunkADay(Uploads):
-        def pay(self, size: int) -> float:
-            return 0.0 if self.bytes_sent == 0 else 86_400.0
-
-    collected = Collected()
-    async with serving(shelf, OneChunkADay()) as server, channel_to(server) as channel:
-        with pytest.raises(PeerTimeout):
-            await channel.get_chunks(shelf.hash, 0, 4, collected, timeout=0.5)
-    assert collected.indices == [0]
-
-
-async def test_who_comes_when_too_many_wait_is_told_when_to_come_back(shelf: FakeShelf) -> None:
-    gate = Gate()
-    shelf.gate, uploads = gate, Uploads(UploadLimits(slots=1, waiting=1))
-    async with (
-        serving(shelf, uploads) as server,
-        channel_to(server, PeerId("1")) as first,
-        channel_to(server, PeerId("2")) as second,
-        channel_to(server, PeerId("3")) as third,
-    ):
-        served = [asyncio.create_task(get(first, shelf, 0, 1))]
-        await asyncio.to_thread(gate.reached.wait, PATIENCE)
-        served.append(asyncio.create_task(get(second, shelf, 1, 1)))
-        assert await soon(lambda: uploads.contended)
-        with pytest.raises(PeerRefused) as refused:
-            await get(third, shelf, 2, 1)
-        assert refused.value.code is RefusalCode.BUSY
-        assert refused.value.retry_after > 0
-        gate.open()
-        await asyncio.gather(*served)
-        assert (await get(third, shelf, 2, 1)).indices == [2]
 
 
 async def test_the_receiver_closes_first(server: BulkServer, channel: TlsChannel, shelf: FakeShelf) -> None:
@@ -405,14 +369,6 @@ async def test_what_was_received_before_the_connection_was_lost_is_delivered(she
             await running
         gate.open()
         assert collected.bytes == shelf.data[: 5 << 20]
-
-
-async def test_bytes_are_counted(shelf: FakeShelf) -> None:
-    uploads = Uploads()
-    async with serving(shelf, uploads) as server, channel_to(server) as channel:
-        await get(channel, shelf, 0, CHUNKS + 1)
-        await channel.have(shelf.hash, timeout=PATIENCE)
-    assert uploads.bytes_sent == len(shelf.data)
 
 
 async def test_an_idle_connection_is_closed_by_the_server(shelf: FakeShelf, monkeypatch: pytest.MonkeyPatch) -> None:
