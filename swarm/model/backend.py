@@ -6,7 +6,7 @@ this machine's files through the RAM tier, results equal to transformers' eager 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Protocol, runtime_checkable
 
@@ -98,11 +98,7 @@ class LocalExperts:
         """See ExpertsBackend. Raises what `ExpertLoader.load` and RamTier.lease raise."""
         out = torch.zeros_like(hidden)  # [T, H]
         if hidden.shape[0] == 1:
-            order = order_of_token(top_k_index, self._num_experts)
-            # A router of somebody's own may choose an expert twice, with two weights: it is computed once.
-            rows = self._token_rows(layer, list(dict.fromkeys(expert for expert, _ in order)), hidden)
-            for expert, position in order:
-                add_token_row(out, rows[expert], position, top_k_weights)
+            self._add_token(layer, out, hidden, top_k_index, top_k_weights)
             return out
         groups = group_by_expert(top_k_index, self._num_experts)
         counts = {_key(layer, group.expert, hidden): group.token.shape[0] for group in groups}
@@ -112,21 +108,28 @@ class LocalExperts:
         outputs = ((group, self._rows(layer, group.expert, hidden.index_select(0, group.token))) for group in groups)
         return combine_rows(out, outputs, top_k_weights)
 
-    def _token_rows(self, layer: int, experts: Sequence[int], hidden: Tensor) -> Mapping[int, Tensor]:
-        """Unweighted outputs [1, H] for `hidden` [1, H], of resident experts first: the others load meanwhile."""
-        keys = self._layer_keys(layer, hidden.dtype)
-        with self.tier.hold(Uses(layer, {keys[expert]: 1 for expert in experts})) as held:
+    def _add_token(self, layer: int, out: Tensor, hidden: Tensor, top_k_index: Tensor, weights: Tensor) -> None:
+        """`run` for one token, added to `out` [1, H]. What is resident is computed first: the others load meanwhile."""
+        order = order_of_token(top_k_index, self._num_experts)
+        keys, here = self._layer_keys(layer, hidden.dtype), hidden.is_cpu
+        rows: dict[int, Tensor] = {}  # expert: its output [1, H]
+        # A router of somebody's own may choose an expert twice, with two weights.
+        held = self.tier.hold(layer, [keys[expert] for expert, _ in order])
+        try:
             if self.watcher is not None:
-                self.watcher.computing(layer, hidden, experts)
-            rows = {
-                expert: expert_ffn(hidden, entry.value.to(hidden.device), self._spec)
-                for expert, entry in zip(experts, held, strict=True)
-                if entry is not None
-            }
-        for expert in experts:
+                self.watcher.computing(layer, hidden, list(dict.fromkeys(expert for expert, _ in order)))
+            for (expert, _), entry in zip(order, held, strict=True):
+                if entry is not None:
+                    # In no variable: that would be memory that nobody counts once the entry is released.
+                    rows[expert] = expert_ffn(
+                        hidden, entry.value if here else entry.value.to(hidden.device), self._spec
+                    )
+        finally:
+            self.tier.release(held)
+        for expert, position in order:
             if expert not in rows:
                 rows[expert] = self._rows(layer, expert, hidden)
-        return rows
+            add_token_row(out, rows[expert], position, weights)
 
     def _layer_keys(self, layer: int, dtype: torch.dtype) -> Sequence[WeightsKey]:
         """By expert. Made once: decoding asks for some of them at every layer and token."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -79,31 +79,3 @@ class Lease(Generic[K, V]):
         with tier._lock:
             if tier._residency.release(entry):
                 tier._notify()
-
-
-class Hold(Generic[K, V]):
-    """Leases of what one layer's call finds resident, already acquired: a context manager that gives the entries.
-
-    They are in the order of the call's uses, None where one is absent. Take a value from its entry where it is computed
-    with, and keep it no longer than the `with`.
-    """
-
-    __slots__ = ("_entries", "_tier")
-
-    def __init__(self, tier: RamTier[K, V], entries: Sequence[Entry[K, V] | None]) -> None:
-        self._tier = tier
-        self._entries = entries
-
-    def __enter__(self) -> Sequence[Entry[K, V] | None]:
-        return self._entries
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        entries, self._entries = self._entries, ()
-        tier = self._tier
-        with tier._lock:
-            for entry in entries:
-                if entry is not None:
-                    tier._residency.release(entry)
-            tier._notify()

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +24,8 @@ Chances = NDArray[np.floating[Any]]  # [E]: by expert number, how likely it is u
 Place = Callable[[K], tuple[int, int]]  # a key's layer, and its number within the layer
 
 
-@dataclass(frozen=True, slots=True)
-class Uses(Generic[K]):
-    """What one call of one layer uses."""
+class Uses(NamedTuple, Generic[K]):
+    """What one call of one layer uses. A tuple because decoding makes one per layer and token."""
 
     layer: int
     rows: Mapping[K, int]  # how many of the tokens use each entry; in the order in which they are taken

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from .leases import Flight, Hold, Lease
+from .leases import Flight, Lease
 from .loading import Loading
 from .policy import Chances, Uses
 from .residency import Entry, Speculation
@@ -49,16 +49,27 @@ class RamTier(Loading[K, V]):
         with self._lock:
             return self._note(uses, ahead)
 
-    def hold(self, uses: Uses[K]) -> Hold[K, V]:
-        """`note`, and a lease of all of it that is resident, in one step: enter it, and only once.
+    def hold(self, layer: int, keys: Sequence[K]) -> Sequence[Entry[K, V] | None]:
+        """`note`, and a lease of all of `keys` that is resident, for a call that uses each for one token.
 
-        Decoding does this once per layer and token, and a lock per entry would be felt. Leave it before what
-        is absent is leased.
+        The entries are in the order of `keys`, None where one is absent. Take a value from its entry where it is
+        computed with, and `release` the entries afterwards, before what is absent is leased. Not to be changed: `keys`.
+
+        Decoding does this once per layer and token, where a lock per entry, or an object for a `with`, is felt.
         """
         with self._lock:
-            self._note(uses, ahead=True)
-            entries = [self._residency.acquire(key) for key in uses.rows]
-        return Hold(self, entries)
+            held = None if self._failed else self._residency.hold(layer, keys)
+            if held is not None:
+                return held
+            self._note(Uses(layer, dict.fromkeys(keys, 1)), ahead=True)
+            return [self._residency.acquire(key) for key in keys]
+
+    def release(self, entries: Sequence[Entry[K, V] | None]) -> None:
+        """End what `hold` began."""
+        with self._lock:
+            self._residency.release_all(entries)
+            if self._waiting:
+                self._notify()
 
     def _note(self, uses: Uses[K], ahead: bool) -> Sequence[K]:
         """Inside the lock: see `note`."""

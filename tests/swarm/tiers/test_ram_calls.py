@@ -1,6 +1,8 @@
 """Calls of several entries: what is absent loads meanwhile, one after the other, or held in one step."""
 
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from support.tiers import DEADLINE, Gate, call, make, take, take_while_it_loads,
 
 from moehive.protocol.errors import StorageError
 from moehive.swarm.tiers.ram import RamTier
+from moehive.swarm.tiers.residency import Entry
 
 # --- calls of several entries -----------------------------------------------------------------------------------------
 
@@ -155,9 +158,18 @@ def test_a_closed_tier_loads_without_threads() -> None:
 # --- a call in one step -------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def holding(tier: RamTier[str, str], keys: str) -> Iterator[Sequence[Entry[str, str] | None]]:
+    entries = tier.hold(0, keys)
+    try:
+        yield entries
+    finally:
+        tier.release(entries)
+
+
 def held(tier: RamTier[str, str], keys: str) -> list[str]:
     """As `call`, in one step as far as the entries are resident."""
-    with tier.hold(uses(keys)) as entries:
+    with holding(tier, keys) as entries:
         assert [entry is None or entry.key == key for entry, key in zip(entries, keys, strict=True)] == [True] * len(
             keys
         )
@@ -188,7 +200,7 @@ def test_what_a_call_holds_stays_until_it_is_left_and_then_makes_room() -> None:
     tier = make(20, loaders=0, wait=DEADLINE)
     call(tier, "ab")
     with ThreadPoolExecutor(1) as pool:
-        with tier.hold(uses("ab")):
+        with holding(tier, "ab"):
             assert not tier.evict("a")
             waiting = pool.submit(take, tier, "c")
             wait_until(lambda: tier._waiting > 0)
@@ -199,7 +211,7 @@ def test_what_a_call_holds_stays_until_it_is_left_and_then_makes_room() -> None:
 def test_a_budget_lowered_while_a_call_holds_is_kept_from_its_end_on() -> None:
     tier = make(20)
     call(tier, "ab")
-    with tier.hold(uses("ab")):
+    with holding(tier, "ab"):
         tier.resize(10)
         assert tier.resident_bytes == 20
     assert tier.resident_bytes == 10
@@ -207,11 +219,11 @@ def test_a_budget_lowered_while_a_call_holds_is_kept_from_its_end_on() -> None:
 
 def test_a_hold_keeps_what_is_resident_and_counts_as_note_does() -> None:
     tier = make(20)
-    with tier.hold(uses("ab")) as held:
+    with holding(tier, "ab") as held:
         assert list(held) == [None, None]
     call(tier, "ab")
     before = tier.stats.total
-    with tier.hold(uses("ab")) as held:
+    with holding(tier, "ab") as held:
         assert [entry.value for entry in held if entry is not None] == ["value a", "value b"]
         assert not tier.evict("a")
         tier.resize(10)
@@ -219,5 +231,5 @@ def test_a_hold_keeps_what_is_resident_and_counts_as_note_does() -> None:
     after = tier.stats.total
     assert tier.resident_bytes == 10, "the lowered budget holds from the release on"
     assert (after.hits - before.hits, after.clean_steps - before.clean_steps) == (2, 1)
-    with tier.hold(uses("ab")) as held:
+    with holding(tier, "ab") as held:
         assert sum(entry is None for entry in held) == 1

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -54,6 +54,23 @@ class ManyThreads(RuleBasedStateMachine):
         self.uses[0] += len(keys) - len(missing)
         self.uses[1] += len(missing)
         self.steps.append(Running(list(keys)))
+
+    @rule(keys=st.lists(KEYS, min_size=1, max_size=4, unique=True))
+    def hold(self, keys: list[int]) -> None:
+        """A call that finds everything takes it in one step; another one changes nothing by trying."""
+        entries = self.held.hold(keys[0] % 2, keys)
+        if entries is not None:
+            assert [entry.key for entry in entries] == keys
+            self.uses[0] += len(keys)
+            self.steps.append(Running([], list(entries)))
+        elif set(keys) <= set(self.held.entries):
+            assert self.held.speculation.pending or self.held._noted
+
+    @precondition(lambda self: self.steps)
+    @rule(data=st.data())
+    def end_at_once(self, data: st.DataObject) -> None:
+        running = self.steps.pop(data.draw(st.integers(0, len(self.steps) - 1)))
+        self.held.release_all([*running.entries, None])
 
     @precondition(lambda self: self.steps)
     @rule(data=st.data())
@@ -187,3 +204,24 @@ def test_a_release_too_many_is_our_bug() -> None:
     held.release(entry)
     with pytest.raises(AssertionError, match="released more often"):
         held.release(entry)
+
+
+@given(st.lists(st.sets(st.sampled_from(range(4)), min_size=1, max_size=2).map(sorted), max_size=300))
+def test_of_calls_that_find_everything_the_policy_learns_before_it_decides(calls: list[list[int]]) -> None:
+    held, told = Residency[int, str](4, Lru()), Lru[int]()
+    for key in range(4):
+        assert held.reserve(key, 1)
+        held.publish(key, "", 1, 0)
+        told.loaded(key, 1)
+    for keys in calls:
+        entries = held.hold(0, keys)
+        assert entries is not None
+        held.release_all(entries)
+        told.step(Uses(0, dict.fromkeys(keys, 1)))
+    assert held.groups.keys() == ({0} if calls else set())
+    assert held.counts(0).hits == sum(map(len, calls))
+    assert held.counts(0).clean_steps == held.counts(0).steps == len(calls)
+    first = told.victims(None, 2, lambda _: False)
+    held.resize(2)
+    assert first is not None
+    assert set(held.entries) == set(range(4)) - set(first)
