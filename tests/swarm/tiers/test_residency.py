@@ -218,10 +218,18 @@ def test_of_calls_that_find_everything_the_policy_learns_before_it_decides(calls
         assert entries is not None
         held.release_all(entries)
         told.step(Uses(0, dict.fromkeys(keys, 1)))
-    assert held.groups.keys() == ({0} if calls else set())
-    assert held.counts(0).hits == sum(map(len, calls))
-    assert held.counts(0).clean_steps == held.counts(0).steps == len(calls)
     first = told.victims(None, 2, lambda _: False)
     held.resize(2)
     assert first is not None
     assert set(held.entries) == set(range(4)) - set(first)
+
+
+@given(st.integers(0, 600))
+def test_of_calls_that_find_everything_none_is_lost_from_the_counts(calls: int) -> None:
+    held = Residency[int, str](1, Lru())
+    assert held.reserve(0, 1)
+    held.publish(0, "", 1, 0)
+    for _ in range(calls):
+        assert held.hold(0, [0]) is not None
+    assert [counts.steps for counts in held.groups.values()] == [calls] * bool(calls)
+    assert held.counts(0).hits == held.counts(0).clean_steps == held.counts(0).steps == calls
