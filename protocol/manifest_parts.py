@@ -59,12 +59,20 @@ class ExpertFfn:
     limit: float | None = None
 
 
+class QuantMethod(enum.StrEnum):
+    """How a published checkpoint packs a quantised weight [out, in]. The bytes of a shard are the checkpoint's own."""
+
+    FP8_BLOCK = "fp8-block"  # DeepSeek-V3: F8_E4M3 weight, fp32 `weight_scale_inv` per block
+    MXFP4 = "mxfp4"  # GPT-OSS: `blocks` and `scales`
+    INT4_PACKED = "int4-pack-quantized"  # compressed-tensors: int32 `weight_packed` along in, low bits first, plus 8
+
+
 @dataclass(frozen=True, slots=True)
 class Quantization:
     """How the experts' weights are stored; None in the manifest means plain floating point."""
 
-    method: str  # "fp8-block" (F8_E4M3 weight, fp32 `weight_scale_inv` per block) or "mxfp4"
-    block: tuple[int, int] | None = None  # rows, columns of one fp8 block
+    method: QuantMethod
+    block: tuple[int, int] | None = None  # rows, columns that share a scale: given for all but MXFP4
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from moehive.protocol.errors import CheckpointError
-from moehive.protocol.manifest import Quantization, ShardType
+from moehive.protocol.errors import CheckpointError, UnsupportedModel
+from moehive.protocol.manifest import QuantMethod, ShardType
 from moehive.protocol.safetensors_header import TensorSpec
 
 from .layout import MTP_GROUP, BlockScale, Piece, PlannedFile, Span, tensor_file
 from .names import is_mtp, is_shared
-from .quantization import scale_shape
+from .quantization import Scheme, scale_shape
 from .source import SourceTensor
 
 MAX_DENSE_FILE = 256 << 20  # bytes of tensors in one file; a larger tensor gets a file of its own
 _SCALE = "_scale_inv"
+_PACKED = ".weight_packed"
 _FP8 = ("F8_E4M3", "F8_E5M2")
 
 
-def plan_dense(
-    tensors: Mapping[str, SourceTensor], quantization: Quantization | None, num_layers: int
-) -> tuple[PlannedFile, ...]:
-    """Dense files, then shared-expert files, then those of multi-token prediction. Raises CheckpointError."""
-    pieces = _pieces(tensors, quantization)
+def plan_dense(tensors: Mapping[str, SourceTensor], scheme: Scheme | None, num_layers: int) -> tuple[PlannedFile, ...]:
+    """Dense files, then shared-expert files, then those of multi-token prediction. Raises as `plan_conversion`."""
+    pieces = _pieces(tensors, scheme)
     groups: dict[str, list[Piece]] = {"dense": [], "shared": [], "mtp": []}
     for piece in pieces:
         name = piece.spec.name
@@ -39,16 +38,22 @@ def plan_dense(
     )
 
 
-def _pieces(tensors: Mapping[str, SourceTensor], quantization: Quantization | None) -> list[Piece]:
+def _pieces(tensors: Mapping[str, SourceTensor], scheme: Scheme | None) -> list[Piece]:
     """In the order of the source's files, so that they are read front to back."""
     ordered = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].span.offset))
-    block = quantization.block if quantization else None
+    fp8 = scheme is not None and scheme.quantization.method is QuantMethod.FP8_BLOCK
+    block = scheme.quantization.block if scheme and fp8 else None
     pieces = []
     for name, tensor in ordered:
         if block and name.endswith(_SCALE):
             if name.removesuffix(_SCALE) not in tensors:
                 raise CheckpointError(f"{name} scales a weight that the checkpoint does not hold")
             continue
+        if name.endswith(_PACKED):
+            raise UnsupportedModel(
+                f"{name}: 4-bit weights outside the routed experts are not supported; quantise only those, or convert "
+                "the checkpoint that it was made of"
+            )
         if tensor.span.dtype in _FP8:
             pieces.append(_dequantized(name, tensor, tensors.get(name + _SCALE), block))
         else:

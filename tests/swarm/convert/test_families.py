@@ -115,7 +115,12 @@ def test_quantisation_is_in_the_manifest_and_ours_in_the_config(tmp_path: Path) 
         methods[name] = (manifest.model.quantization.method, manifest.model.quantization.block)
         config = json.loads((directory / "config.json").read_text())
         assert config["quantization_config"] == {"quant_method": "moehive"}
-    assert methods == {"gpt_oss_mxfp4": ("mxfp4", None), "deepseek_v3_fp8": ("fp8-block", (128, 128))}
+    assert methods == {
+        "gpt_oss_mxfp4": ("mxfp4", None),
+        "deepseek_v3_fp8": ("fp8-block", (128, 128)),
+        "kimi_k2_int4": ("int4-pack-quantized", (1, 32)),
+        "qwen3_moe_int4": ("int4-pack-quantized", (1, 32)),
+    }
 
 
 def test_gate_and_up_lie_together_at_a_page_boundary(tmp_path: Path) -> None:
