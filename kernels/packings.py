@@ -42,8 +42,10 @@ def compressed_tensors_matrix(
     """compressed-tensors "pack-quantized", 4 bits: int32 [N, ceil(K / 8)], low bits first, value + 8.
 
     Kimi-K2-Thinking is published so. `columns` is K, from `weight_shape`. `weight_scale` [N, ceil(K / group)]; `group`
-    None: one scale for a row. `zero_point` is packed along N: int32 [ceil(N / 8), ceil(K / group)]. Raises ValueError
-    where they do not fit each other, and for an odd K.
+    None: one scale for a row. `zero_point` is packed along N: int32 [ceil(N / 8), ceil(K / group)]. Widened to the
+    scales' dtype, the values are those of compressed-tensors 0.20 (pack_quantized/helpers.py `unpack_from_int32`,
+    forward_helpers.py `_dequantize`); it rounds to that dtype first for every other one, too, which is not done here.
+    Raises ValueError where they do not fit each other, and for an odd K.
     """
     _check_words(weight_packed, "weight_packed")
     if columns % 2 or -(-columns // _PER_WORD) != weight_packed.shape[1]:

@@ -83,6 +83,21 @@ def test_compressed_tensors(rows: int, groups: int, group: int, seed: int, zero_
     assert torch.equal(dequantize(matrix, torch.float32), values.float())
 
 
+@given(SIZES, st.integers(0, 99), st.sampled_from([torch.bfloat16, torch.float16]), st.booleans())
+def test_compressed_tensors_in_the_scales_dtype_are_what_the_library_computes(
+    sizes: tuple[int, int, int], seed: int, dtype: torch.dtype, zero_points: bool
+) -> None:
+    """compressed-tensors 0.20, quantization/lifecycle/forward_helpers.py, `_dequantize`: signed codes less the zero
+    point, times the scale, all in the scale's dtype."""
+    wanted, group = Quantized(*sizes, seed, dtype), sizes[2]
+    zeros = pack(wanted.zeros.t(), STRAIGHT).t() if zero_points else None
+    columns = wanted.codes.shape[1]
+    matrix = compressed_tensors_matrix(pack(wanted.codes, STRAIGHT), wanted.scales, columns, group, zeros)
+    signed, zero = (wanted.codes - 8).to(dtype), (wanted.zeros - 8).to(dtype) if zero_points else 0 * wanted.scales
+    shift, scale = (part.repeat_interleave(group, 1) for part in (zero, wanted.scales))
+    assert torch.equal(dequantize(matrix, dtype), (signed - shift) * scale)
+
+
 def test_compressed_tensors_with_a_last_word_that_is_not_full() -> None:
     wanted = Quantized(3, 1, 12, 0)
     words = pack(wanted.codes, STRAIGHT)  # [3, 2]

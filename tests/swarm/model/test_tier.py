@@ -28,7 +28,7 @@ from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.tiers.policy import Uses
 
 BF16 = torch.bfloat16
-QUANTISED = ["gpt_oss_mxfp4", "deepseek_v3_fp8"]
+QUANTISED = ["gpt_oss_mxfp4", "deepseek_v3_fp8", "kimi_k2_int4"]
 
 
 class CountingLoader(ExpertLoader):
