@@ -14,6 +14,7 @@ from torch import Tensor
 from .formats import MXFP4_GROUP, WeightFormat, WeightMatrix, pack_nibbles, unpack_nibbles
 
 _PER_WORD: Final = 8  # values of 4 bits in an int32
+_BAND: Final = 1 << 22  # values unpacked at a time
 _AWQ_ORDER: Final = (0, 4, 1, 5, 2, 6, 3, 7)  # where AWQ's interleaved columns 0, 2, 4, 6, 1, 3, 5, 7 have to go
 
 
@@ -61,8 +62,14 @@ def awq_matrix(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int | Non
     The eight columns of a word are interleaved: 0, 2, 4, 6, 1, 3, 5, 7. `group` None: one scale for a column. Raises
     ValueError where they do not fit each other.
     """
-    codes, zeros = (_unpack(words)[:, _awq_columns(words)] for words in (qweight, qzeros))  # [K, N], [K / g, N]
-    return _int4_matrix(pack_nibbles(codes.t()), scales.t().contiguous(), zeros.t().contiguous(), group)
+    _check_words(qweight, "qweight")
+    columns, words = qweight.shape
+    data = torch.empty(words * _PER_WORD, columns // 2, dtype=torch.uint8, device=qweight.device)  # [N, K / 2]
+    step = max(_BAND // (columns * _PER_WORD), 1)
+    for first in range(0, words, step):
+        codes = _awq_codes(qweight[:, first : first + step])  # [K, 8 step]
+        data[first * _PER_WORD : first * _PER_WORD + codes.shape[1]] = pack_nibbles(codes.t())
+    return _int4_matrix(data, scales.t().contiguous(), _awq_codes(qzeros).t().contiguous(), group)
 
 
 def gptq_matrix(
@@ -80,14 +87,16 @@ def gptq_matrix(
     `g_idx` [K] says each input's group. Raises ValueError where they do not fit each other, and for inputs in
     another order than their groups (desc_act): those need the expert's input permuted, which no kernel here does.
     """
-    codes = _unpack(qweight.t())  # [N, K]
-    order = torch.arange(codes.shape[1], dtype=torch.int32) // (group or codes.shape[1])
+    _check_words(qweight, "qweight")
+    columns = qweight.shape[0] * _PER_WORD
+    order = torch.arange(columns, dtype=torch.int32) // (group or columns)
     if g_idx is not None and not torch.equal(g_idx.int().cpu(), order):
         raise ValueError("GPTQ with desc_act (inputs ordered by activation) is not supported: quantise without it")
     zeros = _unpack(qzeros, scales.shape[-1])  # [K / g, N]
     if zeros_minus_one:
         zeros = (zeros + 1) & 0xF
-    return _int4_matrix(pack_nibbles(codes), scales.t().contiguous(), zeros.t().contiguous(), group)
+    data = qweight.t().contiguous().view(torch.uint8)  # [N, K / 2]
+    return _int4_matrix(data, scales.t().contiguous(), zeros.t().contiguous(), group)
 
 
 def _int4_matrix(data: Tensor, scale: Tensor, zero: Tensor | None, group: int | None) -> WeightMatrix:
@@ -106,6 +115,11 @@ def _unpack(words: Tensor, columns: int | None = None) -> Tensor:
     if columns is not None and not columns <= codes.shape[1] < columns + _PER_WORD:
         raise ValueError(f"{tuple(words.shape)} words for {columns} columns")
     return codes if columns is None else codes[:, :columns]
+
+
+def _awq_codes(words: Tensor) -> Tensor:
+    """int32 [R, C] as uint8 [R, 8 C] in the order of the columns."""
+    return _unpack(words)[:, _awq_columns(words)]
 
 
 def _awq_columns(words: Tensor) -> Tensor:

@@ -1,25 +1,26 @@
 """The skeleton of a checkpoint: everything but routed experts, in files of bounded size. Pure: no file is opened.
 
 A model has one quantizer, and that is ours; so fp8 weights outside the experts become bf16 here (transformers does the
-same on load, but takes the block size from the grid of scales, which is wrong for ragged blocks).
+same on load, but takes the block size from the grid of scales, which is wrong for ragged blocks), and 4-bit weights get
+the dtype of their scales, in which compressed-tensors and the kernels of AWQ and GPTQ widen them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from moehive.protocol.errors import CheckpointError, UnsupportedModel
+from moehive.protocol.errors import CheckpointError
 from moehive.protocol.manifest import QuantMethod, ShardType
 from moehive.protocol.safetensors_header import TensorSpec
 
 from .layout import MTP_GROUP, BlockScale, Piece, PlannedFile, Span, tensor_file
 from .names import is_mtp, is_shared
+from .packed import plan_packed
 from .quantization import Scheme, scale_shape
 from .source import SourceTensor
 
 MAX_DENSE_FILE = 256 << 20  # bytes of tensors in one file; a larger tensor gets a file of its own
 _SCALE = "_scale_inv"
-_PACKED = ".weight_packed"
 _FP8 = ("F8_E4M3", "F8_E5M2")
 
 
@@ -43,17 +44,16 @@ def _pieces(tensors: Mapping[str, SourceTensor], scheme: Scheme | None) -> list[
     ordered = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].span.offset))
     fp8 = scheme is not None and scheme.quantization.method is QuantMethod.FP8_BLOCK
     block = scheme.quantization.block if scheme and fp8 else None
-    pieces = []
+    packed, consumed = plan_packed(tensors, scheme)
+    pieces: list[Piece] = []
     for name, tensor in ordered:
+        if name in consumed:
+            pieces += [packed[name]] if name in packed else []
+            continue
         if block and name.endswith(_SCALE):
             if name.removesuffix(_SCALE) not in tensors:
                 raise CheckpointError(f"{name} scales a weight that the checkpoint does not hold")
             continue
-        if name.endswith(_PACKED):
-            raise UnsupportedModel(
-                f"{name}: 4-bit weights outside the routed experts are not supported; quantise only those, or convert "
-                "the checkpoint that it was made of"
-            )
         if tensor.span.dtype in _FP8:
             pieces.append(_dequantized(name, tensor, tensors.get(name + _SCALE), block))
         else:

@@ -16,13 +16,13 @@ from moehive.protocol.safetensors_header import TensorSpec
 
 from .layout import MTP_GROUP, Piece, PlannedFile, Span, tensor_file
 from .names import ExpertTensor, Role, layer_of, parse_expert
-from .quantization import FLOATS, Scheme, Stored, stored_weight
+from .quantization import FLOATS, INT4, Scheme, Stored, stored_weight
 from .source import SourceTensor
 
 # Kinds of tensors in the order in which they lie in a file.
 _KIND_ORDER = {
-    "weight": 0, "blocks": 0, "weight_packed": 0, "weight_scale_inv": 1, "weight_scale": 1, "scales": 1,
-    "weight_zero_point": 2, "bias": 3, "weight_shape": 4,
+    "weight": 0, "blocks": 0, "weight_packed": 0, "qweight": 0, "weight_scale_inv": 1, "weight_scale": 1, "scales": 1,
+    "weight_zero_point": 2, "qzeros": 2, "bias": 3, "weight_shape": 4, "g_idx": 4,
 }  # fmt: skip
 _ROLE_ORDER = {role: index for index, role in enumerate(Role)}
 
@@ -39,13 +39,13 @@ class ExpertShape:
     ffn: ExpertFfn
     scheme: Scheme | None
 
-    def parts(self, fused: bool) -> dict[Part, Stored]:
-        """The tensors of one expert."""
+    def parts(self, *, fused: bool, plain: bool) -> dict[Part, Stored]:
+        """The tensors of one expert; `plain`: of one that is not quantised."""
         H, I = self.hidden_size, self.intermediate_size  # noqa: E741 - the literature's name
         first = {Role.GATE_UP: (2 * I, H)} if fused else {Role.GATE: (I, H), Role.UP: (I, H)}
         out: dict[Part, Stored] = {}
         for role, shape in {**first, Role.DOWN: (H, I)}.items():
-            weight = stored_weight(shape, self.scheme, transposed=self.ffn.transposed)
+            weight = stored_weight(shape, None if plain else self.scheme, transposed=self.ffn.transposed)
             out.update({(role, kind): stored for kind, stored in weight.items()})
             if self.ffn.bias:
                 out[role, "bias"] = Stored(shape[:1], FLOATS)
@@ -99,8 +99,11 @@ def _check_complete(experts: Mapping[ExpertKey, Parts], num_experts: int) -> Non
 
 def _check_alike(experts: Mapping[ExpertKey, Parts], shape: ExpertShape) -> None:
     dtypes: dict[Part, str] = {}
+    plain = {key for key, parts in experts.items() if _is_plain(parts, shape)}
+    if len(plain) == len(experts):
+        plain.clear()  # then config.json is wrong
     for key, parts in sorted(experts.items()):
-        expected = shape.parts(fused=any(role is Role.GATE_UP for role, _ in parts))
+        expected = shape.parts(fused=any(role is Role.GATE_UP for role, _ in parts), plain=key in plain)
         odd = set(parts) ^ set(expected)
         if odd:
             _refuse_part(key, min(odd, key=_least_expected), parts, shape)
@@ -113,6 +116,12 @@ def _check_alike(experts: Mapping[ExpertKey, Parts], shape: ExpertShape) -> None
                 raise CheckpointError(f"{spec.name}: dtype {spec.dtype}, one of {wanted} is expected")
             if dtypes.setdefault(part, spec.dtype) != spec.dtype:
                 raise CheckpointError(f"{spec.name}: dtype {spec.dtype}, other experts have {dtypes[part]}")
+
+
+def _is_plain(parts: Parts, shape: ExpertShape) -> bool:
+    """Whether an expert was left out where others have 4 bits: publishers do so with the first or last layers."""
+    may_be = shape.scheme is not None and shape.scheme.quantization.method in INT4
+    return may_be and {kind for _, kind in parts} <= {"weight", "bias"}
 
 
 def _least_expected(part: Part) -> tuple[bool, str, int]:

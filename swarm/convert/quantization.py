@@ -16,7 +16,9 @@ FLOATS = ("BF16", "F16", "F32")
 _INTEGERS = ("I32", "I64")
 _MXFP4_GROUP = 32  # values that share a scale; two to a byte
 _PER_WORD = 8  # values of 4 bits in an int32
-_READ = "bf16, fp16, fp32, fp8 in blocks, mxfp4, and compressed-tensors of 4 bits in groups"
+_READ = "bf16, fp16, fp32, fp8 in blocks, mxfp4, and 4 bits in groups of compressed-tensors, AWQ and GPTQ"
+_ELSE = "quantise it so, or convert the checkpoint that it was made of"
+INT4 = (QuantMethod.INT4_PACKED, QuantMethod.INT4_AWQ, QuantMethod.INT4_GPTQ, QuantMethod.INT4_GPTQ_V2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,10 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
         return Scheme(Quantization(QuantMethod.FP8_BLOCK, _block(settings)))
     if method == "compressed-tensors":
         return _pack_quantized(settings)
+    if method == "awq":
+        return _awq(settings)
+    if method == "gptq":
+        return _gptq(settings)
     if method == "moehive":
         raise UnsupportedModel("this directory is a moehive conversion already")
     raise UnsupportedModel(f"quantization {method!r} is not supported: moehive reads {_READ}")
@@ -75,6 +81,21 @@ def stored_weight(shape: tuple[int, int], scheme: Scheme | None, *, transposed: 
         return {"weight": Stored(shape, ("F8_E4M3",)), "weight_scale_inv": Stored(grid, ("F32",))}
     if transposed:
         raise UnsupportedModel("4-bit weights in a model whose experts are transposed are not supported")
+    return _stored_int4(shape, scheme, grid)
+
+
+def _stored_int4(shape: tuple[int, int], scheme: Scheme, grid: tuple[int, ...]) -> dict[str, Stored]:
+    (rows, columns), method = shape, scheme.quantization.method
+    if method is not QuantMethod.INT4_PACKED:  # the other way round
+        words, indices = (columns, -(-rows // _PER_WORD)), {}
+        if method is not QuantMethod.INT4_AWQ:
+            words, indices = (-(-columns // _PER_WORD), rows), {"g_idx": Stored((columns,), ("I32",))}
+        return {
+            "qweight": Stored(words, ("I32",)),
+            "qzeros": Stored((grid[1], -(-rows // _PER_WORD)), ("I32",)),
+            "scales": Stored(grid[::-1], FLOATS),
+            **indices,
+        }
     stored = {
         "weight_packed": Stored((rows, -(-columns // _PER_WORD)), ("I32",)),
         "weight_scale": Stored(grid, FLOATS),
@@ -154,5 +175,41 @@ def _packed_weights(weights: Any) -> Scheme:
 def _refuse_compressed(what: str) -> NoReturn:
     raise UnsupportedModel(
         f"compressed-tensors {what} is not supported: moehive reads weights of 4 bits in groups, alone and in the "
-        "order of their inputs; quantise it so, or convert the checkpoint that it was made of"
+        f"order of their inputs; {_ELSE}"
     )
+
+
+# --- AWQ and GPTQ -------------------------------------------------------------------------------------------------
+
+
+def _awq(settings: Mapping[str, Any]) -> Scheme:
+    """AutoAWQ's settings. Which weights are quantised is seen from their tensors."""
+    form = str(settings.get("version", settings.get("format", "gemm"))).lower()
+    if form != "gemm":
+        raise UnsupportedModel(f"AWQ in the version {form!r} is not supported: moehive reads gemm; {_ELSE}")
+    if not settings.get("zero_point", True):
+        raise UnsupportedModel(f"AWQ without zero points is not supported; {_ELSE}")
+    return Scheme(Quantization(QuantMethod.INT4_AWQ, _group(settings, "AWQ")))
+
+
+def _gptq(settings: Mapping[str, Any]) -> Scheme:
+    """AutoGPTQ's and GPTQModel's settings. Which weights are quantised is seen from their tensors."""
+    form = str(settings.get("checkpoint_format", settings.get("format", "gptq")))
+    methods = {"gptq": QuantMethod.INT4_GPTQ, "gptq_v2": QuantMethod.INT4_GPTQ_V2}
+    if form not in methods:
+        raise UnsupportedModel(f"GPTQ in the format {form!r} is not supported: moehive reads gptq, gptq_v2; {_ELSE}")
+    if settings.get("desc_act"):
+        raise UnsupportedModel(f"GPTQ with desc_act (inputs ordered by activation) is not supported; {_ELSE}")
+    return Scheme(Quantization(methods[form], _group(settings, "GPTQ")))
+
+
+def _group(settings: Mapping[str, Any], what: str) -> tuple[int, int]:
+    """The block of 4-bit weights."""
+    bits, width = settings.get("bits", 4), settings.get("group_size", 128)
+    if bits != 4:
+        raise UnsupportedModel(f"{what} of {bits!r} bits is not supported: moehive reads 4; {_ELSE}")
+    if width == -1:
+        raise UnsupportedModel(f"{what} with one scale for a whole row (group_size -1) is not supported; {_ELSE}")
+    if type(width) is not int or width < 1:
+        raise CheckpointError(f"config.json: group_size is {width!r}, a positive integer is expected")
+    return 1, width

@@ -30,7 +30,7 @@ _FP8_MAX = 448.0  # largest float8_e4m3fn
 
 FAMILIES: tuple[str, ...] = tuple(CONFIGS)
 EXTRA_FAMILIES: tuple[str, ...] = tuple(EXTRA_CONFIGS)
-INT4: tuple[str, ...] = ("kimi_k2_int4", "qwen3_moe_int4")
+INT4: tuple[str, ...] = ("kimi_k2_int4", "qwen3_moe_int4", "qwen3_moe_awq", "mixtral_gptq")
 QUANTIZED: tuple[str, ...] = ("gpt_oss_mxfp4", "deepseek_v3_fp8", *INT4)  # FP8 keeps bf16 for all that is not FP8
 PLAIN: tuple[str, ...] = tuple(name for name in FAMILIES if name not in QUANTIZED)
 
@@ -240,6 +240,14 @@ def _to_int4(tensors: Tensors, seed: int) -> Tensors:
     return int4.pack_experts(tensors)
 
 
+def _to_awq(tensors: Tensors, seed: int) -> Tensors:
+    return int4.pack_turned(tensors, int4.awq)
+
+
+def _to_gptq(tensors: Tensors, seed: int) -> Tensors:
+    return int4.pack_turned(tensors, int4.gptq)
+
+
 def _mtp_layer(tensors: Tensors, layers: int) -> Tensors:
     """A multi-token-prediction layer: the last decoder layer's tensors under the next number, and its own."""
     last, new = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
@@ -299,6 +307,14 @@ def _finish_int4(directory: Path) -> None:
     edit_config(directory, quantization_config=int4.CONFIG)
 
 
+def _finish_awq(directory: Path) -> None:
+    edit_config(directory, quantization_config=int4.AWQ_CONFIG)
+
+
+def _finish_gptq(directory: Path) -> None:
+    edit_config(directory, quantization_config=int4.GPTQ_CONFIG)
+
+
 def _finish_kimi_int4(directory: Path) -> None:
     _finish_kimi(directory)
     _finish_int4(directory)
@@ -309,6 +325,8 @@ _QUANTIZE: dict[str, Callable[[Tensors, int], Tensors]] = {
     "gpt_oss_mxfp4": _to_mxfp4,
     "kimi_k2_int4": _to_int4,
     "qwen3_moe_int4": _to_int4,
+    "qwen3_moe_awq": _to_awq,
+    "mixtral_gptq": _to_gptq,
 }
 _FINISH: dict[str, Callable[[Path], None]] = {
     "deepseek_v3_fp8": _finish_fp8,
@@ -316,6 +334,8 @@ _FINISH: dict[str, Callable[[Path], None]] = {
     "kimi_k2": _finish_kimi,
     "kimi_k2_int4": _finish_kimi_int4,
     "qwen3_moe_int4": _finish_int4,
+    "qwen3_moe_awq": _finish_awq,
+    "mixtral_gptq": _finish_gptq,
 }
 
 

@@ -39,6 +39,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {
         **_SPARSE, "num_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": True, "head_dim": 16,
     }),
+    "mixtral_gptq": ("MixtralConfig", {
+        "intermediate_size": 96, "num_hidden_layers": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "head_dim": 16,
+    }),
+    "qwen3_moe_awq": ("Qwen3MoeConfig", {
+        **_SPARSE, "num_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": True, "head_dim": 16,
+    }),
     "qwen3_moe_int4": ("Qwen3MoeConfig", {
         **_SPARSE, "num_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": True, "head_dim": 16,
     }),

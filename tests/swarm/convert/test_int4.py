@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from support import int4
 from support.families import Tensors, edit_config, load_tensors, save_checkpoint, write_tensors
 from support.raw_checkpoint import contents
 
+from moehive.protocol.errors import CheckpointError, ManifestError
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.convert import Converter, convert
 from moehive.swarm.model.loader import ExpertLoader
@@ -77,11 +79,7 @@ def test_gate_and_up_lie_together_at_a_page_boundary(tmp_path: Path) -> None:
 
 
 def test_zero_points_are_kept(tmp_path: Path) -> None:
-    source = save_checkpoint("qwen3_moe", tmp_path / "source", tokenizer=False)
-    write_tensors(source, int4.pack_experts(load_tensors(source), zero_points=True))
-    group = int4.CONFIG["config_groups"]["group_0"]
-    asymmetric = {**group, "weights": {**group["weights"], "symmetric": False}}
-    edit_config(source, quantization_config={**int4.CONFIG, "config_groups": {"group_0": asymmetric}})
+    source = asymmetric(save_checkpoint("qwen3_moe", tmp_path / "source", tokenizer=False))
     manifest = convert(source, tmp_path / "converted")
     loader = ExpertLoader(manifest, ConvertedDirectory(tmp_path / "converted"))
     values = int4.exact(load_tensors(source))
@@ -90,6 +88,64 @@ def test_zero_points_are_kept(tmp_path: Path) -> None:
         gate, up, down = (values[f"{stem}.{name}_proj.weight"] for name in ("gate", "up", "down"))
         assert torch.equal(weights.gate_up, torch.cat((gate, up)))
         assert torch.equal(weights.down, down)
+
+
+def asymmetric(source: Path) -> Path:
+    """A checkpoint in bf16 with all its projections packed, with zero points."""
+    write_tensors(source, int4.pack_experts(load_tensors(source), zero_points=True, dense=True))
+    group = int4.CONFIG["config_groups"]["group_0"]
+    group = {**group, "weights": {**group["weights"], "symmetric": False}}
+    edit_config(source, quantization_config={**int4.CONFIG, "config_groups": {"group_0": group}})
+    return source
+
+
+def skeleton_of(directory: Path) -> Tensors:
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    return {name: part for file in set(index.values()) for name, part in load_file(directory / file).items()}
+
+
+def test_weights_outside_the_experts_become_what_they_mean(tmp_path: Path) -> None:
+    source = asymmetric(save_checkpoint("glm4_moe", tmp_path / "source", tokenizer=False))
+    wanted = {name: part for name, part in int4.exact(load_tensors(source)).items() if ".experts." not in name}
+    convert(source, tmp_path / "converted")
+    found = skeleton_of(tmp_path / "converted")
+    assert set(found) == set(wanted)
+    assert any("shared_experts" in name for name in found)
+    for name, part in wanted.items():
+        assert found[name].dtype == torch.bfloat16 or "bias" in name
+        assert torch.equal(found[name], part), name
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe_awq", "mixtral_gptq"])
+def test_a_large_weight_is_widened_in_bands(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_checkpoint(family, tmp_path / "source", tokenizer=False)
+    convert(source, tmp_path / "whole")
+    monkeypatch.setattr("moehive.swarm.convert.reading._PACKED_BAND", 64 * 3)  # rows at a time, the last one alone
+    convert(source, tmp_path / "bands")
+    assert contents(tmp_path / "bands") == contents(tmp_path / "whole")
+
+
+def test_a_shape_that_is_not_the_values_is_refused(tmp_path: Path) -> None:
+    source = asymmetric(save_checkpoint("qwen3_moe", tmp_path / "source", tokenizer=False))
+    tensors = load_tensors(source)
+    tensors["model.layers.0.self_attn.q_proj.weight_shape"] += 8
+    write_tensors(source, tensors)
+    with pytest.raises(CheckpointError, match=r"layers.0.self_attn.q_proj.weight: "):
+        convert(source, tmp_path / "converted")
+
+
+def test_gptq_whose_inputs_are_out_of_order_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    """Its config.json says otherwise, and no plan reads a weight."""
+    source = save_checkpoint("mixtral_gptq", tmp_path / "source", tokenizer=False)
+    tensors = load_tensors(source)
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.g_idx"
+    tensors[name] = tensors[name].flip(0)
+    write_tensors(source, tensors)
+    manifest = convert(source, tmp_path / "converted")
+    loader = ExpertLoader(manifest, ConvertedDirectory(tmp_path / "converted"))
+    loader.load(ExpertKey(1, 2), torch.float32)
+    with pytest.raises(ManifestError, match=r"00003.safetensors: .*desc_act"):
+        loader.load(ExpertKey(1, 3), torch.float32)
 
 
 class Unplugged(Exception):

@@ -89,6 +89,9 @@ GPT_OSS = {"model_type": "gpt_oss", "num_local_experts": 2, "intermediate_size":
 SMALL = {"num_experts": 2, "num_hidden_layers": 1}
 EXTRA_PART = TensorSpec("model.layers.0.mlp.experts.0.gate_proj.weight_g_idx", "I32", (32,))
 PACKED = TensorSpec("model.layers.0.mlp.experts.0.gate_proj.weight_packed", "I32", (16, 4))
+ORPHANED = TensorSpec("model.layers.0.self_attn.q_proj.weight_scale", "BF16", (32, 1))
+NARROW = TensorSpec("model.layers.0.self_attn.q_proj.weight", "BF16", (16, 32))
+DENSE_QWEIGHT = TensorSpec("model.layers.0.self_attn.q_proj.qweight", "I32", (4, 32))
 DENSE_PACKED = TensorSpec("model.layers.0.self_attn.q_proj.weight_packed", "I32", (32, 4))
 NO_RULE = TensorSpec("model.layers.0.mlp.experts.0.gate_proj.weight.absmax", "F32", (4,))
 DENSE = TensorSpec("model.layers.0.mlp.gate_proj.weight", "BF16", (4, 4))
@@ -102,7 +105,13 @@ UNSUPPORTED: list[tuple[Change, str]] = [
     (configured(model_type="dbrx"), "dbrx.*no hook"),
     (configured(model_type="newcomer"), "newcomer.*moehive knows: .*mixtral"),
     (configured(architectures=["Qwen3MoeForSequenceClassification"]), "SequenceClassification"),
-    (configured(quantization_config={"quant_method": "gptq"}), "gptq"),
+    (configured(quantization_config={"quant_method": "bitsandbytes"}), "bitsandbytes"),
+    (configured(quantization_config={**int4.GPTQ_CONFIG, "desc_act": True}), "desc_act.*convert the checkpoint"),
+    (configured(quantization_config={**int4.GPTQ_CONFIG, "bits": 8}), "GPTQ of 8 bits"),
+    (configured(quantization_config={**int4.GPTQ_CONFIG, "group_size": -1}), "GPTQ with one scale for a whole row"),
+    (configured(quantization_config={**int4.GPTQ_CONFIG, "checkpoint_format": "marlin"}), "format 'marlin'"),
+    (configured(quantization_config={**int4.AWQ_CONFIG, "version": "GEMV"}), "version 'gemv'"),
+    (configured(quantization_config={**int4.AWQ_CONFIG, "zero_point": False}), "AWQ without zero points"),
     (configured(quantization_config={"quant_method": "fp8"}), "weight_block_size"),
     (configured(quantization_config={**FP8, "activation_scheme": "static"}), "static"),
     (configured(quantization_config={**int4.CONFIG, "format": "int-quantized"}), "format 'int-quantized'"),
@@ -117,7 +126,6 @@ UNSUPPORTED: list[tuple[Change, str]] = [
     (compressed(dynamic=True), "dynamic"),
     (compressed(actorder="group"), "actorder 'group'"),
     (compressed(inputs={"num_bits": 8}), "quantised input_activations"),
-    (single(*experts(packed=True), DENSE_PACKED, **SMALL, **packed_config()), "q_proj.weight_packed.*outside"),
     (single(*experts(packed=True), **GPT_OSS, **SMALL, **packed_config()), "transposed"),
     (configured(quantization_config={"quant_method": "moehive"}), "a moehive conversion already"),
     (single(DENSE, model_type="llama", num_hidden_layers=1), "llama.*no expert tensors.*dense"),
@@ -157,6 +165,16 @@ INCONSISTENT: list[tuple[Change, str]] = [
     (compressed(), r"gate_proj.weight does not fit .*quantization: int4-pack-quantized"),
     (single(*experts(packed=True), **SMALL, **packed_config(group_size=16)), r"weight_scale: shape \[16, 1\].*16, 2"),
     (single(*experts(packed=True), **SMALL, **packed_config(symmetric=False)), "weight_zero_point of gate is missing"),
+    (single(*experts(), DENSE_PACKED, **SMALL), "q_proj.weight_packed holds packed values, but config.json"),
+    (single(*experts(packed=True), DENSE_PACKED, **SMALL, **packed_config()), "q_proj.weight_scale is missing"),
+    (single(*experts(packed=True), ORPHANED, **SMALL, **packed_config()), "weight_scale belongs to a packed weight"),
+    (
+        single(*experts(packed=True), *as_packed(NARROW)[1:], DENSE_PACKED, **SMALL, **packed_config()),
+        r"weight_scale: dtype BF16 and shape \[16, 1\], expected .* \[32, 1\]",
+    ),
+    (single(*experts(packed=True), DENSE_QWEIGHT, **SMALL, **packed_config()), "a matrix weight_packed is expected"),
+    (configured(quantization_config=int4.AWQ_CONFIG), "qweight of gate is missing"),
+    (configured(quantization_config={**int4.AWQ_CONFIG, "group_size": 0}), "group_size is 0, a positive integer"),
     (compressed(group_size="32"), "group_size is '32', a positive integer"),
     (configured(quantization_config={**int4.CONFIG, "config_groups": None}), "no config_groups"),
     (configured(quantization_config={**int4.CONFIG, "config_groups": {"group_0": {}}}), "how its weights"),

@@ -48,6 +48,7 @@ def routed(loader: ExpertLoader, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         ("gpt_oss", ExpertLayout),
         ("gpt_oss_mxfp4", StoredLayout),
         ("qwen3_moe_int4", StoredLayout),
+        ("qwen3_moe_awq", StoredLayout),
     ],
 )
 @pytest.mark.parametrize("slots", ["floor", "all"])
