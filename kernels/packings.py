@@ -11,10 +11,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .formats import MXFP4_GROUP, WeightFormat, WeightMatrix, pack_nibbles, unpack_nibbles
+from .formats import MXFP4_GROUP, WeightFormat, WeightMatrix, unpack_nibbles
 
 _PER_WORD: Final = 8  # values of 4 bits in an int32
-_BAND: Final = 1 << 22  # values unpacked at a time
+_BAND: Final = 1 << 17  # words turned at a time: 512 KiB
 _AWQ_ORDER: Final = (0, 4, 1, 5, 2, 6, 3, 7)  # where AWQ's interleaved columns 0, 2, 4, 6, 1, 3, 5, 7 have to go
 
 
@@ -52,7 +52,7 @@ def compressed_tensors_matrix(
     if columns % 2 or -(-columns // _PER_WORD) != weight_packed.shape[1]:
         raise ValueError(f"weight_packed {tuple(weight_packed.shape)} for {columns} columns")
     data = weight_packed.contiguous().view(torch.uint8)[:, : columns // 2]  # little endian: low bits are low columns
-    zero = None if zero_point is None else _unpack(zero_point.t(), data.shape[0]).t().contiguous()  # [N, G]
+    zero = None if zero_point is None else _turned(_unpack(zero_point.t(), data.shape[0]))  # [N, G]
     return _int4_matrix(data, weight_scale, zero, group)
 
 
@@ -63,13 +63,8 @@ def awq_matrix(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int | Non
     ValueError where they do not fit each other.
     """
     _check_words(qweight, "qweight")
-    columns, words = qweight.shape
-    data = torch.empty(words * _PER_WORD, columns // 2, dtype=torch.uint8, device=qweight.device)  # [N, K / 2]
-    step = max(_BAND // (columns * _PER_WORD), 1)
-    for first in range(0, words, step):
-        codes = _awq_codes(qweight[:, first : first + step])  # [K, 8 step]
-        data[first * _PER_WORD : first * _PER_WORD + codes.shape[1]] = pack_nibbles(codes.t())
-    return _int4_matrix(data, scales.t().contiguous(), _awq_codes(qzeros).t().contiguous(), group)
+    zeros = _unpack(qzeros)[:, _awq_columns(qzeros)]  # [K / g, N]
+    return _int4_matrix(_awq_data(qweight), _turned(scales), _turned(zeros), group)
 
 
 def gptq_matrix(
@@ -95,8 +90,8 @@ def gptq_matrix(
     zeros = _unpack(qzeros, scales.shape[-1])  # [K / g, N]
     if zeros_minus_one:
         zeros = (zeros + 1) & 0xF
-    data = qweight.t().contiguous().view(torch.uint8)  # [N, K / 2]
-    return _int4_matrix(data, scales.t().contiguous(), zeros.t().contiguous(), group)
+    data = _turned(qweight).view(torch.uint8)  # [N, K / 2]
+    return _int4_matrix(data, _turned(scales), _turned(zeros), group)
 
 
 def _int4_matrix(data: Tensor, scale: Tensor, zero: Tensor | None, group: int | None) -> WeightMatrix:
@@ -111,15 +106,35 @@ def _check_words(words: Tensor, name: str) -> None:
 def _unpack(words: Tensor, columns: int | None = None) -> Tensor:
     """int32 [R, C] as uint8 [R, 8 C], low bits first; the first `columns` of them."""
     _check_words(words, "a packed tensor")
-    codes = unpack_nibbles(words.contiguous().view(torch.uint8))  # [R, 8 C]
+    codes = unpack_nibbles(_own(words).view(torch.uint8))  # [R, 8 C]
     if columns is not None and not columns <= codes.shape[1] < columns + _PER_WORD:
         raise ValueError(f"{tuple(words.shape)} words for {columns} columns")
     return codes if columns is None else codes[:, :columns]
 
 
-def _awq_codes(words: Tensor) -> Tensor:
-    """int32 [R, C] as uint8 [R, 8 C] in the order of the columns."""
-    return _unpack(words)[:, _awq_columns(words)]
+def _awq_data(qweight: Tensor) -> Tensor:
+    """int32 [K, N / 8] as uint8 [N, K / 2], in bands that stay in the cache. Two inputs are taken as one int64."""
+    columns, words = qweight.shape
+    if columns % 2:
+        raise ValueError(f"{columns} columns of 4 bits do not fill bytes")
+    data = torch.empty(words, _PER_WORD, columns // 2, dtype=torch.uint8, device=qweight.device)
+    step = max(_BAND // columns, 1)
+    for first in range(0, words, step):
+        pairs = _turned(qweight[:, first : first + step]).view(torch.int64)  # [step, K / 2]
+        for row, nibble in enumerate(_AWQ_ORDER):
+            high = pairs.bitwise_right_shift(28 + 4 * nibble).bitwise_and_(0xF0)
+            data[first : first + step, row] = pairs.bitwise_right_shift(4 * nibble).bitwise_and_(0xF).bitwise_or_(high)
+    return data.flatten(0, 1)
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    """[R, C] as [C, R], in memory of its own: a view would keep a whole shard."""
+    return _own(matrix.t())
+
+
+def _own(matrix: Tensor) -> Tensor:
+    """A copy without gaps. Of a matrix that is one row or column `contiguous` makes none, and leaves it odd strides."""
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _awq_columns(words: Tensor) -> Tensor:

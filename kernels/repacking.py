@@ -61,4 +61,4 @@ def _matrix(stem: str, parts: Mapping[str, Tensor | None], packing: TurnedPackin
 
 def _packed_rows(zero: Tensor) -> Tensor:
     """uint8 [N, G] as int32 [N / 8, G], low bits first. N is a multiple of 8, as it is in whole words."""
-    return pack_nibbles(zero.t()).contiguous().view(torch.int32).t()  # of [G, N / 8]
+    return pack_nibbles(zero.t()).clone(memory_format=torch.contiguous_format).view(torch.int32).t()  # of [G, N / 8]

@@ -54,7 +54,7 @@ def test_the_tensors_are_those_of_compressed_tensors(packing: TurnedPacking, siz
 
 
 def test_a_wide_awq_matrix_is_turned_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moehive.kernels.packings._BAND", 32 * 8 * 2)  # two words of columns at a time
+    monkeypatch.setattr("moehive.kernels.packings._BAND", 32 * 2)  # two words of columns at a time
     codes, zeros, scales = numbers(40, 32, 1)
     found = repacked({f"w1.{kind}": part for kind, part in int4.awq(codes, zeros, scales).items()}, AWQ, 32)
     assert torch.equal(found["w1.weight_packed"], int4.pack(codes))

@@ -32,6 +32,7 @@ FAMILIES: tuple[str, ...] = tuple(CONFIGS)
 EXTRA_FAMILIES: tuple[str, ...] = tuple(EXTRA_CONFIGS)
 INT4: tuple[str, ...] = ("kimi_k2_int4", "qwen3_moe_int4", "qwen3_moe_awq", "mixtral_gptq")
 QUANTIZED: tuple[str, ...] = ("gpt_oss_mxfp4", "deepseek_v3_fp8", *INT4)  # FP8 keeps bf16 for all that is not FP8
+DISTINCT: tuple[str, ...] = tuple(name for name in FAMILIES if name not in INT4)  # before they are quantised
 PLAIN: tuple[str, ...] = tuple(name for name in FAMILIES if name not in QUANTIZED)
 
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
