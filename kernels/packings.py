@@ -62,7 +62,7 @@ def awq_matrix(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int | Non
     The eight columns of a word are interleaved: 0, 2, 4, 6, 1, 3, 5, 7. `group` None: one scale for a column. Raises
     ValueError where they do not fit each other.
     """
-    _check_words(qweight, "qweight")
+    _check_turned(qweight, scales)
     zeros = _unpack(qzeros)[:, _awq_columns(qzeros)]  # [K / g, N]
     return _int4_matrix(_awq_data(qweight), _turned(scales), _turned(zeros), group)
 
@@ -82,7 +82,7 @@ def gptq_matrix(
     `g_idx` [K] says each input's group. Raises ValueError where they do not fit each other, and for inputs in
     another order than their groups (desc_act): those need the expert's input permuted, which no kernel here does.
     """
-    _check_words(qweight, "qweight")
+    _check_turned(qweight, scales)
     columns = qweight.shape[0] * _PER_WORD
     order = torch.arange(columns, dtype=torch.int32) // (group or columns)
     if g_idx is not None and not torch.equal(g_idx.int().cpu(), order):
@@ -101,6 +101,12 @@ def _int4_matrix(data: Tensor, scale: Tensor, zero: Tensor | None, group: int | 
 def _check_words(words: Tensor, name: str) -> None:
     if words.ndim != 2 or words.dtype != torch.int32:
         raise ValueError(f"{name} is {words.dtype} {tuple(words.shape)}, not an int32 matrix")
+
+
+def _check_turned(qweight: Tensor, scales: Tensor) -> None:
+    _check_words(qweight, "qweight")
+    if scales.ndim != 2 or not qweight.numel():
+        raise ValueError(f"qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} are no matrices")
 
 
 def _unpack(words: Tensor, columns: int | None = None) -> Tensor:

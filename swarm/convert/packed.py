@@ -62,7 +62,7 @@ def _piece(name: str, tensors: Mapping[str, SourceTensor], scheme: Scheme) -> Pi
 def _shape(name: str, words: tuple[int, ...], method: QuantMethod) -> tuple[int, int]:
     """[out, in] of a weight of whole words."""
     head = "weight_packed" if method is QuantMethod.INT4_PACKED else "qweight"
-    if len(words) != 2 or name.rpartition(".")[2] != head:
+    if len(words) != 2 or not all(words) or name.rpartition(".")[2] != head:
         raise CheckpointError(f"{name}: a matrix {head} is expected, not {list(words)}")
     if method is QuantMethod.INT4_PACKED:
         return words[0], words[1] * _PER_WORD

@@ -73,6 +73,10 @@ def test_gptq_without_group_indices_is_in_order() -> None:
         (lambda parts: parts.pop("qzeros"), "w1 has no qzeros"),
         (lambda parts: parts.update(g_idx=parts["g_idx"].flip(0)), "desc_act"),
         (lambda parts: parts.update(qweight=parts["qweight"].long()), "int32"),
+        (lambda parts: parts.update(scales=parts["scales"].flatten()), "no matrices"),
+        (lambda parts: parts.update(qweight=parts["qweight"][:0]), "no matrices"),
+        (lambda parts: parts.update(qzeros=parts["qzeros"].flatten()), "int32 matrix"),
+        (lambda parts: parts.update(qzeros=parts["qzeros"][:1]), "zeros"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change, message: str) -> None:

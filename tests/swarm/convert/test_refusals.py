@@ -91,6 +91,7 @@ EXTRA_PART = TensorSpec("model.layers.0.mlp.experts.0.gate_proj.weight_g_idx", "
 PACKED = TensorSpec("model.layers.0.mlp.experts.0.gate_proj.weight_packed", "I32", (16, 4))
 ORPHANED = TensorSpec("model.layers.0.self_attn.q_proj.weight_scale", "BF16", (32, 1))
 NARROW = TensorSpec("model.layers.0.self_attn.q_proj.weight", "BF16", (16, 32))
+EMPTY = TensorSpec("model.layers.0.self_attn.q_proj.weight_packed", "I32", (32, 0))
 DENSE_QWEIGHT = TensorSpec("model.layers.0.self_attn.q_proj.qweight", "I32", (4, 32))
 DENSE_PACKED = TensorSpec("model.layers.0.self_attn.q_proj.weight_packed", "I32", (32, 4))
 NO_RULE = TensorSpec("model.layers.0.mlp.experts.0.gate_proj.weight.absmax", "F32", (4,))
@@ -172,6 +173,7 @@ INCONSISTENT: list[tuple[Change, str]] = [
         single(*experts(packed=True), *as_packed(NARROW)[1:], DENSE_PACKED, **SMALL, **packed_config()),
         r"weight_scale: dtype BF16 and shape \[16, 1\], expected .* \[32, 1\]",
     ),
+    (single(*experts(packed=True), EMPTY, **SMALL, **packed_config()), r"weight_packed is expected, not \[32, 0\]"),
     (single(*experts(packed=True), DENSE_QWEIGHT, **SMALL, **packed_config()), "a matrix weight_packed is expected"),
     (configured(quantization_config=int4.AWQ_CONFIG), "qweight of gate is missing"),
     (configured(quantization_config={**int4.AWQ_CONFIG, "group_size": 0}), "group_size is 0, a positive integer"),
