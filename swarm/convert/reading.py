@@ -1,7 +1,7 @@
 """The bytes of one planned file, block by block or any range of them, into a buffer of the caller.
 
 Block by block each byte of the source is read once. Memory: the caller's buffer, one file head, for an fp8 weight of
-the skeleton one band of rows, and for a 4-bit weight of the skeleton all of it as it is stored and one band of rows.
+the skeleton one band of rows, and for a 4-bit weight of the skeleton one band and, twice, all of it as it is stored.
 """
 
 from __future__ import annotations
