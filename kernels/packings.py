@@ -11,9 +11,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .formats import MXFP4_GROUP, WeightFormat, WeightMatrix, pack_nibbles, unpack_nibbles
+from .formats import MXFP4_GROUP, WeightFormat, WeightMatrix, unpack_nibbles
 
 _PER_WORD: Final = 8  # values of 4 bits in an int32
+_BAND: Final = 1 << 17  # words turned at a time: 512 KiB
 _AWQ_ORDER: Final = (0, 4, 1, 5, 2, 6, 3, 7)  # where AWQ's interleaved columns 0, 2, 4, 6, 1, 3, 5, 7 have to go
 
 
@@ -42,14 +43,16 @@ def compressed_tensors_matrix(
     """compressed-tensors "pack-quantized", 4 bits: int32 [N, ceil(K / 8)], low bits first, value + 8.
 
     Kimi-K2-Thinking is published so. `columns` is K, from `weight_shape`. `weight_scale` [N, ceil(K / group)]; `group`
-    None: one scale for a row. `zero_point` is packed along N: int32 [ceil(N / 8), ceil(K / group)]. Raises ValueError
-    where they do not fit each other, and for an odd K.
+    None: one scale for a row. `zero_point` is packed along N: int32 [ceil(N / 8), ceil(K / group)]. Widened to the
+    scales' dtype, the values are those of compressed-tensors 0.20 (pack_quantized/helpers.py `unpack_from_int32`,
+    forward_helpers.py `_dequantize`); it rounds to that dtype first for every other one, too, which is not done here.
+    Raises ValueError where they do not fit each other, and for an odd K.
     """
     _check_words(weight_packed, "weight_packed")
     if columns % 2 or -(-columns // _PER_WORD) != weight_packed.shape[1]:
         raise ValueError(f"weight_packed {tuple(weight_packed.shape)} for {columns} columns")
     data = weight_packed.contiguous().view(torch.uint8)[:, : columns // 2]  # little endian: low bits are low columns
-    zero = None if zero_point is None else _unpack(zero_point.t(), data.shape[0]).t().contiguous()  # [N, G]
+    zero = None if zero_point is None else _turned(_unpack(zero_point.t(), data.shape[0]))  # [N, G]
     return _int4_matrix(data, weight_scale, zero, group)
 
 
@@ -59,8 +62,9 @@ def awq_matrix(qweight: Tensor, qzeros: Tensor, scales: Tensor, group: int | Non
     The eight columns of a word are interleaved: 0, 2, 4, 6, 1, 3, 5, 7. `group` None: one scale for a column. Raises
     ValueError where they do not fit each other.
     """
-    codes, zeros = (_unpack(words)[:, _awq_columns(words)] for words in (qweight, qzeros))  # [K, N], [K / g, N]
-    return _int4_matrix(pack_nibbles(codes.t()), scales.t().contiguous(), zeros.t().contiguous(), group)
+    _check_turned(qweight, scales)
+    zeros = _unpack(qzeros)[:, _awq_columns(qzeros)]  # [K / g, N]
+    return _int4_matrix(_awq_data(qweight), _turned(scales), _turned(zeros), group)
 
 
 def gptq_matrix(
@@ -78,14 +82,16 @@ def gptq_matrix(
     `g_idx` [K] says each input's group. Raises ValueError where they do not fit each other, and for inputs in
     another order than their groups (desc_act): those need the expert's input permuted, which no kernel here does.
     """
-    codes = _unpack(qweight.t())  # [N, K]
-    order = torch.arange(codes.shape[1], dtype=torch.int32) // (group or codes.shape[1])
+    _check_turned(qweight, scales)
+    columns = qweight.shape[0] * _PER_WORD
+    order = torch.arange(columns, dtype=torch.int32) // (group or columns)
     if g_idx is not None and not torch.equal(g_idx.int().cpu(), order):
         raise ValueError("GPTQ with desc_act (inputs ordered by activation) is not supported: quantise without it")
     zeros = _unpack(qzeros, scales.shape[-1])  # [K / g, N]
     if zeros_minus_one:
         zeros = (zeros + 1) & 0xF
-    return _int4_matrix(pack_nibbles(codes), scales.t().contiguous(), zeros.t().contiguous(), group)
+    data = _turned(qweight).view(torch.uint8)  # [N, K / 2]
+    return _int4_matrix(data, _turned(scales), _turned(zeros), group)
 
 
 def _int4_matrix(data: Tensor, scale: Tensor, zero: Tensor | None, group: int | None) -> WeightMatrix:
@@ -97,13 +103,44 @@ def _check_words(words: Tensor, name: str) -> None:
         raise ValueError(f"{name} is {words.dtype} {tuple(words.shape)}, not an int32 matrix")
 
 
+def _check_turned(qweight: Tensor, scales: Tensor) -> None:
+    _check_words(qweight, "qweight")
+    if scales.ndim != 2 or not qweight.numel():
+        raise ValueError(f"qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} are no matrices")
+
+
 def _unpack(words: Tensor, columns: int | None = None) -> Tensor:
     """int32 [R, C] as uint8 [R, 8 C], low bits first; the first `columns` of them."""
     _check_words(words, "a packed tensor")
-    codes = unpack_nibbles(words.contiguous().view(torch.uint8))  # [R, 8 C]
+    codes = unpack_nibbles(_own(words).view(torch.uint8))  # [R, 8 C]
     if columns is not None and not columns <= codes.shape[1] < columns + _PER_WORD:
         raise ValueError(f"{tuple(words.shape)} words for {columns} columns")
     return codes if columns is None else codes[:, :columns]
+
+
+def _awq_data(qweight: Tensor) -> Tensor:
+    """int32 [K, N / 8] as uint8 [N, K / 2], in bands that stay in the cache. Two inputs are taken as one int64."""
+    columns, words = qweight.shape
+    if columns % 2:
+        raise ValueError(f"{columns} columns of 4 bits do not fill bytes")
+    data = torch.empty(words, _PER_WORD, columns // 2, dtype=torch.uint8, device=qweight.device)
+    step = max(_BAND // columns, 1)
+    for first in range(0, words, step):
+        pairs = _turned(qweight[:, first : first + step]).view(torch.int64)  # [step, K / 2]
+        for row, nibble in enumerate(_AWQ_ORDER):
+            high = pairs.bitwise_right_shift(28 + 4 * nibble).bitwise_and_(0xF0)
+            data[first : first + step, row] = pairs.bitwise_right_shift(4 * nibble).bitwise_and_(0xF).bitwise_or_(high)
+    return data.flatten(0, 1)
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    """[R, C] as [C, R], in memory of its own: a view would keep a whole shard."""
+    return _own(matrix.t())
+
+
+def _own(matrix: Tensor) -> Tensor:
+    """A copy without gaps. Of a matrix that is one row or column `contiguous` makes none, and leaves it odd strides."""
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _awq_columns(words: Tensor) -> Tensor:

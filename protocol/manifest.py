@@ -30,6 +30,7 @@ from .manifest_parts import (
     Layout,
     ModelFacts,
     Quantization,
+    QuantMethod,
     ShardEntry,
     ShardingStrategy,
     ShardType,
@@ -38,7 +39,8 @@ from .manifest_parts import (
 
 __all__ = [
     "ITEM_SIZE", "MANIFEST_NAME", "MANIFEST_START", "REPORT_NAME", "ExpertFfn", "Gate", "Layout", "Manifest",
-    "ModelFacts", "Quantization", "ShardEntry", "ShardType", "ShardingStrategy", "TensorEntry", "is_safe_path",
+    "ModelFacts", "QuantMethod", "Quantization", "ShardEntry", "ShardType", "ShardingStrategy", "TensorEntry",
+    "is_safe_path",
 ]  # fmt: skip
 
 MANIFEST_NAME = "manifest.json"

@@ -13,6 +13,7 @@ from .manifest_parts import (
     Layout,
     ModelFacts,
     Quantization,
+    QuantMethod,
     ShardEntry,
     ShardType,
     TensorEntry,
@@ -56,10 +57,14 @@ def model_json(model: ModelFacts) -> dict[str, Any]:
                     "limit": ffn.limit,
                 }
             ),
-            "quantization": quantization
-            and drop_none({"method": quantization.method, "block": quantization.block and list(quantization.block)}),
+            "quantization": quantization and _quantization_json(quantization),
         }
     )
+
+
+def _quantization_json(quantization: Quantization) -> dict[str, Any]:
+    block = quantization.block
+    return drop_none({"method": quantization.method.value, "block": block and list(block)})
 
 
 def shard_json(shard: ShardEntry) -> dict[str, Any]:
@@ -107,7 +112,7 @@ def read_model(reader: Reader) -> ModelFacts:
 
 
 def _read_quantization(reader: Reader) -> Quantization:
-    method, block = reader.text("method"), reader.optional_integers("block")
+    method, block = reader.choice("method", QuantMethod), reader.optional_integers("block")
     reader.done()
     if block is not None and (len(block) != 2 or min(block) < 1):
         raise ManifestError(f"quantization block {block} is not two positive sizes")

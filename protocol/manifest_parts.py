@@ -59,12 +59,26 @@ class ExpertFfn:
     limit: float | None = None
 
 
+class QuantMethod(enum.StrEnum):
+    """How a published checkpoint packs a quantised weight [out, in]. The bytes of a shard are the checkpoint's own."""
+
+    FP8_BLOCK = "fp8-block"  # DeepSeek-V3: F8_E4M3 weight, fp32 `weight_scale_inv` per block
+    MXFP4 = "mxfp4"  # GPT-OSS: `blocks` and `scales`
+    INT4_PACKED = "int4-pack-quantized"  # compressed-tensors: int32 `weight_packed` along in, low bits first, plus 8
+    INT4_AWQ = "int4-awq"  # AutoAWQ's "gemm": int32 `qweight` [in, out / 8], columns interleaved; `qzeros`, `scales`
+    INT4_GPTQ = "int4-gptq"  # int32 `qweight` [in / 8, out]; `qzeros` minus one, `scales`, `g_idx` in order
+    INT4_GPTQ_V2 = "int4-gptq-v2"  # the same with `qzeros` as they are
+
+
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How the experts' weights are stored; None in the manifest means plain floating point."""
+    """How the experts' weights are stored; None in the manifest means plain floating point.
 
-    method: str  # "fp8-block" (F8_E4M3 weight, fp32 `weight_scale_inv` per block) or "mxfp4"
-    block: tuple[int, int] | None = None  # rows, columns of one fp8 block
+    With 4 bits some experts may be plain all the same: their tensors' names say so.
+    """
+
+    method: QuantMethod
+    block: tuple[int, int] | None = None  # rows, columns that share a scale: given for all but MXFP4
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,7 @@ def _fit(model: Path, budgets: Sequence[Budget]) -> Iterator[Check]:
     name, experts, top_k = manifest.model.name, len(manifest.experts), manifest.model.top_k
     ram = next(budget.bytes for budget in budgets if budget.tier == "ram")
     yield check_fit(name, experts, loader.nbytes(dtype), top_k, ram)
-    stored = max(loader.stored_room(key) for key in manifest.experts)
+    stored = max(loader.stored_size(key) for key in manifest.experts)
     if (check := check_stored_fit(name, experts, stored, loader.widened_room(dtype), top_k, ram)) is not None:
         yield check
     for budget in budgets:

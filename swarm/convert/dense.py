@@ -1,7 +1,8 @@
 """The skeleton of a checkpoint: everything but routed experts, in files of bounded size. Pure: no file is opened.
 
 A model has one quantizer, and that is ours; so fp8 weights outside the experts become bf16 here (transformers does the
-same on load, but takes the block size from the grid of scales, which is wrong for ragged blocks).
+same on load, but takes the block size from the grid of scales, which is wrong for ragged blocks), and 4-bit weights get
+the dtype of their scales, in which compressed-tensors and the kernels of AWQ and GPTQ widen them.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moehive.protocol.errors import CheckpointError
-from moehive.protocol.manifest import Quantization, ShardType
+from moehive.protocol.manifest import QuantMethod, ShardType
 from moehive.protocol.safetensors_header import TensorSpec
 
 from .layout import MTP_GROUP, BlockScale, Piece, PlannedFile, Span, tensor_file
 from .names import is_mtp, is_shared
-from .quantization import scale_shape
+from .packed import plan_packed
+from .quantization import Scheme, scale_shape
 from .source import SourceTensor
 
 MAX_DENSE_FILE = 256 << 20  # bytes of tensors in one file; a larger tensor gets a file of its own
@@ -22,11 +24,9 @@ _SCALE = "_scale_inv"
 _FP8 = ("F8_E4M3", "F8_E5M2")
 
 
-def plan_dense(
-    tensors: Mapping[str, SourceTensor], quantization: Quantization | None, num_layers: int
-) -> tuple[PlannedFile, ...]:
-    """Dense files, then shared-expert files, then those of multi-token prediction. Raises CheckpointError."""
-    pieces = _pieces(tensors, quantization)
+def plan_dense(tensors: Mapping[str, SourceTensor], scheme: Scheme | None, num_layers: int) -> tuple[PlannedFile, ...]:
+    """Dense files, then shared-expert files, then those of multi-token prediction. Raises as `plan_conversion`."""
+    pieces = _pieces(tensors, scheme)
     groups: dict[str, list[Piece]] = {"dense": [], "shared": [], "mtp": []}
     for piece in pieces:
         name = piece.spec.name
@@ -39,12 +39,17 @@ def plan_dense(
     )
 
 
-def _pieces(tensors: Mapping[str, SourceTensor], quantization: Quantization | None) -> list[Piece]:
+def _pieces(tensors: Mapping[str, SourceTensor], scheme: Scheme | None) -> list[Piece]:
     """In the order of the source's files, so that they are read front to back."""
     ordered = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].span.offset))
-    block = quantization.block if quantization else None
-    pieces = []
+    fp8 = scheme is not None and scheme.quantization.method is QuantMethod.FP8_BLOCK
+    block = scheme.quantization.block if scheme and fp8 else None
+    packed, consumed = plan_packed(tensors, scheme)
+    pieces: list[Piece] = []
     for name, tensor in ordered:
+        if name in consumed:
+            pieces += [packed[name]] if name in packed else []
+            continue
         if block and name.endswith(_SCALE):
             if name.removesuffix(_SCALE) not in tensors:
                 raise CheckpointError(f"{name} scales a weight that the checkpoint does not hold")

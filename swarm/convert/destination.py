@@ -163,6 +163,6 @@ def _copies(planned: PlannedFile) -> Iterator[tuple[int, Span]]:
     if planned.original:
         yield position, planned.original
     for piece in planned.pieces:
-        if piece.scale is None:
+        if piece.widening is None:
             yield position, piece.span
         position += piece.spec.size

@@ -11,19 +11,20 @@ from dataclasses import dataclass
 
 from moehive.protocol.errors import CheckpointError, UnsupportedModel
 from moehive.protocol.ids import ExpertKey
-from moehive.protocol.manifest import ExpertFfn, Quantization, ShardType
+from moehive.protocol.manifest import ExpertFfn, ShardType
 from moehive.protocol.safetensors_header import TensorSpec
 
 from .layout import MTP_GROUP, Piece, PlannedFile, Span, tensor_file
 from .names import ExpertTensor, Role, layer_of, parse_expert
-from .quantization import FP8_BLOCK, MXFP4, scale_shape
+from .quantization import FLOATS, INT4, Scheme, Stored, stored_weight
 from .source import SourceTensor
 
-_FLOATS = ("BF16", "F16", "F32")
-_DTYPES = {"bias": _FLOATS, "weight": _FLOATS, "weight_scale_inv": ("F32",), "blocks": ("U8",), "scales": ("U8",)}
-_KIND_ORDER = {"weight": 0, "blocks": 0, "weight_scale_inv": 1, "scales": 1, "bias": 2}
+# Kinds of tensors in the order in which they lie in a file.
+_KIND_ORDER = {
+    "weight": 0, "blocks": 0, "weight_packed": 0, "qweight": 0, "weight_scale_inv": 1, "weight_scale": 1, "scales": 1,
+    "weight_zero_point": 2, "qzeros": 2, "bias": 3, "weight_shape": 4, "g_idx": 4,
+}  # fmt: skip
 _ROLE_ORDER = {role: index for index, role in enumerate(Role)}
-_MXFP4_GROUP = 32  # values that share a scale; two to a byte
 
 Part = tuple[Role, str]  # role and kind
 Parts = dict[Part, Piece]
@@ -36,27 +37,19 @@ class ExpertShape:
     hidden_size: int
     intermediate_size: int
     ffn: ExpertFfn
-    quantization: Quantization | None
+    scheme: Scheme | None
 
-    def parts(self, fused: bool) -> dict[Part, tuple[int, ...]]:
-        """The tensors of one expert and their shapes."""
+    def parts(self, *, fused: bool, plain: bool) -> dict[Part, Stored]:
+        """The tensors of one expert; `plain`: of one that is not quantised."""
         H, I = self.hidden_size, self.intermediate_size  # noqa: E741 - the literature's name
         first = {Role.GATE_UP: (2 * I, H)} if fused else {Role.GATE: (I, H), Role.UP: (I, H)}
-        out: dict[Part, tuple[int, ...]] = {}
+        out: dict[Part, Stored] = {}
         for role, shape in {**first, Role.DOWN: (H, I)}.items():
-            out.update({(role, kind): size for kind, size in self._weight(shape).items()})
+            weight = stored_weight(shape, None if plain else self.scheme, transposed=self.ffn.transposed)
+            out.update({(role, kind): stored for kind, stored in weight.items()})
             if self.ffn.bias:
-                out[role, "bias"] = shape[:1]
+                out[role, "bias"] = Stored(shape[:1], FLOATS)
         return out
-
-    def _weight(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        method = self.quantization.method if self.quantization else None
-        if method == MXFP4:
-            groups = -(-shape[1] // _MXFP4_GROUP)
-            return {"blocks": (shape[0], groups, _MXFP4_GROUP // 2), "scales": (shape[0], groups)}
-        if self.quantization and self.quantization.block:
-            return {"weight": shape, "weight_scale_inv": scale_shape(shape, self.quantization.block)}
-        return {"weight": shape[::-1] if self.ffn.transposed else shape}
 
 
 def plan_experts(
@@ -106,25 +99,34 @@ def _check_complete(experts: Mapping[ExpertKey, Parts], num_experts: int) -> Non
 
 def _check_alike(experts: Mapping[ExpertKey, Parts], shape: ExpertShape) -> None:
     dtypes: dict[Part, str] = {}
+    plain = {key for key, parts in experts.items() if _is_plain(parts, shape)}
+    if len(plain) == len(experts):
+        plain.clear()  # then config.json is wrong
     for key, parts in sorted(experts.items()):
-        expected = shape.parts(fused=any(role is Role.GATE_UP for role, _ in parts))
+        expected = shape.parts(fused=any(role is Role.GATE_UP for role, _ in parts), plain=key in plain)
         odd = set(parts) ^ set(expected)
         if odd:
             _refuse_part(key, min(odd, key=_least_expected), parts, shape)
         for part, piece in parts.items():
-            spec = piece.spec
-            if spec.shape != expected[part]:
-                raise CheckpointError(f"{spec.name}: shape {list(spec.shape)}, expected is {list(expected[part])}")
-            wanted = ("F8_E4M3",) if part[1] == "weight" and _is_fp8(shape) else _DTYPES[part[1]]
-            if spec.dtype not in wanted:
-                raise CheckpointError(f"{spec.name}: dtype {spec.dtype}, one of {', '.join(wanted)} is expected")
+            spec, stored = piece.spec, expected[part]
+            if spec.shape != stored.shape:
+                raise CheckpointError(f"{spec.name}: shape {list(spec.shape)}, expected is {list(stored.shape)}")
+            if spec.dtype not in stored.dtypes:
+                wanted = ", ".join(stored.dtypes)
+                raise CheckpointError(f"{spec.name}: dtype {spec.dtype}, one of {wanted} is expected")
             if dtypes.setdefault(part, spec.dtype) != spec.dtype:
                 raise CheckpointError(f"{spec.name}: dtype {spec.dtype}, other experts have {dtypes[part]}")
 
 
+def _is_plain(parts: Parts, shape: ExpertShape) -> bool:
+    """Whether an expert was left out where others have 4 bits: publishers do so with the first or last layers."""
+    may_be = shape.scheme is not None and shape.scheme.quantization.method in INT4
+    return may_be and {kind for _, kind in parts} <= {"weight", "bias"}
+
+
 def _least_expected(part: Part) -> tuple[bool, str, int]:
     """Order of complaints: a kind that nobody knows says more than what is missing in its place."""
-    return part[1] in _DTYPES, part[1], _ROLE_ORDER[part[0]]
+    return part[1] in _KIND_ORDER, part[1], _ROLE_ORDER[part[0]]
 
 
 def _refuse_part(key: ExpertKey, part: Part, parts: Parts, shape: ExpertShape) -> None:
@@ -132,14 +134,10 @@ def _refuse_part(key: ExpertKey, part: Part, parts: Parts, shape: ExpertShape) -
     if part not in parts:
         raise CheckpointError(f"layer {key.layer}, expert {key.expert}: the {kind} of {role.value} is missing")
     name = parts[part].spec.name
-    if kind in _DTYPES:
-        method = shape.quantization.method if shape.quantization else "none"
+    if kind in _KIND_ORDER:
+        method = shape.scheme.quantization.method if shape.scheme else "none"
         raise CheckpointError(f"{name} does not fit the config.json (quantization: {method}, biases: {shape.ffn.bias})")
     raise UnsupportedModel(f"{name}: tensors of kind {kind!r} are not supported")
-
-
-def _is_fp8(shape: ExpertShape) -> bool:
-    return shape.quantization is not None and shape.quantization.method == FP8_BLOCK
 
 
 def _file(key: ExpertKey, parts: Parts, num_layers: int) -> PlannedFile:

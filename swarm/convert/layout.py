@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moehive.protocol.ids import ExpertKey
-from moehive.protocol.manifest import ITEM_SIZE, ModelFacts, ShardType, TensorEntry
+from moehive.protocol.manifest import ITEM_SIZE, ModelFacts, Quantization, ShardType, TensorEntry
 from moehive.protocol.safetensors_header import TensorSpec, build_header
 
 MTP_GROUP = "mtp"
@@ -33,12 +33,23 @@ class BlockScale:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """Where the tensors of a 4-bit weight lie. A spec's name is the tensor's kind, such as `qweight`."""
+
+    quantization: Quantization
+    parts: tuple[tuple[TensorSpec, Span], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor of an output file: the source's bytes as they are, or, with `scale`, dequantised from fp8 to bf16."""
+    """One tensor of an output file: the source's bytes as they are, or a quantised weight, widened as `widening` says.
+
+    `span` is of the bytes, or of the quantised values.
+    """
 
     spec: TensorSpec
     span: Span
-    scale: BlockScale | None = None
+    widening: BlockScale | PackedWeight | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,9 @@ class PlannedFile:
 
     def spans(self) -> tuple[Span, ...]:
         """The source bytes that are copied unchanged, in the order in which they follow the head."""
-        return (self.original,) if self.original else tuple(piece.span for piece in self.pieces if piece.scale is None)
+        return (
+            (self.original,) if self.original else tuple(piece.span for piece in self.pieces if piece.widening is None)
+        )
 
     def tensor_entries(self, shard: int) -> dict[str, TensorEntry]:
         """The manifest's tensor table of this file as shard number `shard`."""

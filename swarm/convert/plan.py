@@ -18,7 +18,7 @@ from .experts import ExpertShape, plan_experts
 from .families import REFUSED, family_of, ffn_of, integer
 from .layout import ConversionPlan, PlannedFile
 from .names import is_router, layer_of, looks_like_expert
-from .quantization import quantization_of
+from .quantization import scheme_of
 from .source import Checkpoint, SourceTensor
 
 _DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -29,9 +29,9 @@ def plan_conversion(checkpoint: Checkpoint, name: str | None = None) -> Conversi
     config = checkpoint.config
     _refuse_dense(checkpoint)
     family = family_of(config)
-    quantization = quantization_of(config)
+    scheme = scheme_of(config)
     shape = ExpertShape(
-        integer(config, "hidden_size"), integer(config, family.intermediate), ffn_of(family, config), quantization
+        integer(config, "hidden_size"), integer(config, family.intermediate), ffn_of(family, config), scheme
     )
     num_experts, num_layers = integer(config, *family.experts), integer(config, "num_hidden_layers")
     routed = {key: tensor for key, tensor in checkpoint.tensors.items() if looks_like_expert(key)}
@@ -39,7 +39,7 @@ def plan_conversion(checkpoint: Checkpoint, name: str | None = None) -> Conversi
     experts = plan_experts(routed, shape, num_experts, num_layers)
     layers = sorted({file.expert_key.layer for file in experts if file.expert_key})
     _check_layers(rest, layers, num_layers)
-    dense = plan_dense(rest, quantization, num_layers)
+    dense = plan_dense(rest, scheme, num_layers)
     assets, notes = plan_assets(checkpoint.directory, config, family, dense)
     facts = ModelFacts(
         name=name or model_name(checkpoint.directory),
@@ -53,7 +53,7 @@ def plan_conversion(checkpoint: Checkpoint, name: str | None = None) -> Conversi
         moe_layers=tuple(layer for layer in layers if layer < num_layers),
         mtp_layers=tuple(layer for layer in layers if layer >= num_layers),
         ffn=shape.ffn,
-        quantization=quantization,
+        quantization=scheme.quantization if scheme else None,
     )
     return ConversionPlan(facts, _distinct((*assets, *dense, *experts)), tuple(notes))
 

@@ -1,7 +1,7 @@
 """The bytes of one planned file, block by block or any range of them, into a buffer of the caller.
 
-Block by block each byte of the source is read once. Memory: the caller's buffer, one file head, and for an fp8 weight
-of the skeleton one band of rows.
+Block by block each byte of the source is read once. Memory: the caller's buffer, one file head, for an fp8 weight of
+the skeleton one band of rows, and for a 4-bit weight of the skeleton one band and, twice, all of it as it is stored.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from moehive.protocol.errors import CheckpointError
 
-from .layout import BlockScale, Piece, PlannedFile, Span
+from .layout import BlockScale, PackedWeight, Piece, PlannedFile, Span
 from .writing import Block, Part
+
+if TYPE_CHECKING:
+    from moehive.kernels.formats import WeightMatrix
+
+_PACKED_BAND = 1 << 19  # values of a 4-bit weight widened at a time
 
 
 class SourceReader(Protocol):
@@ -196,7 +201,47 @@ class _Band:
         return dequantize_band(weight, scales, columns=columns, width=width)
 
 
-_Content = memoryview | Span | _Band
+class _Packed:
+    """A 4-bit weight, read when first needed."""
+
+    def __init__(self, name: str, weight: PackedWeight) -> None:
+        self._name = name
+        self._weight = weight
+        self._matrix: WeightMatrix | None = None
+
+    def matrix(self, source: SourceReader) -> WeightMatrix:
+        """With rows as outputs. Raises CheckpointError for tensors that do not fit each other."""
+        from .int4 import packed_matrix  # as with fp8
+
+        if self._matrix is None:
+            parts = [(spec, source.read(span)) for spec, span in self._weight.parts]
+            self._matrix = packed_matrix(self._name, self._weight.quantization, parts)
+        return self._matrix
+
+
+@dataclass(frozen=True)
+class _PackedBand:
+    """Some rows of a 4-bit weight: floating point once they are read."""
+
+    piece: Piece
+    packed: _Packed
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        spec = self.piece.spec
+        return spec.size // spec.shape[0] * (self.stop - self.start)
+
+    def read(self, source: SourceReader) -> memoryview:
+        """The bytes in the piece's dtype."""
+        from .int4 import widened_rows
+
+        return widened_rows(self.packed.matrix(source), self.piece.spec, self.start, self.stop)
+
+
+_Content = memoryview | Span | _Band | _PackedBand
 
 
 def _contents(planned: PlannedFile) -> Iterator[_Content]:
@@ -205,18 +250,27 @@ def _contents(planned: PlannedFile) -> Iterator[_Content]:
     if planned.original:
         yield planned.original
     for piece in planned.pieces:
-        if piece.scale is None:
-            yield piece.span
-        else:
-            scales, block = _Scales(piece.scale), piece.scale.block
-            yield from (_Band(piece, block, scales, index) for index in range(-(-piece.spec.shape[0] // block[0])))
+        match piece.widening:
+            case None:
+                yield piece.span
+            case BlockScale(block=block) as scale:
+                scales, rows = _Scales(scale), piece.spec.shape[0]
+                yield from (_Band(piece, block, scales, index) for index in range(-(-rows // block[0])))
+            case PackedWeight() as weight:
+                yield from _packed_bands(piece, weight)
+
+
+def _packed_bands(piece: Piece, weight: PackedWeight) -> Iterator[_PackedBand]:
+    (rows, columns), packed = piece.spec.shape, _Packed(piece.spec.name, weight)
+    step = max(_PACKED_BAND // columns, 1)
+    return (_PackedBand(piece, packed, start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _size(content: _Content) -> int:
     return len(content) if isinstance(content, memoryview) else content.size
 
 
-def _bytes_of(content: memoryview | _Band, source: SourceReader) -> memoryview:
+def _bytes_of(content: memoryview | _Band | _PackedBand, source: SourceReader) -> memoryview:
     return content if isinstance(content, memoryview) else content.read(source)
 
 

@@ -15,6 +15,7 @@ from moehive.kernels.canonical import Empty, canonical_weights, stored_matrices
 from moehive.kernels.cpu.packed import most_packed_bytes
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec
 from moehive.kernels.formats import ExpertMatrices
+from moehive.kernels.repacking import repacked
 from moehive.protocol.errors import ManifestError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import ExpertFfn, Manifest
@@ -22,7 +23,7 @@ from moehive.swarm.store.base import ObjectSource
 
 from .buffers import HostBuffers
 from .reading import read_tensors, tensor_table
-from .tensors import ALIGNMENT, TORCH_DTYPE, short_name, tensors_of
+from .tensors import ALIGNMENT, TORCH_DTYPE, TURNED_PACKING, short_name, tensors_of
 
 
 def spec_of(ffn: ExpertFfn) -> FfnSpec:
@@ -48,6 +49,7 @@ class ExpertLoader:
         self._source = source
         quantization = manifest.model.quantization
         self._block = quantization.block if quantization else None
+        self._turned = TURNED_PACKING.get(quantization.method) if quantization else None
         self._biased = manifest.model.ffn.bias
         self.buffers = HostBuffers()  # of shards, and of what is computed with
 
@@ -69,9 +71,13 @@ class ExpertLoader:
         """Bytes that loading an expert takes at most: its shard, and its weights where they are not views of it."""
         return self.stored_room(key) + (0 if self.is_view(key, dtype) else self.widened_room(dtype))
 
-    def stored_room(self, key: ExpertKey) -> int:
+    def stored_size(self, key: ExpertKey) -> int:
         """Bytes of an expert as it is stored, in a buffer."""
         return self._manifest.experts[key].size + ALIGNMENT
+
+    def stored_room(self, key: ExpertKey) -> int:
+        """Bytes that reading an expert takes at most: one that is packed the other way round is turned."""
+        return self.stored_size(key) * (1 if self._turned is None else 2)
 
     def widened_room(self, dtype: torch.dtype) -> int:
         """Bytes of an expert's weights that are no views of its shard, at most."""
@@ -102,13 +108,26 @@ class ExpertLoader:
         return self.widen(key, self.read(key), dtype)
 
     def read(self, key: ExpertKey) -> StoredExpert:
-        """One expert's verified tensors as they are stored. Raises NotHeld, StorageError, CorruptShard."""
+        """One expert's verified tensors as they are stored, but rows as outputs.
+
+        Raises NotHeld, StorageError, CorruptShard; ManifestError for packed tensors that do not fit each other.
+        """
         shard = self._manifest.experts[key]
-        return _short(read_tensors(self._source, self._manifest, shard, allocate=self.buffers.allocate))
+        tensors = read_tensors(self._source, self._manifest, shard, allocate=self.buffers.allocate)
+        return self._turn(key, _short(tensors))
 
     def from_bytes(self, key: ExpertKey, shard: bytearray) -> StoredExpert:
-        """One expert's tensors from its shard's verified bytes, a copy of them. Raises ManifestError."""
-        return _short(tensors_of(bytearray(shard), tensor_table(self._manifest, self._manifest.experts[key])))
+        """One expert's tensors, as `read` gives them, from its shard's verified bytes. Raises ManifestError."""
+        tensors = tensors_of(bytearray(shard), tensor_table(self._manifest, self._manifest.experts[key]))
+        return self._turn(key, _short(tensors))
+
+    def _turn(self, key: ExpertKey, tensors: StoredExpert) -> StoredExpert:
+        if self._turned is None:
+            return tensors
+        with self._explained(key):
+            if self._block is None:
+                raise ValueError("the manifest does not say how many weights share a scale")
+            return repacked(tensors, self._turned, self._block[1])
 
     def widen(self, key: ExpertKey, tensors: StoredExpert, dtype: torch.dtype) -> ExpertWeights:
         """What is computed with, of `dtype`: views where nothing changes. Raises ManifestError for no such expert."""
@@ -135,14 +154,15 @@ class ExpertLoader:
             table = tensor_table(self._manifest, shard)
             kinds = tuple((short_name(name), entry.dtype, tuple(entry.shape)) for name, entry in table.items())
             if kinds not in found:
-                found[kinds] = self.matrices(
-                    key, {name: self._blank(name, dtype, shape) for name, dtype, shape in kinds}
-                )
+                blank = {name: self._blank(name, dtype, shape) for name, dtype, shape in kinds}
+                found[kinds] = self.matrices(key, self._turn(key, blank))
             forms[key] = found[kinds]
         return forms
 
     def _blank(self, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of an expert without its values, but for those that are shapes."""
+        """A tensor of an expert without its values, but for those that are shapes or indices."""
+        if name.endswith(".g_idx") and self._block is not None:
+            return torch.arange(prod(shape)) // self._block[1]
         if name.endswith(".weight_shape"):
             sides = self._manifest.model.intermediate_size, self._manifest.model.hidden_size
             return torch.tensor(sides[::-1] if name.startswith(("down_proj", "w2")) else sides)

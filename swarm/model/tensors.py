@@ -1,7 +1,8 @@
 """Tensors as views of a shard's bytes.
 
-Owns the mapping from safetensors dtype names to torch's and the memory layout: all tensors of one shard share one
-storage, so that neighbours can be joined without a copy. Trusts the bytes: whoever calls has verified them.
+Owns the mapping from the manifest's names of dtypes and packings to torch's and the kernels', and the memory layout:
+all tensors of one shard share one storage, so that neighbours can be joined without a copy. Trusts the bytes: whoever
+calls has verified them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from moehive.kernels.repacking import TurnedPacking
 from moehive.protocol.errors import ManifestError
-from moehive.protocol.manifest import TensorEntry
+from moehive.protocol.manifest import QuantMethod, TensorEntry
 
 TORCH_DTYPE: Final[Mapping[str, torch.dtype]] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -22,6 +24,11 @@ TORCH_DTYPE: Final[Mapping[str, torch.dtype]] = {
     "F16": torch.float16, "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
 }  # fmt: skip
+TURNED_PACKING: Final[Mapping[QuantMethod, TurnedPacking]] = {  # the others need no turning
+    QuantMethod.INT4_AWQ: TurnedPacking.AWQ,
+    QuantMethod.INT4_GPTQ: TurnedPacking.GPTQ,
+    QuantMethod.INT4_GPTQ_V2: TurnedPacking.GPTQ_V2,
+}
 ALIGNMENT: Final = 64  # bytes; a cache line and the widest vector registers
 
 _EXPERT_NAME = re.compile(r".*\.experts\.(?:\d+\.)?(?P<short>.+)")

@@ -183,8 +183,8 @@ class WeightsTier(RamTier[WeightsKey, ExpertWeights]):
 def forms_of(loader: ExpertLoader, dtype: torch.dtype, experts: int) -> ExpertForms:
     """The facts about `experts` experts of a model: as stored the mean of them, else the largest."""
     keys = loader.manifest.experts
-    stored = -(-sum(loader.stored_room(key) for key in keys) // len(keys))
-    kept = {key: loader.stored_room(key) if loader.is_view(key, dtype) else loader.widened_room(dtype) for key in keys}
+    stored = -(-sum(loader.stored_size(key) for key in keys) // len(keys))
+    kept = {key: loader.stored_size(key) if loader.is_view(key, dtype) else loader.widened_room(dtype) for key in keys}
     weights = loader.nbytes(dtype) / dtype.itemsize
     return ExpertForms(
         count=experts,

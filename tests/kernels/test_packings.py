@@ -52,17 +52,19 @@ SIZES = st.tuples(st.integers(1, 3).map(lambda n: 8 * n), st.integers(1, 3), st.
 @given(SIZES, st.integers(0, 99))
 def test_awq(sizes: tuple[int, int, int], seed: int) -> None:
     wanted, group = Quantized(*sizes, seed), sizes[2]
-    matrix = awq_matrix(pack(wanted.codes.t(), AWQ_ORDER), pack(wanted.zeros.t(), AWQ_ORDER), wanted.scales.t(), group)
+    matrix = awq_matrix(
+        pack(wanted.codes.t(), AWQ_ORDER), pack(wanted.zeros.t(), AWQ_ORDER), wanted.scales.t().contiguous(), group
+    )
     assert torch.equal(dequantize(matrix, torch.float32), wanted.values.float())
 
 
 @given(SIZES, st.integers(0, 99), st.booleans())
 def test_gptq(sizes: tuple[int, int, int], seed: int, minus_one: bool) -> None:
     wanted, group = Quantized(*sizes, seed), sizes[2]
-    qweight = pack(wanted.codes, STRAIGHT).t()  # [K / 8, N]
+    qweight = pack(wanted.codes, STRAIGHT).t().contiguous()  # [K / 8, N]
     qzeros = pack(((wanted.zeros - 1) % 16 if minus_one else wanted.zeros).t(), STRAIGHT)  # [K / g, N / 8]
     g_idx = torch.arange(wanted.codes.shape[1], dtype=torch.int32) // group
-    matrix = gptq_matrix(qweight, qzeros, wanted.scales.t(), group, g_idx, zeros_minus_one=minus_one)
+    matrix = gptq_matrix(qweight, qzeros, wanted.scales.t().contiguous(), group, g_idx, zeros_minus_one=minus_one)
     assert torch.equal(dequantize(matrix, torch.float32), wanted.values.float())
 
 
@@ -77,10 +79,25 @@ def test_gptq_with_inputs_out_of_order_is_refused() -> None:
 @given(st.integers(1, 20), st.integers(1, 3), st.sampled_from([8, 32]), st.integers(0, 99), st.booleans())
 def test_compressed_tensors(rows: int, groups: int, group: int, seed: int, zero_points: bool) -> None:
     wanted = Quantized(rows, groups, group, seed, torch.bfloat16)
-    zeros = pack(wanted.zeros.t(), STRAIGHT).t() if zero_points else None  # [ceil(N / 8), K / g]
+    zeros = pack(wanted.zeros.t(), STRAIGHT).t().contiguous() if zero_points else None  # [ceil(N / 8), K / g]
     matrix = compressed_tensors_matrix(pack(wanted.codes, STRAIGHT), wanted.scales, groups * group, group, zeros)
     values = wanted.values if zero_points else wanted.symmetric
     assert torch.equal(dequantize(matrix, torch.float32), values.float())
+
+
+@given(SIZES, st.integers(0, 99), st.sampled_from([torch.bfloat16, torch.float16]), st.booleans())
+def test_compressed_tensors_in_the_scales_dtype_are_what_the_library_computes(
+    sizes: tuple[int, int, int], seed: int, dtype: torch.dtype, zero_points: bool
+) -> None:
+    """compressed-tensors 0.20, quantization/lifecycle/forward_helpers.py, `_dequantize`: signed codes less the zero
+    point, times the scale, all in the scale's dtype."""
+    wanted, group = Quantized(*sizes, seed, dtype), sizes[2]
+    zeros = pack(wanted.zeros.t(), STRAIGHT).t() if zero_points else None
+    columns = wanted.codes.shape[1]
+    matrix = compressed_tensors_matrix(pack(wanted.codes, STRAIGHT), wanted.scales, columns, group, zeros)
+    signed, zero = (wanted.codes - 8).to(dtype), (wanted.zeros - 8).to(dtype) if zero_points else 0 * wanted.scales
+    shift, scale = (part.repeat_interleave(group, 1) for part in (zero, wanted.scales))
+    assert torch.equal(dequantize(matrix, dtype), (signed - shift) * scale)
 
 
 def test_compressed_tensors_with_a_last_word_that_is_not_full() -> None:

@@ -17,6 +17,7 @@ from moehive.protocol.manifest import (
     Manifest,
     ModelFacts,
     Quantization,
+    QuantMethod,
     ShardEntry,
     ShardingStrategy,
     ShardType,
@@ -31,7 +32,7 @@ ffns = st.builds(
     ExpertFfn, st.sampled_from(Gate), texts, st.booleans(), st.booleans(), st.none() | numbers, st.none() | numbers
 )
 quantizations = st.none() | st.builds(
-    Quantization, texts, st.none() | st.tuples(st.integers(1, 512), st.integers(1, 512))
+    Quantization, st.sampled_from(QuantMethod), st.none() | st.tuples(st.integers(1, 512), st.integers(1, 512))
 )
 
 documents = st.recursive(
@@ -163,6 +164,7 @@ def test_the_canonical_form_is_fixed() -> None:
         ("model.moeLayers", [1], "missing or is not one"),
         ("model.quantization", {"method": "fp8-block", "block": [0, 1]}, "positive sizes"),
         ("model.quantization", {"method": "fp8-block", "block": [1]}, "positive sizes"),
+        ("model.quantization", {"method": "int3"}, "'method' is 'int3', not one of"),
         ("model.expertFfn.gate", "open", "not one of"),
         ("shards.0.expertKey", "00_0", "expertKey"),
         ("shards.0.expertKey", "0_1", "the same expert"),

@@ -18,6 +18,7 @@ from moehive.protocol.manifest import (
     Manifest,
     ModelFacts,
     Quantization,
+    QuantMethod,
     ShardEntry,
     ShardType,
     TensorEntry,
@@ -107,7 +108,7 @@ MANIFEST = Manifest(
         top_k=1,
         moe_layers=(1,),
         ffn=ExpertFfn(gate=Gate.CLAMPED_INTERLEAVED, activation="silu", alpha=1.702, limit=7.0),
-        quantization=Quantization("fp8-block", (128, 128)),
+        quantization=Quantization(QuantMethod.FP8_BLOCK, (128, 128)),
     ),
     shards=(
         ShardEntry("dense/0.safetensors", ShardType.DENSE, 64, HASH),

@@ -14,8 +14,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shutil import copytree
 from typing import TYPE_CHECKING, Any
 
+from support import int4
 from support.family_configs import COMMON, CONFIGS, EXTRA_CONFIGS
 
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ _FP8_MAX = 448.0  # largest float8_e4m3fn
 
 FAMILIES: tuple[str, ...] = tuple(CONFIGS)
 EXTRA_FAMILIES: tuple[str, ...] = tuple(EXTRA_CONFIGS)
-QUANTIZED: tuple[str, ...] = ("gpt_oss_mxfp4", "deepseek_v3_fp8")  # FP8 keeps bf16 for all that is not FP8
+INT4: tuple[str, ...] = ("kimi_k2_int4", "qwen3_moe_int4", "qwen3_moe_awq", "mixtral_gptq")
+QUANTIZED: tuple[str, ...] = ("gpt_oss_mxfp4", "deepseek_v3_fp8", *INT4)  # FP8 keeps bf16 for all that is not FP8
+DISTINCT: tuple[str, ...] = tuple(name for name in FAMILIES if name not in INT4)  # before they are quantised
 PLAIN: tuple[str, ...] = tuple(name for name in FAMILIES if name not in QUANTIZED)
 
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -81,7 +85,7 @@ def save_checkpoint(
     dtype = "bfloat16" if name == "deepseek_v3_fp8" else dtype
     model = build_model(name, dtype, seed=seed, **overrides)
     directory.mkdir(parents=True, exist_ok=True)
-    quantize = {"deepseek_v3_fp8": _to_fp8, "gpt_oss_mxfp4": _to_mxfp4}.get(name)
+    quantize = _QUANTIZE.get(name)
     model.save_pretrained(directory, max_shard_size="1GB" if quantize or mtp else max_shard_size)
     if quantize or mtp:
         tensors = load_tensors(directory)
@@ -93,7 +97,7 @@ def save_checkpoint(
         _FINISH[name](directory)
     if tokenizer:
         save_tokenizer(directory)
-        if name == "kimi_k2":
+        if name.startswith("kimi_k2"):
             _finish_kimi_tokenizer(directory)
     return directory
 
@@ -124,6 +128,16 @@ def spread_scale(scale: torch.Tensor, shape: tuple[int, ...], block: tuple[int, 
     """Block scales [ceil(R/b0), ceil(C/b1)] as one factor per weight [R, C]; the last block of a side may be cut."""
     rows, columns = shape
     return scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+
+
+def save_int4_twin(source: Path, destination: Path) -> Path:
+    """Write what an INT4 checkpoint means, its experts in fp32, for transformers' native class."""
+    copytree(source, destination)
+    write_tensors(destination, int4.exact(load_tensors(source)))
+    edit_config(destination, quantization_config=None, auto_map=None)
+    if json.loads((destination / "config.json").read_text())["model_type"] == "kimi_k2":
+        edit_config(destination, model_type="deepseek_v3")
+    return destination
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -223,6 +237,18 @@ def _to_mxfp4(tensors: Tensors, seed: int) -> Tensors:
     return out
 
 
+def _to_int4(tensors: Tensors, seed: int) -> Tensors:
+    return int4.pack_experts(tensors)
+
+
+def _to_awq(tensors: Tensors, seed: int) -> Tensors:
+    return int4.pack_turned(tensors, int4.awq)
+
+
+def _to_gptq(tensors: Tensors, seed: int) -> Tensors:
+    return int4.pack_turned(tensors, int4.gptq)
+
+
 def _mtp_layer(tensors: Tensors, layers: int) -> Tensors:
     """A multi-token-prediction layer: the last decoder layer's tensors under the next number, and its own."""
     last, new = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
@@ -278,10 +304,39 @@ def _finish_kimi_tokenizer(directory: Path) -> None:
     path.write_text(json.dumps(settings))
 
 
+def _finish_int4(directory: Path) -> None:
+    edit_config(directory, quantization_config=int4.CONFIG)
+
+
+def _finish_awq(directory: Path) -> None:
+    edit_config(directory, quantization_config=int4.AWQ_CONFIG)
+
+
+def _finish_gptq(directory: Path) -> None:
+    edit_config(directory, quantization_config=int4.GPTQ_CONFIG)
+
+
+def _finish_kimi_int4(directory: Path) -> None:
+    _finish_kimi(directory)
+    _finish_int4(directory)
+
+
+_QUANTIZE: dict[str, Callable[[Tensors, int], Tensors]] = {
+    "deepseek_v3_fp8": _to_fp8,
+    "gpt_oss_mxfp4": _to_mxfp4,
+    "kimi_k2_int4": _to_int4,
+    "qwen3_moe_int4": _to_int4,
+    "qwen3_moe_awq": _to_awq,
+    "mixtral_gptq": _to_gptq,
+}
 _FINISH: dict[str, Callable[[Path], None]] = {
     "deepseek_v3_fp8": _finish_fp8,
     "gpt_oss_mxfp4": _finish_mxfp4,
     "kimi_k2": _finish_kimi,
+    "kimi_k2_int4": _finish_kimi_int4,
+    "qwen3_moe_int4": _finish_int4,
+    "qwen3_moe_awq": _finish_awq,
+    "mixtral_gptq": _finish_gptq,
 }
 
 

@@ -39,6 +39,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {
         **_SPARSE, "num_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": True, "head_dim": 16,
     }),
+    "mixtral_gptq": ("MixtralConfig", {
+        "intermediate_size": 96, "num_hidden_layers": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "head_dim": 16,
+    }),
+    "qwen3_moe_awq": ("Qwen3MoeConfig", {
+        **_SPARSE, "num_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": True, "head_dim": 16,
+    }),
+    "qwen3_moe_int4": ("Qwen3MoeConfig", {
+        **_SPARSE, "num_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": True, "head_dim": 16,
+    }),
     "deepseek_v3": ("DeepseekV3Config", {
         **_DEEPSEEK, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "num_mtp_layers": 0,
     }),
@@ -49,6 +59,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "qk_rope_head_dim": 16, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "num_mtp_layers": 0,
     }),
     "kimi_k2": ("DeepseekV3Config", {
+        **_DEEPSEEK, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "num_mtp_layers": 0,
+    }),
+    "kimi_k2_int4": ("DeepseekV3Config", {
         **_DEEPSEEK, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "num_mtp_layers": 0,
     }),
     "qwen3_next": ("Qwen3NextConfig", {

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from hypothesis import strategies as st
-from support.families import EXTRA_FAMILIES, FAMILIES, build_model
+from support.families import DISTINCT, EXTRA_FAMILIES, build_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeTopKRouter
@@ -22,7 +22,7 @@ from moehive.kernels.router_families import router_spec
 
 _NAMES = ("TopKRouter", "TopkRouter", "TokenChoiceRouter")
 ALONE = ("granitemoe", "llama4_text")  # made without a model around them
-ROUTER_FAMILIES: tuple[str, ...] = (*FAMILIES, *EXTRA_FAMILIES, *ALONE)
+ROUTER_FAMILIES: tuple[str, ...] = (*DISTINCT, *EXTRA_FAMILIES, *ALONE)
 
 # name -> (family, what its configuration says otherwise than the tiny checkpoint's)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

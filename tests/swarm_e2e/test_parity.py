@@ -20,7 +20,7 @@ pytestmark = pytest.mark.swarm
 STEPS = 8
 TOKENS = 24
 
-FAMILIES = ("demo", "phimoe", "gpt_oss_mxfp4", "deepseek_v3_fp8", "kimi_k2", "qwen3_next")
+FAMILIES = ("demo", "phimoe", "gpt_oss_mxfp4", "deepseek_v3_fp8", "kimi_k2_int4", "qwen3_moe_awq", "qwen3_next")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from support.families import (
     EXTRA_FAMILIES,
     FAMILIES,
+    INT4,
     QUANTIZED,
     Tensors,
     build_model,
@@ -16,6 +17,7 @@ from support.families import (
     load_tensors,
     save_bf16_twin,
     save_checkpoint,
+    save_int4_twin,
 )
 
 from moehive.protocol.manifest import Gate, Manifest, ShardType
@@ -54,14 +56,16 @@ def test_every_experts_bytes_are_the_sources(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_skeleton_is_everything_else(name: str, tmp_path: Path) -> None:
-    """What the index names is the source without experts, fp8 weights as the bf16 that they mean."""
+    """What the index names is the source without experts, quantised weights as the floating point that they mean."""
     source = save_checkpoint(name, tmp_path / name)
-    expected = load_tensors(save_bf16_twin(source, tmp_path / "twin"))
+    save_twin = save_int4_twin if name in INT4 else save_bf16_twin
+    expected = load_tensors(save_twin(source, tmp_path / "twin"))
     manifest, directory = converted(source)
     index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     skeleton = {key: tensor for file in set(index.values()) for key, tensor in load_file(directory / file).items()}
     assert set(skeleton) == set(index) == {key for key in expected if ".experts." not in key}
     for key, tensor in skeleton.items():
+        assert tensor.dtype == expected[key].dtype, key
         assert torch.equal(tensor, expected[key]), key
     shared = {key for key in skeleton if ".shared_expert." in key or ".shared_experts." in key}
     in_shared_files = {manifest.shards[manifest.tensors[key].shard].type for key in shared}
@@ -115,7 +119,14 @@ def test_quantisation_is_in_the_manifest_and_ours_in_the_config(tmp_path: Path) 
         methods[name] = (manifest.model.quantization.method, manifest.model.quantization.block)
         config = json.loads((directory / "config.json").read_text())
         assert config["quantization_config"] == {"quant_method": "moehive"}
-    assert methods == {"gpt_oss_mxfp4": ("mxfp4", None), "deepseek_v3_fp8": ("fp8-block", (128, 128))}
+    assert methods == {
+        "gpt_oss_mxfp4": ("mxfp4", None),
+        "deepseek_v3_fp8": ("fp8-block", (128, 128)),
+        "mixtral_gptq": ("int4-gptq", (1, 32)),
+        "qwen3_moe_awq": ("int4-awq", (1, 32)),
+        "kimi_k2_int4": ("int4-pack-quantized", (1, 32)),
+        "qwen3_moe_int4": ("int4-pack-quantized", (1, 32)),
+    }
 
 
 def test_gate_and_up_lie_together_at_a_page_boundary(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import int4
 from support.raw_checkpoint import contents, write_checkpoint, write_safetensors
 
 from moehive.protocol.errors import CheckpointError, DestinationError, MoehiveError, UnsupportedModel
@@ -48,20 +49,51 @@ def single(*tensors: TensorSpec, **config: Any) -> Change:
     return change
 
 
-def experts(*, missing: str = "", layers: int = 1, dtype: str = "BF16", **shapes: tuple[int, ...]) -> list[TensorSpec]:
+def packed_config(*, inputs: Any = None, **weights: Any) -> dict[str, Any]:
+    """The entry of config.json for 4 bits in groups of 32; `weights` replace settings of the weights."""
+    group = int4.CONFIG["config_groups"]["group_0"]
+    group = {**group, "input_activations": inputs, "weights": {**group["weights"], **weights}}
+    return {"quantization_config": {**int4.CONFIG, "config_groups": {"group_0": group}}}
+
+
+def compressed(**settings: Any) -> Change:
+    return configured(**packed_config(**settings))
+
+
+def as_packed(weight: TensorSpec) -> list[TensorSpec]:
+    """A weight in 4 bits."""
+    (rows, columns), stem = weight.shape, weight.name
+    return [
+        TensorSpec(f"{stem}_packed", "I32", (rows, columns // 8)),
+        TensorSpec(f"{stem}_scale", "BF16", (rows, -(-columns // 32))),
+        TensorSpec(f"{stem}_shape", "I64", (2,)),
+    ]
+
+
+def experts(
+    *, missing: str = "", layers: int = 1, dtype: str = "BF16", packed: bool = False, **shapes: tuple[int, ...]
+) -> list[TensorSpec]:
     """A layer's tensors: hidden 32, intermediate 16, two experts."""
     out = [TensorSpec("model.layers.0.input_layernorm.weight", "BF16", (32,))]
     for layer in range(layers):
         for expert in range(2):
             for name, shape in (("gate_proj", (16, 32)), ("up_proj", (16, 32)), ("down_proj", (32, 16))):
                 key = f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight"
+                weight = TensorSpec(key, dtype, shapes.get(name, shape))
                 if key != missing:
-                    out.append(TensorSpec(key, dtype, shapes.get(name, shape)))
+                    out += as_packed(weight) if packed else [weight]
     return out
 
 
+GPT_OSS = {"model_type": "gpt_oss", "num_local_experts": 2, "intermediate_size": 16}
 SMALL = {"num_experts": 2, "num_hidden_layers": 1}
-EXTRA_PART = TensorSpec("model.layers.0.mlp.experts.0.gate_proj.weight_packed", "I32", (4, 4))
+EXTRA_PART = TensorSpec("model.layers.0.mlp.experts.0.gate_proj.weight_g_idx", "I32", (32,))
+PACKED = TensorSpec("model.layers.0.mlp.experts.0.gate_proj.weight_packed", "I32", (16, 4))
+ORPHANED = TensorSpec("model.layers.0.self_attn.q_proj.weight_scale", "BF16", (32, 1))
+NARROW = TensorSpec("model.layers.0.self_attn.q_proj.weight", "BF16", (16, 32))
+EMPTY = TensorSpec("model.layers.0.self_attn.q_proj.weight_packed", "I32", (32, 0))
+DENSE_QWEIGHT = TensorSpec("model.layers.0.self_attn.q_proj.qweight", "I32", (4, 32))
+DENSE_PACKED = TensorSpec("model.layers.0.self_attn.q_proj.weight_packed", "I32", (32, 4))
 NO_RULE = TensorSpec("model.layers.0.mlp.experts.0.gate_proj.weight.absmax", "F32", (4,))
 DENSE = TensorSpec("model.layers.0.mlp.gate_proj.weight", "BF16", (4, 4))
 ROUTER = TensorSpec("model.layers.1.mlp.gate.weight", "BF16", (2, 32))
@@ -74,12 +106,31 @@ UNSUPPORTED: list[tuple[Change, str]] = [
     (configured(model_type="dbrx"), "dbrx.*no hook"),
     (configured(model_type="newcomer"), "newcomer.*moehive knows: .*mixtral"),
     (configured(architectures=["Qwen3MoeForSequenceClassification"]), "SequenceClassification"),
-    (configured(quantization_config={"quant_method": "gptq"}), "gptq"),
+    (configured(quantization_config={"quant_method": "bitsandbytes"}), "bitsandbytes"),
+    (configured(quantization_config={**int4.GPTQ_CONFIG, "desc_act": True}), "desc_act.*convert the checkpoint"),
+    (configured(quantization_config={**int4.GPTQ_CONFIG, "bits": 8}), "GPTQ of 8 bits"),
+    (configured(quantization_config={**int4.GPTQ_CONFIG, "group_size": -1}), "GPTQ with one scale for a whole row"),
+    (configured(quantization_config={**int4.GPTQ_CONFIG, "checkpoint_format": "marlin"}), "format 'marlin'"),
+    (configured(quantization_config={**int4.AWQ_CONFIG, "version": "GEMV"}), "version 'gemv'"),
+    (configured(quantization_config={**int4.AWQ_CONFIG, "zero_point": False}), "AWQ without zero points"),
     (configured(quantization_config={"quant_method": "fp8"}), "weight_block_size"),
     (configured(quantization_config={**FP8, "activation_scheme": "static"}), "static"),
+    (configured(quantization_config={**int4.CONFIG, "format": "int-quantized"}), "format 'int-quantized'"),
+    (configured(quantization_config={**int4.CONFIG, "kv_cache_scheme": {"num_bits": 8}}), "kv_cache_scheme"),
+    (configured(quantization_config={**int4.CONFIG, "transform_config": {"a": {}}}), "transform_config"),
+    (configured(quantization_config={**int4.CONFIG, "sparsity_config": {"format": "sparse-24-bitmask"}}), "sparsity"),
+    (configured(quantization_config={**int4.CONFIG, "config_groups": {"a": {}, "b": {}}}), "2 config_groups"),
+    (compressed(num_bits=8), r"of 8 bits of type 'int'.*4 bits in groups.*convert the checkpoint that it was made of"),
+    (compressed(type="float"), "of 4 bits of type 'float'"),
+    (compressed(strategy="channel", group_size=None), "strategy 'channel' and group_size None"),
+    (compressed(strategy=None, group_size=-1), "group_size -1"),
+    (compressed(dynamic=True), "dynamic"),
+    (compressed(actorder="group"), "actorder 'group'"),
+    (compressed(inputs={"num_bits": 8}), "quantised input_activations"),
+    (single(*experts(packed=True), **GPT_OSS, **SMALL, **packed_config()), "transposed"),
     (configured(quantization_config={"quant_method": "moehive"}), "a moehive conversion already"),
     (single(DENSE, model_type="llama", num_hidden_layers=1), "llama.*no expert tensors.*dense"),
-    (single(*experts(), EXTRA_PART, **SMALL), "weight_packed"),
+    (single(*experts(), EXTRA_PART, **SMALL), "kind 'weight_g_idx'"),
     (single(*experts(), NO_RULE, **SMALL), "absmax.*no rule"),
 ]
 
@@ -111,6 +162,24 @@ INCONSISTENT: list[tuple[Change, str]] = [
     (single(*experts(up_proj=(16, 31)), **SMALL), "up_proj.*shape"),
     (single(*experts(dtype="I8"), **SMALL), "dtype I8"),
     (single(*experts(dtype="F8_E4M3"), **SMALL), "dtype F8_E4M3"),
+    (single(*experts(), PACKED, **SMALL), r"weight_packed does not fit .*quantization: none"),
+    (compressed(), r"gate_proj.weight does not fit .*quantization: int4-pack-quantized"),
+    (single(*experts(packed=True), **SMALL, **packed_config(group_size=16)), r"weight_scale: shape \[16, 1\].*16, 2"),
+    (single(*experts(packed=True), **SMALL, **packed_config(symmetric=False)), "weight_zero_point of gate is missing"),
+    (single(*experts(), DENSE_PACKED, **SMALL), "q_proj.weight_packed holds packed values, but config.json"),
+    (single(*experts(packed=True), DENSE_PACKED, **SMALL, **packed_config()), "q_proj.weight_scale is missing"),
+    (single(*experts(packed=True), ORPHANED, **SMALL, **packed_config()), "weight_scale belongs to a packed weight"),
+    (
+        single(*experts(packed=True), *as_packed(NARROW)[1:], DENSE_PACKED, **SMALL, **packed_config()),
+        r"weight_scale: dtype BF16 and shape \[16, 1\], expected .* \[32, 1\]",
+    ),
+    (single(*experts(packed=True), EMPTY, **SMALL, **packed_config()), r"weight_packed is expected, not \[32, 0\]"),
+    (single(*experts(packed=True), DENSE_QWEIGHT, **SMALL, **packed_config()), "a matrix weight_packed is expected"),
+    (configured(quantization_config=int4.AWQ_CONFIG), "qweight of gate is missing"),
+    (configured(quantization_config={**int4.AWQ_CONFIG, "group_size": 0}), "group_size is 0, a positive integer"),
+    (compressed(group_size="32"), "group_size is '32', a positive integer"),
+    (configured(quantization_config={**int4.CONFIG, "config_groups": None}), "no config_groups"),
+    (configured(quantization_config={**int4.CONFIG, "config_groups": {"group_0": {}}}), "how its weights"),
     (single(*experts(), ROUTER, num_experts=2, num_hidden_layers=2), "is a router, but its layer has no experts"),
     (single(*experts(), UNSCALED, **SMALL), "is fp8, but it has no scales"),
 ]

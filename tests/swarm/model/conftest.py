@@ -30,6 +30,8 @@ class Checkpoints:
     def reference(self, family: str) -> Path:
         if family == "deepseek_v3_fp8":  # transformers 5.23 takes the wrong block size for ragged weights
             return self._once(family, "twin", lambda path: families.save_bf16_twin(self.source(family), path))
+        if family in families.INT4:
+            return self._once(family, "twin", lambda path: families.save_int4_twin(self.source(family), path))
         if family == "kimi_k2":  # else transformers would run the checkpoint's own code
             return self._once(family, "native", lambda path: _native_kimi(self.source(family), path))
         return self.source(family)

@@ -43,7 +43,13 @@ def routed(loader: ExpertLoader, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("qwen3_moe", ExpertLayout), ("gpt_oss", ExpertLayout), ("gpt_oss_mxfp4", StoredLayout)],
+    [
+        ("qwen3_moe", ExpertLayout),
+        ("gpt_oss", ExpertLayout),
+        ("gpt_oss_mxfp4", StoredLayout),
+        ("qwen3_moe_int4", StoredLayout),
+        ("qwen3_moe_awq", StoredLayout),
+    ],
 )
 @pytest.mark.parametrize("slots", ["floor", "all"])
 def test_a_layer_is_what_the_processor_makes_of_it(checkpoints: Any, family: str, layout: type, slots: str) -> None:

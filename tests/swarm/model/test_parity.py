@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import FAMILIES, save_checkpoint
+from support import int4
+from support.families import FAMILIES, edit_config, load_tensors, save_checkpoint, save_int4_twin, write_tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -55,6 +56,22 @@ def assert_equal(reference: Path, converted: Path, prompt: Tensor, dtype: torch.
 @pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_equal_to_eager_bit_for_bit(checkpoints: Any, prompt: Tensor, family: str, dtype: torch.dtype) -> None:
     assert_equal(checkpoints.reference(family), checkpoints.converted(family), prompt, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_was_left_out_of_quantisation_is_equal_too(
+    tmp_path: Path, prompt: Tensor, dtype: torch.dtype
+) -> None:
+    source = save_checkpoint("qwen3_moe", tmp_path / "source")
+    tensors = load_tensors(source)
+    first = {key: tensor for key, tensor in tensors.items() if ".layers.0." in key}
+    others = {key: tensor for key, tensor in tensors.items() if key not in first}
+    write_tensors(source, first | int4.pack_turned(others, int4.awq))
+    edit_config(source, quantization_config=int4.AWQ_CONFIG)
+    manifest = convert(source, tmp_path / "converted")
+    kinds = {key.layer: len(manifest.tensors_of[shard.hash]) for key, shard in manifest.experts.items()}
+    assert kinds == {0: 3, 1: 9, 2: 9}
+    assert_equal(save_int4_twin(source, tmp_path / "twin"), tmp_path / "converted", prompt, dtype)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -29,6 +29,7 @@ from moehive.swarm.tiers.policy import Uses
 
 BF16 = torch.bfloat16
 QUANTISED = ["gpt_oss_mxfp4", "deepseek_v3_fp8"]
+PACKED = ["kimi_k2_int4", "qwen3_moe_awq", "mixtral_gptq"]
 
 
 class CountingLoader(ExpertLoader):
@@ -76,7 +77,7 @@ def test_what_fits_as_stored_is_read_once_and_nothing_changes(checkpoints: Any, 
     backend.tier.close()
 
 
-@pytest.mark.parametrize("family", QUANTISED)
+@pytest.mark.parametrize("family", [*QUANTISED, *PACKED])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 def test_what_is_widened_from_memory_is_what_is_read(checkpoints: Any, family: str, dtype: torch.dtype) -> None:
     loader = loader_of(checkpoints.converted(family))
@@ -93,14 +94,30 @@ def test_what_is_widened_from_memory_is_what_is_read(checkpoints: Any, family: s
     tier.close()
 
 
-@pytest.mark.parametrize("family", [*QUANTISED, "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe_awq", "mixtral_gptq"])
+def test_an_expert_that_is_turned_has_room_for_both_forms(checkpoints: Any, family: str) -> None:
+    loader = loader_of(checkpoints.converted(family))
+    for key, shard in loader.manifest.experts.items():
+        tensors = loader.read(key)
+        assert {name.rpartition(".")[2] for name in tensors} == {
+            "weight_packed",
+            "weight_scale",
+            "weight_shape",
+            "weight_zero_point",
+        }
+        turned = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+        assert turned <= loader.stored_size(key)
+        assert shard.size + turned <= loader.stored_room(key) <= loader.room(key, BF16)
+
+
+@pytest.mark.parametrize("family", [*QUANTISED, *PACKED, "qwen3_moe", "gpt_oss"])
 def test_where_all_fits_or_nothing_is_gained_nothing_is_held_as_stored(checkpoints: Any, family: str) -> None:
     loader = loader_of(checkpoints.converted(family))
     experts = len(loader.manifest.experts)
     for budget in (2 * loader.total_room(BF16), loader.largest_room(BF16) * 5):
         tier = WeightsTier(loader, budget)
         tier.hold_stored(BF16, experts, uploads=False)
-        if budget > loader.total_room(BF16) or family not in QUANTISED:
+        if budget > loader.total_room(BF16) or family in ("qwen3_moe", "gpt_oss"):
             assert tier.stored_stats is None
             assert tier.budget_bytes == budget
 

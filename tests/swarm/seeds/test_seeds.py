@@ -18,7 +18,8 @@ from moehive.swarm.seeds.base import Seed, SeedName, parse_seed
 from moehive.swarm.seeds.opening import open_seed
 from moehive.swarm.store.directory import ConvertedDirectory
 
-FAMILIES = ("mixtral", "gpt_oss_mxfp4", "deepseek_v3_fp8", "qwen3_moe")  # single, fused, dequantised, one file
+# single, fused, dequantised, one file, packed, the skeleton packed too
+FAMILIES = ("mixtral", "gpt_oss_mxfp4", "deepseek_v3_fp8", "qwen3_moe", "kimi_k2_int4", "mixtral_gptq")
 
 
 def manifest_of(checkpoints: Checkpoints, family: str) -> Manifest:

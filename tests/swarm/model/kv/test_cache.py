@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import FAMILIES, build_config, build_model
+from support.families import DISTINCT, build_config, build_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, FalconH1Config
 
@@ -58,7 +58,7 @@ def small(model: Any, options: Any, prompt: Tensor, mode: KvMode = "spill", **mo
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT)
 def test_equal_to_the_full_cache_bit_for_bit(options: Any, prompt: Tensor, family: str, dtype: str) -> None:
     model = build_model(family, dtype)
     wanted = logits_of(model, prompt, full(model))
