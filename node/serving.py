@@ -101,6 +101,7 @@ class Serving:
         async with self._bulk, self._direct, task_group() as tasks:
             working = [tasks.create_task(self._worker.run(), name="compute")]
             working.append(tasks.create_task(self._uploads.run(), name="uploads"))
+            await self._serve()  # before `stop` is looked at: what is not served yet cannot be left
             working.append(tasks.create_task(self._hold(on_ready, stop), name="hold"))
             await stop.wait()
             await self._leave()
@@ -109,7 +110,6 @@ class Serving:
 
     async def _hold(self, on_ready: Callable[[], None], enough: asyncio.Event) -> None:
         """Get what is to be held, announcing it as it comes: what is here can be used, and supplied, from the start."""
-        await self._serve()
         async with task_group() as tasks:
             tasks.create_task(self._announcer.run(), name="announce")
             if self._settings.status is not None:

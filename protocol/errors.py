@@ -40,8 +40,8 @@ Numbers and names that a caller may act on are attributes; the message is built 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, TypeVar
 
 
 class RefusalCode(enum.IntEnum):
@@ -69,6 +69,22 @@ class MoehiveError(Exception):
 
     retryable: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How errors are pickled and copied. By default the class would be called with the message alone, which most do
+        not take: a pool of processes that gets such an error back breaks, or waits for ever.
+        """
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+_E = TypeVar("_E", bound=MoehiveError)
+
+
+def _rebuilt(kind: type[_E], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> _E:
+    """An error from what it consists of, past its constructor."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
+
 
 class PeerError(MoehiveError):
     """A remote peer's fault; `peer` is its id (empty where it is not known yet)."""
@@ -84,9 +100,7 @@ class PeerError(MoehiveError):
         A traceback holds its frames with all that they work on: an error that is kept beside what it ended keeps the
         sockets and buffers of a peer that is gone, in a cycle that only a full garbage collection finds.
         """
-        error = type(self).__new__(type(self), *self.args)
-        error.__dict__.update(self.__dict__)
-        return error
+        return _rebuilt(type(self), self.args, self.__dict__)
 
 
 class PeerUnreachable(PeerError):

@@ -15,7 +15,7 @@ import base58
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from .errors import FalseClaim, ManifestError
+from .errors import ConfigError, FalseClaim, ManifestError
 
 PeerId = NewType("PeerId", str)
 ModelId = NewType("ModelId", str)  # 64 hexadecimal digits: root hash of the canonical manifest
@@ -49,6 +49,13 @@ class ExpertKey(NamedTuple):
 def is_hash(text: str) -> bool:
     """Whether `text` is the text form of a model id or shard hash."""
     return HASH_HEX.fullmatch(text) is not None
+
+
+def parse_model_id(text: str) -> ModelId:
+    """Read a model id from somebody's hand. Raises ConfigError."""
+    if not is_hash(text):
+        raise ConfigError(f"{text!r} is not a model id (64 hexadecimal digits); a node prints it when it starts")
+    return ModelId(text)
 
 
 def peer_id_of(public_key: bytes) -> PeerId:

@@ -20,12 +20,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from moehive.protocol.errors import ConfigError, CorruptShard
-from moehive.protocol.ids import ModelId, PeerId, is_hash
+from moehive.protocol.ids import ModelId, PeerId, is_hash, parse_model_id
 from moehive.protocol.manifest import Manifest, ShardEntry
 from moehive.protocol.ticket import Ticket
 
@@ -40,6 +40,7 @@ from .paths import Paths
 from .seeds.base import SeedName, parse_seed
 from .skeleton import lay_out_skeleton
 from .store.content import ContentStore
+from .tasks import check_not_forked
 from .transfer.progress import Observer
 from .transport.base import Transport
 
@@ -94,21 +95,26 @@ class Swarm:
         self._member: Member | None = None
         self._fetcher: ModelFetcher | None = None
         self._models: dict[ModelId, SwarmModel] = {}
+        self._process = 0  # that joined
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             portal = stack.enter_context(start_blocking_portal("asyncio"))
             member = stack.enter_context(portal.wrap_async_context_manager(membership(self._ticket)))
             self._stack = stack.pop_all()
-        self._portal, self._member, self._models = portal, member, {}
+        self._portal, self._member, self._models, self._process = portal, member, {}, os.getpid()
         self._fetcher = ModelFetcher(member, self._store, self._seeds, several=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.__exit__(kind, error, trace)
-        self._portal = self._member = self._fetcher = None
+        if self._process != os.getpid():
+            return  # a fork has no thread that could leave; what it refers to must stay, or it would be closed
+        try:
+            self._stack.__exit__(kind, error, trace)
+        finally:
+            self._portal = self._member = self._fetcher = None
 
     # --- models ---------------------------------------------------------------------------------------------------
 
@@ -142,11 +148,13 @@ class Swarm:
 
         Waits up to `timeout` seconds for a peer that has the model. Raises ModelUnavailable, ShardUnavailable,
         ManifestError, StorageError, TransportError, BudgetTooSmall; ConfigError for a `model` that is neither, for a
-        `device` that is not here, for `vram` without `ram`, or when not joined.
+        `device` that is not here, for `vram` without `ram`, for another `ram` than before, or when not joined.
         """
         from .loading import open_local
         from .model.device import accelerator_for
 
+        if answers not in get_args(AnswerForm):
+            raise ConfigError(f"answers={answers!r} is not known; choose one of {', '.join(get_args(AnswerForm))}")
         if vram is not None and not ram:
             raise ConfigError("vram is for experts that are kept here: give ram, too")
         accelerator = accelerator_for(device, vram)
@@ -171,15 +179,16 @@ class Swarm:
         before, otherwise from peers and seeds straight into memory, ahead of every other download.
 
         `dtype` as in `moehive.swarm.load_expert`. All of it takes at most `timeout` seconds. Raises ModelUnavailable,
-        ShardUnavailable, ManifestError, StorageError, TransportError; ConfigError for an expert that the model does not
-        have, or when not joined.
+        ShardUnavailable, ManifestError, StorageError, TransportError; ConfigError for what is no model id, for an
+        expert that the model does not have, or when not joined.
         """
         from .loading import converted, expert_shard
         from .model.reading import read_tensors, tensor_table
         from .model.tensors import empty_bytes, first_offset, tensors_of
 
         deadline = time.monotonic() + timeout
-        manifest = self._open_portal.call(partial(self._model_fetcher.manifest, ModelId(model_id), timeout=timeout))
+        model = parse_model_id(model_id)
+        manifest = self._open_portal.call(partial(self._model_fetcher.manifest, model, timeout=timeout))
         shard = expert_shard(manifest, layer, expert, dtype)
         if self._store.has(shard.hash):
             with (
@@ -216,9 +225,11 @@ class Swarm:
         return replace(self._loaded(model_id).caller.checks.counts)
 
     def holders(self, model_id: str) -> Mapping[PeerId, int]:
-        """The peers that announce a model now, and how many experts each. Raises ModelUnavailable after 10 seconds."""
-        member = self._joined
-        directory = self._open_portal.call(partial(member.wait_for_peers, ModelId(model_id), timeout=10.0))
+        """The peers that announce a model now, and how many experts each. Raises ModelUnavailable after 10 seconds;
+        ConfigError for what is no model id, or when not joined.
+        """
+        member, model = self._joined, parse_model_id(model_id)
+        directory = self._open_portal.call(partial(member.wait_for_peers, model, timeout=10.0))
         return {peer: len(inventory.held) for peer, inventory in directory.holders.inventories.items()}
 
     # --- parts ----------------------------------------------------------------------------------------------------
@@ -227,6 +238,7 @@ class Swarm:
     def _open_portal(self) -> BlockingPortal:
         if self._portal is None:
             raise ConfigError(_NOT_JOINED)
+        check_not_forked(self._process)
         return self._portal
 
     @property
@@ -275,6 +287,11 @@ class Swarm:
             model = SwarmModel(manifest, self._joined, self._store, self._settings, ram=ram)
             self._joined.start(model.run(), name="model")
             self._models[manifest.model_id] = model
+        elif ram and ram != model.ram:
+            raise ConfigError(
+                f"{manifest.model.name} is loaded with ram={model.ram} already, not {ram}: all loads of a model in one "
+                "swarm share that budget; leave ram out, or join anew"
+            )
         return model
 
 

@@ -73,7 +73,7 @@ def open_local(
     device: torch.device | str | None = None,
     vram: int | None = None,
     kv: KvMode | KvOptions = "full",
-    prefetch: bool | Path = True,
+    prefetch: bool | Path | str = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model and the tokenizer of a converted directory; None where it has no tokenizer.
 
@@ -111,14 +111,14 @@ def open_local(
     return model, AutoTokenizer.from_pretrained(str(directory)) if _has_tokenizer(manifest) else None
 
 
-def _use_prefetch(model: PreTrainedModel, prefetch: bool | Path) -> None:
+def _use_prefetch(model: PreTrainedModel, prefetch: bool | Path | str) -> None:
     local = backend_of(model)
     if prefetch is False or not isinstance(local, LocalExperts):
         return
     from .prefetch.wiring import attach_prefetch
 
     try:
-        attach_prefetch(model, local, predictor=None if prefetch is True else prefetch)
+        attach_prefetch(model, local, predictor=None if prefetch is True else Path(prefetch))
     except UnsupportedModel as error:
         if prefetch is not True:
             raise

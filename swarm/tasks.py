@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from asyncio import TaskGroup
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
@@ -30,10 +31,18 @@ def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return first_leaf(first) if isinstance(first, BaseExceptionGroup) else first
 
 
+def check_not_forked(joined: int) -> None:
+    """Raise ConfigError unless this is the process `joined`: a fork has the loop and no thread that runs it, so that
+    whoever waited for the loop would wait for ever.
+    """
+    if os.getpid() != joined:
+        raise ConfigError("this process was forked from the one that joined the swarm: join and load in it, too")
+
+
 def start_on(
     loop: asyncio.AbstractEventLoop, work: Callable[..., Coroutine[Any, Any, R]], *arguments: Any
 ) -> Future[R]:
-    """Start `work(*arguments)` on the loop of another thread, and return at once.
+    """Start `work(*arguments)` on the loop of another thread of this process, and return at once.
 
     anyio's portals wait until the loop has begun it: a second change of threads, in every layer of every token. The
     future is cancelled where the loop ends before the work does. Raises ConfigError where it has ended already.

@@ -33,6 +33,8 @@ from moehive.protocol.errors import (
     UnsupportedVersion,
 )
 
+from .output import forget_stdout
+
 FAILED = 1
 USAGE = 2
 INTERRUPTED = 130  # 128 + SIGINT
@@ -73,7 +75,7 @@ def exit_code(command: Callable[[], int | None], *, stderr: TextIO | None = None
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _forget_stdout()
+        forget_stdout()
         return OUTPUT_CLOSED
 
 
@@ -101,8 +103,3 @@ def _report(error: Exception, message: str, code: int, stderr: TextIO) -> int:
         traceback.print_exception(error, file=stderr)
     print(f"moehive: {message}", file=stderr, flush=True)
     return code
-
-
-def _forget_stdout() -> None:
-    """Let the interpreter's flush at exit go nowhere, or it would complain about the closed pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

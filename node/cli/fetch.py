@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from moehive.node.logs import configure_logs
 from moehive.protocol.errors import ConfigError
-from moehive.protocol.ids import ModelId, is_hash
+from moehive.protocol.ids import ModelId, parse_model_id
 from moehive.protocol.ticket import Ticket
 from moehive.protocol.units import format_size
 from moehive.swarm.paths import Paths
@@ -73,15 +73,14 @@ def fetch(model_id: str, /, *, options: FetchOptions, json: Flag = False) -> int
     json:
         Print one JSON object at the end instead of text.
     """
-    if not is_hash(model_id):
-        raise ConfigError(f"{model_id!r} is not a model id (64 hexadecimal digits); a node prints it when it starts")
+    wanted = parse_model_id(model_id)
     if options.to is not None and options.pin:
         raise ConfigError("--pin is about the store; with --to nothing goes there")
     ticket = Ticket.parse(options.join)
     seeds = [parse_seed(text) for text in options.seed]
     configure_logs("console", "warning")
     try:
-        fetched = asyncio.run(_fetch(ModelId(model_id), ticket, options, seeds))
+        fetched = asyncio.run(_fetch(wanted, ticket, options, seeds))
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         note("interrupted; the same command goes on where it stopped")
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else _TERMINATED

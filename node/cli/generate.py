@@ -176,6 +176,7 @@ def check_options(options: GenerateOptions) -> None:
     check_draft(options.draft)
     options.kv.options  # noqa: B018  # made and dropped: it checks itself
     _check_device(options)
+    _check_prefetch(options)
     if options.join is not None:
         Ticket.parse(options.join)
     if is_hash(options.model):
@@ -183,6 +184,11 @@ def check_options(options: GenerateOptions) -> None:
             raise ConfigError("a model id needs a swarm: add --join TICKET, or name a converted directory")
     else:
         check_converted(Path(options.model))
+
+
+def _check_prefetch(options: GenerateOptions) -> None:
+    if options.join is not None and options.prefetch not in ("auto", "off"):
+        raise ConfigError("--prefetch FILE is for experts that are read from disk: leave it out with --join")
 
 
 def _check_device(options: GenerateOptions) -> None:

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from moehive.protocol.errors import StorageError
+
 BytesDone = Callable[[int, int | None], None]  # (bytes done, of how many)
 
 
 def say(text: str = "", *, end: str = "\n") -> None:
-    """Print to stdout at once."""
-    sys.stdout.write(text + end)
-    sys.stdout.flush()
+    """Print to stdout at once. Raises StorageError where that cannot be, BrokenPipeError where nobody reads it."""
+    if sys.stdout is None:  # so does Python say that it was closed before the start
+        raise StorageError("the standard output is closed: there is nowhere to print to")
+    try:
+        sys.stdout.write(text + end)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        forget_stdout()
+        raise StorageError(f"cannot write to the standard output: {error.strerror}") from error
+
+
+def forget_stdout() -> None:
+    """Let the interpreter's flush at exit go nowhere: it would fail again, and say so in its own way."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def note(text: str) -> None:

@@ -32,7 +32,9 @@ _POLICIES = {
     "belady": "Belady (knows the future)",
 }
 
-Percent = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=100), metavar="PERCENT")]
+Percents = Annotated[
+    tuple[float, ...], Parameter(validator=validators.Number(gt=0, lte=100), metavar="PERCENT", negative="")
+]
 
 
 def record(
@@ -94,7 +96,7 @@ def record(
         say(f"{_describe(trace)}; {size:,} bytes in {file}")
 
 
-def replay(file: Path, /, *, resident: tuple[Percent, ...] = (25.0, 50.0), json: Flag = False) -> None:
+def replay(file: Path, /, *, resident: Percents = (25.0, 50.0), json: Flag = False) -> None:
     """Show how often experts would have been in memory, under several policies and budgets.
 
     LRU evicts what was used longest ago, LFU what was used least often. Belady's policy knows the future: no policy

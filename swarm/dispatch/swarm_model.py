@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moehive.protocol.errors import BudgetTooSmall
 from moehive.protocol.manifest import Manifest, ShardEntry
@@ -14,7 +17,7 @@ from moehive.swarm.model.device import DeviceExperts
 from moehive.swarm.model.loader import ExpertLoader
 from moehive.swarm.model.tier import WeightsTier
 from moehive.swarm.store.base import ObjectSource
-from moehive.swarm.tasks import start_on, task_group
+from moehive.swarm.tasks import check_not_forked, start_on, task_group
 from moehive.swarm.tiers.accelerator import Accelerator
 
 from .backend import SwarmExperts
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
     from moehive.swarm.member import Member
+
+R = TypeVar("R")
 
 
 class SwarmModel:
@@ -40,6 +45,7 @@ class SwarmModel:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._member = member
+        self.ram = ram
         self._directory = member.directory(manifest.model_id)
         self._num_experts = manifest.model.num_experts
         loader = self._loader = ExpertLoader(manifest, source)
@@ -83,10 +89,18 @@ class SwarmModel:
 
     def backend(self, form: str) -> SwarmExperts:
         """What computes the routed experts of a transformers model, on other threads."""
-        start_soon = partial(start_on, self._loop)
-        return SwarmExperts(self.caller, start_soon, self._num_experts, form=form, resident=self.resident)
+        return SwarmExperts(
+            self.caller, partial(_start, os.getpid(), self._loop), self._num_experts, form=form, resident=self.resident
+        )
 
     async def _fetch(self, shard: ShardEntry, buffer: memoryview, deadline: float) -> None:
         wanted = self._member.wanted(self._directory, shard)
         left = max(deadline - time.monotonic(), 0.0)
         await self._member.downloads.fetch_to_memory(wanted, buffer, deadline=left)
+
+
+def _start(
+    process: int, loop: asyncio.AbstractEventLoop, work: Callable[..., Coroutine[Any, Any, R]], *arguments: Any
+) -> Future[R]:
+    check_not_forked(process)
+    return start_on(loop, work, *arguments)

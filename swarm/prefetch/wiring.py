@@ -111,14 +111,15 @@ def attach_prefetch(
     """Let `model` load experts into `backend`'s tier before it needs them.
 
     Guesses come from a file that `moehive trace fit` wrote, or from the model's own routers, and get better as the
-    model generates. None where all experts fit, so that there is nothing to gain. Raises UnsupportedModel where routers
-    cannot be found; what read_predictor raises.
+    model generates. None where all experts fit, so that there is nothing to gain; a file is read all the same, for what
+    is wrong with it. Raises UnsupportedModel where routers cannot be found; what read_predictor raises.
     """
-    if backend.fits(model.dtype):
+    fits = backend.fits(model.dtype)
+    if fits and predictor is None:
         return None
     routers = routers_of(model)
     found = by_routers(routers, backend.top_k) if predictor is None else read_predictor(predictor, routers)
-    return ModelPrefetch(model, backend, found, routers, model.dtype, limits)
+    return None if fits else ModelPrefetch(model, backend, found, routers, model.dtype, limits)
 
 
 def usefulness_of(model: nn.Module) -> Usefulness | None:

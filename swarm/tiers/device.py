@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Final, Generic, TypeVar
 
@@ -51,6 +52,11 @@ class Slot:
         with self._lock:
             reads, self._reads = self._reads, []
         return reads
+
+    def put_reads(self, reads: Sequence[Event]) -> None:
+        """Nothing was written after `take_reads`: they still have to be waited for."""
+        with self._lock:
+            self._reads = [*reads, *self._reads]
 
 
 class SlotPool:
@@ -211,14 +217,17 @@ class DeviceTier(Generic[K]):
     # --- loading --------------------------------------------------------------------------------------------------
 
     def _upload(self, key: K) -> Upload:
-        slot, staging = self._pool.take(), self._take_staging()
-        try:
+        with ExitStack() as undo:  # a slot that is not given back after a failure is lost for good
+            staging = self._take_staging()
+            undo.callback(self._staging.append, staging)
+            slot = self._pool.take()
+            undo.callback(self._pool.give, slot)
             self._pack(key, staging)
-        except BaseException:
-            self._pool.give(slot)
-            self._staging.append(staging)
-            raise
-        return Upload(slot, self._accelerator.copy(slot.memory, staging, slot.take_reads()), staging)
+            reads = slot.take_reads()
+            undo.callback(slot.put_reads, reads)
+            upload = Upload(slot, self._accelerator.copy(slot.memory, staging, reads), staging)
+            undo.pop_all()
+            return upload
 
     def _take_staging(self) -> Tensor:
         try:

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import logging
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +32,9 @@ def import_hivemind() -> ModuleType:
     _share_key_messages()
     torch_multiprocessing = importlib.import_module("torch.multiprocessing")
     sharing = torch_multiprocessing.get_sharing_strategy()
-    hivemind = _import("hivemind")
+    with warnings.catch_warnings():  # what it uses of torch that is deprecated is no affair of whoever imports us
+        warnings.simplefilter("ignore", DeprecationWarning)
+        hivemind = _import("hivemind")
     torch_multiprocessing.set_sharing_strategy(sharing)
     importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
     logging.addLevelName(logging.WARNING, "WARNING")

@@ -108,6 +108,25 @@ async def test_a_node_is_announced_and_supplies_what_it_has_before_it_has_everyt
         await running
 
 
+class Strict(MemoryTransport):
+    """As the daemon, it knows no protocol that was not served before."""
+
+    async def stop_serving(self, protocol: str) -> None:
+        assert self.handlers.serves(protocol), f"{protocol} is not served"
+        await super().stop_serving(protocol)
+
+
+async def test_who_is_stopped_while_starting_leaves_what_it_serves(mixtral: ConvertedDirectory, tmp_path: Path) -> None:
+    stop = asyncio.Event()
+    stop.set()
+    async with Strict(MemoryNetwork(), identity(2)) as transport, Member(transport, SECRET) as member:
+        announcer = Announcer(transport, identity(2), SECRET, mixtral.model_id)
+        settings = NodeSettings(str(mixtral.root), tmp_path, ram=1 << 20)
+        serving = Serving(settings, member, mixtral.manifest, mixtral, announcer)
+        async with asyncio.timeout(30):
+            await serving.run(stop, lambda: None)
+
+
 async def test_what_would_not_be_queued_is_refused_before_anybody_looks_at_it(
     mixtral: ConvertedDirectory, tmp_path: Path
 ) -> None:

@@ -51,7 +51,7 @@ def test_the_wheel_works_without_the_checkout(built, tmp_path):
         wheel.extractall(tmp_path)
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); "
-        "import moehive.protocol, moehive.node.cli; "
+        "import moehive.protocol, moehive.node.cli.app; "
         "print(moehive.protocol.__file__, moehive.node.cli.__file__, sep='\\n')"
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from moehive.protocol import errors
 from moehive.protocol.errors import (
     BudgetTooSmall,
+    ConfigError,
     ExpertUnavailable,
     ModelUnavailable,
     MoehiveError,
@@ -125,3 +128,23 @@ def test_an_error_that_is_made_afresh_says_the_same_and_holds_nothing_of_where_i
     assert again is not error
     assert (str(again), vars(again), again.args) == (str(error), vars(error), error.args)
     assert (again.__traceback__, again.__cause__, again.__context__) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("no"),
+        BudgetTooSmall("RAM", budget=1, needed=2),
+        PeerRefused(RefusalCode.BUSY, "queue full", retry_after=0.5, peer="p"),
+        PeerError("gone", peer="p"),
+        ExpertUnavailable(3, [1, 2], "all are busy"),
+        ShardUnavailable("x", "nobody"),
+        ModelUnavailable("m"),
+    ],
+)
+@pytest.mark.parametrize("carried", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy, copy.deepcopy])
+def test_errors_come_out_of_other_processes_as_they_went_in(error: MoehiveError, carried: Any) -> None:
+    found = carried(error)
+    assert type(found) is type(error)
+    assert str(found) == str(error)
+    assert vars(found) == vars(error)

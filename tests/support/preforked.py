@@ -29,14 +29,14 @@ from support.sessions import kill_session
 
 def import_all() -> None:
     """Everything that a node imports."""
-    import moehive.node.cli
+    import moehive.node.cli.app
     import moehive.node.daemon
     import moehive.node.serving
     from moehive.swarm.transport.engine import import_hivemind
 
     import_hivemind()
     with redirect_stdout(io.StringIO()):
-        moehive.node.cli.run(["id", "--help"])  # what is imported only when a command line is parsed
+        moehive.node.cli.app.run(["id", "--help"])  # what is imported only when a command line is parsed
     assert threading.active_count() == 1, "a process with threads cannot be forked safely"
 
 
@@ -78,7 +78,7 @@ def _run_node(order: dict[str, Any]) -> NoReturn:
         tempfile.tempdir = None  # to be looked up again, in the new environment
         if order.get("fault"):
             faulty_node.install(order["fault"])
-        from moehive.node.cli import run
+        from moehive.node.cli.app import run
 
         code = run(order["arguments"])
         sys.stdout.flush()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.checkpoints import Checkpoints
 from support.swarm_fakes import MODEL, SECRET, identity
 
 from moehive.protocol.errors import ConfigError
 from moehive.protocol.ticket import Ticket
 from moehive.swarm import client as module
 from moehive.swarm.client import Swarm, join
+from moehive.swarm.model.seats import backend_of
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
 
@@ -49,3 +54,52 @@ def test_after_a_join_that_failed_nothing_is_joined(swarm: Swarm, monkeypatch: p
         swarm.__enter__()
     with pytest.raises(ConfigError, match="with join"):
         swarm.stats(MODEL)
+
+
+def test_what_is_not_understood_is_refused_before_anybody_is_asked(swarm: Swarm) -> None:
+    with swarm:
+        with pytest.raises(ConfigError, match="answers='row' is not known; choose one of sum, rows"):
+            swarm.load(MODEL, answers="row")  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="'demo' is not a model id"):
+            swarm.load_expert("demo", 0, 0)
+        with pytest.raises(ConfigError, match="'demo' is not a model id"):
+            swarm.holders("demo")
+
+
+def test_another_budget_for_a_model_that_is_loaded_is_refused(swarm: Swarm, checkpoints: Checkpoints) -> None:
+    directory = checkpoints.converted("demo")
+    with swarm:
+        swarm.load(directory)
+        swarm.load(directory)
+        with pytest.raises(ConfigError, match="is loaded with ram=0 already, not 1048576"):
+            swarm.load(directory, ram=1 << 20)
+    with swarm:
+        swarm.load(directory, ram=1 << 20)
+        swarm.load(directory)  # the same budget, unsaid
+        swarm.load(directory, ram=1 << 20)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)  # so says Python from 3.12 on
+def test_a_fork_is_told_that_it_has_not_joined(swarm: Swarm, checkpoints: Checkpoints) -> None:
+    with swarm:
+        model, _ = swarm.load(checkpoints.converted("demo"))
+        start_soon = backend_of(model)._start_soon
+        child = os.fork()
+        if child == 0:  # nothing of pytest may go on here
+            os._exit(fork_refusals(swarm, start_soon))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
+def fork_refusals(swarm: Swarm, start_soon: Any) -> int:
+    """How many of three ways to the event loop that it has not got are refused to a fork, or end at once."""
+    faulthandler.dump_traceback_later(60, exit=True)  # rather than for ever
+    refused = 0
+    for ask in (lambda: swarm.holders(MODEL), lambda: start_soon(None)):
+        try:
+            ask()
+        except ConfigError as error:
+            refused += "forked" in str(error)
+    swarm.__exit__(None, None, None)
+    return refused + 1

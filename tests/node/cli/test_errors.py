@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import io
+import subprocess
+import sys
 
 import pytest
 
-from moehive.node.cli.errors import exit_code, hint_of
+from moehive.node import cli
+from moehive.node.cli.errors import INTERRUPTED, exit_code, hint_of
 from moehive.protocol import errors
 from moehive.protocol.errors import ConfigError, ExpertUnavailable, LocalError, MoehiveError, PeerUnreachable
 
@@ -74,3 +77,29 @@ def test_every_error_that_is_not_the_callers_says_what_to_do_next():
     for kind in kinds:
         if kind.__name__ not in silent and not issubclass(kind, (errors.CallerError, ExpertUnavailable)):
             assert hint_of(kind.__new__(kind)), kind
+
+
+@pytest.mark.parametrize(("how", "said"), [(">/dev/full", "cannot write to the standard output: No space left"),
+                                           (">&-", "the standard output is closed")])  # fmt: skip
+def test_a_standard_output_that_takes_nothing_is_no_bug_of_ours(how, said, home):
+    command = f'"{sys.executable}" -m moehive.node.cli paths {how}'
+
+    ended = subprocess.run(["/bin/sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"moehive: {said}")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_an_interrupt_while_the_commands_are_imported_says_nothing(monkeypatch):
+    class Interrupted:
+        def find_spec(self, name, path=None, target=None):
+            if name == "moehive.node.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "moehive.node.cli.app", raising=False)
+    monkeypatch.delattr(cli, "app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == INTERRUPTED

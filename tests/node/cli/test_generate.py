@@ -30,6 +30,7 @@ def _logs_as_they_were():
         (("--model", "nothing-here"), "neither a converted directory nor a model id"),
         (("--model", "ab" * 32, "--join", "moehive1"), "join ticket"),
         (("--model", "ab" * 32, "--draft", "nothing-here"), "neither 'lookup'"),
+        (("--model", "ab" * 32, "--join", "moehive1", "--prefetch", "a"), "read from disk: leave it out with --join"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_loaded(moehive, arguments, said):

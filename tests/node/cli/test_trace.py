@@ -57,6 +57,7 @@ def test_a_replay_in_json(moehive: Moehive) -> None:
         (("record", "nowhere", "out"), 2, "there is no prompt"),
         (("replay", "missing"), 1, "cannot read"),
         (("replay", "missing", "--resident", "0"), 2, "--resident"),
+        (("replay", "missing", "--empty-resident"), 2, "--empty-resident"),
     ],
 )
 def test_what_cannot_be_done_is_said(moehive: Moehive, arguments: tuple[str, ...], code: int, said: str) -> None:

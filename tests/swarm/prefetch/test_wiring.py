@@ -94,6 +94,12 @@ def test_where_all_experts_fit_there_is_nothing_to_do(converted: Path) -> None:
     assert opened(converted, 0.5, prefetch=False)[1].watcher is None
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_predictor_that_cannot_be_read_is_said_so_whether_it_is_needed_or_not(converted: Path, share: float) -> None:
+    with pytest.raises(StorageError, match="cannot read no/predictor"):
+        opened(converted, share, prefetch="no/predictor")
+
+
 def test_a_load_on_a_guess_that_fails_is_no_error_of_who_waits_for_it(converted: Path) -> None:
     directory = ConvertedDirectory(converted)
     loader = ExpertLoader(directory.manifest, directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.fake_accelerator import FakeAccelerator
+from support.fake_accelerator import FakeAccelerator, FakeEvent
 from torch import Tensor
 
 from moehive.protocol.errors import BudgetTooSmall, MemoryExhausted
@@ -276,6 +277,43 @@ class Device(RuleBasedStateMachine):
 
 Device.TestCase.settings = settings(stateful_step_count=25, max_examples=30)
 TestDevice = Device.TestCase
+
+
+# --- what fails -------------------------------------------------------------------------------------------------------
+
+
+class Failing(FakeAccelerator):
+    """Host memory, or the device's queue, that is not there for a while."""
+
+    fails = ""
+
+    def staging(self, nbytes: int) -> Tensor:
+        if self.fails == "staging":
+            raise RuntimeError("no page-locked memory")
+        return super().staging(nbytes)
+
+    def copy(self, target: Tensor, source: Tensor, after: Sequence[FakeEvent]) -> FakeEvent:  # type: ignore[override]
+        if self.fails == "copy":
+            raise RuntimeError("the copy could not be ordered")
+        return super().copy(target, source, after)
+
+
+@pytest.mark.parametrize("what", ["staging", "copy"])
+def test_an_upload_that_fails_gives_everything_back(what: str) -> None:
+    made, accelerator = Made(1), Failing(SLOT)
+    made.tier._accelerator = made.tier._pool._accelerator = made.accelerator = accelerator
+    if what == "copy":
+        made.begin((0, 0))
+        made.use((0, 0))  # its kernel has not run when the slot is wanted again
+    accelerator.fails = what
+    with pytest.raises(RuntimeError, match=r"memory|ordered"), made.tier.lease((0, 1)):
+        pass
+    accelerator.fails = ""
+    made.begin((0, 1))
+    made.use((0, 1))
+    made.close()
+    assert accelerator.idle
+    assert accelerator.allocated == SLOT
 
 
 # --- the real one, as far as it goes without a GPU --------------------------------------------------------------------

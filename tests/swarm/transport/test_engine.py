@@ -59,6 +59,19 @@ for name in ("hivemind", "libp2p"):
     assert run(LOAD + script + USE_BOTH) == "WARNING hivemind.x once\nWARNING libp2p.x once\nboth\n"
 
 
+def test_it_can_be_imported_where_warnings_are_errors() -> None:
+    script = """
+import warnings
+warnings.simplefilter("error")
+import_hivemind()
+try:
+    warnings.warn("as before", DeprecationWarning)
+except DeprecationWarning as error:
+    print(error)
+"""
+    assert run(LOAD + script) == "as before\n"
+
+
 def test_our_modules_import_neither() -> None:
     script = """
 import sys
