@@ -147,6 +147,7 @@ class DirectServer:
                 await stream.close()
         except OSError as error:  # of the handshake
             _log.debug("direct connection not admitted", reason=str(error))
+            error.__traceback__ = None  # asyncio's frames in it hold the future that holds the error, and the TLS state
         finally:
             if admitted:
                 self._open[admitted[0]] -= 1
@@ -187,6 +188,7 @@ async def _first(connection: Connection, offer: BulkOffer, agent: str) -> Connec
             stream = await connect(host, port, offer.fingerprint, connection.peer)
         except OSError as error:
             reason = f"{host} port {port}: {error}"
+            error.__traceback__ = None  # as in `_serve`
             continue
         session = ClientSession(connection.spec, ShownToken(offer.token, connection.peer), agent)
         return await Connection(stream, session).__aenter__()

@@ -137,16 +137,17 @@ class PartialObject:
             self._unsynced = False
             self._syncing.acquire()
         try:
-            with storage_errors("sync", self._path):
-                self._fs.fdatasync(fd)
-                if not self._named:
-                    self._fs.fsync_dir(self._path.parent)
-            self._named = True
+            try:
+                with storage_errors("sync", self._path):
+                    self._fs.fdatasync(fd)
+                    if not self._named:
+                        self._fs.fsync_dir(self._path.parent)
+                self._named = True
+            finally:
+                self._syncing.release()  # before anybody closes the file
         except StorageError:
-            self._syncing.release()
             self.discard()
             raise
-        self._syncing.release()
 
     def commit(self) -> Path:
         """Make the object durable and visible; its final path. Every chunk must be there.

@@ -13,6 +13,7 @@ list: what returns is judged by its whole history. Where the slots suffice, `top
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Generic
@@ -50,7 +51,7 @@ class Lfru(Generic[K]):
         self._top_k = top_k
         self._uploads = uploads
         self._taken: dict[int, int] = {}  # row: entries that came since its newest step
-        self._steps: deque[Uses[K]] = deque(maxlen=_REMEMBERED)  # that did not enter the statistics yet
+        self._steps: deque[bytes] = deque(maxlen=_REMEMBERED)  # that did not enter the statistics yet
         self._decay: Floats = 0.5 ** (1 / HALF_LIVES)  # [F]
         self._rows: dict[int, int] = {}  # layer: its row in the arrays
         self._turn = np.zeros(0, dtype=np.int64)  # [R]: the rank of a row's layer among the layers
@@ -72,29 +73,32 @@ class Lfru(Generic[K]):
 
     def step(self, uses: Uses[K]) -> None:
         """See Policy."""
-        self._steps.append(uses)
+        columns = [self._place(key)[1] for key in uses.rows]
+        # Numbers: of _REMEMBERED steps with their keys the memory would be many times as much, and in no budget.
+        self._steps.append(array("I", (uses.layer, uses.tokens, *columns, *uses.rows.values())).tobytes())
 
     def _catch_up(self) -> None:
         """Let the steps since the last decision enter the statistics."""
         while self._steps:
             self._count(self._steps.popleft())
 
-    def _count(self, uses: Uses[K]) -> None:
-        columns = [self._place(key)[1] for key in uses.rows]
-        row = self._row(uses.layer, max(columns, default=0))
+    def _count(self, step: bytes) -> None:
+        layer, tokens, *numbers = array("I", step)
+        columns, counts = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+        row = self._row(layer, max(columns, default=0))
         decay = self._decay
         follows = self._last >= 0 and self._turn[row] == (self._turn[self._last] + 1) % len(self._rows)
-        tells = uses.tokens == 1 and bool(columns)  # what a token without experts leaves says nothing
+        tells = tokens == 1 and bool(columns)  # what a token without experts leaves says nothing
         if self._transitions is not None and not (follows and tells):
             self._transitions.forget()
         if tells:
             self._learn(row, columns)
         else:
-            decay = decay**uses.tokens
+            decay = decay**tokens
         gain = 1 - decay
         used = self._used[row]  # [F, E]
         used *= decay[:, None]
-        shares = np.fromiter(uses.rows.values(), np.float64, len(columns)) / uses.tokens
+        shares = np.array(counts, np.float64) / tokens
         used[:, columns] += gain[:, None] * shares
         self._seen[row] = self._seen[row] * decay + gain
         self._told[row] = np.nan

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.tiers.lfru import HALF_LIVES, Lfru
-from moehive.swarm.tiers.policy import Uses
 
 from .routing import RoutingTrace
 
@@ -73,8 +72,8 @@ class Hindsight(Lfru[ExpertKey]):
         self._ends = np.cumsum(trace.tokens) - 1  # [C]
         self._calls = 0
 
-    def _count(self, uses: Uses[ExpertKey]) -> None:
-        super()._count(uses)
+    def _count(self, step: bytes) -> None:
+        super()._count(step)
         self._calls += 1
 
     def _chances(self) -> tuple[Floats, Floats]:

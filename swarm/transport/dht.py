@@ -29,6 +29,7 @@ _RPC_TIMEOUT = 3.0  # seconds a peer may take to answer one call; a lookup makes
 _BOOTSTRAP_TIMEOUT = 1.0  # seconds for the rest of them after the first bootstrap peer has answered
 _LOOKUP_TIMEOUT = 15.0
 _LEAVE_TIMEOUT = 2.0
+_MAX_FAILED = 1024  # peers that did not answer, whose failures are counted
 
 
 class Table:
@@ -104,6 +105,7 @@ class Table:
 
     async def get(self, key: bytes) -> Mapping[str, Record]:
         """See `base.Transport`. Raises TransportError when the search does not end."""
+        self._forget_failures()
         try:
             async with asyncio.timeout(_LOOKUP_TIMEOUT):
                 # latest: without it the search ends at the first peer that has some of the subkeys
@@ -118,6 +120,11 @@ class Table:
             for subkey, item in found.value.items()
         }
         return {subkey: record for subkey, record in records.items() if record is not None and record.expires > now}
+
+    def _forget_failures(self) -> None:
+        """hivemind counts them for good, and names of peers that never were cost a stranger nothing."""
+        if len(self._node.blacklist.ban_counter) > _MAX_FAILED:
+            self._node.blacklist.clear()
 
     async def _leave(self) -> None:
         """End hivemind's calls and tasks, which it starts and forgets."""

@@ -43,6 +43,7 @@ class SocketStream:
         self._peer = peer
         self._reader = reader
         self._writer = writer
+        self._socket = writer.get_extra_info("socket")
         self._on_close = on_close
         self._writing = asyncio.Lock()
         self._closed = False
@@ -93,7 +94,12 @@ class SocketStream:
         except OSError as error:  # TimeoutError too: the other side does not read what is left in our buffer
             error.__traceback__ = None
         finally:
-            self._writer.transport.abort()  # nothing, when it closed in time
+            self._abort()
+
+    def _abort(self) -> None:
+        """Nothing, where it closed in time: asyncio's own fails then, if bytes were left when it was told to close."""
+        if self._socket.fileno() >= 0:
+            self._writer.transport.abort()
 
     async def _send_small(self, data: bytes) -> None:
         if self._joined is None:

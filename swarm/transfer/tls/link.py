@@ -31,6 +31,7 @@ class TlsLink:
         self._tls = client_context().wrap_bio(self._incoming, self._outgoing)
         self._lock = threading.Lock()  # of everything below `_tls`, and of the order of what is sent
         self._raw = memoryview(bytearray(_RAW_BYTES))
+        self.is_shut = False  # by us
 
     @classmethod
     async def connect(cls, host: str, port: int, fingerprint: bytes, peer: PeerId) -> TlsLink:
@@ -94,9 +95,11 @@ class TlsLink:
     # --- from threads ---------------------------------------------------------------------------------------------
 
     def receive_into(self, target: memoryview) -> None:
-        """Wait until `target` is full. Raises PeerUnreachable, also after `shut`."""
+        """Wait until `target` is full. Raises PeerUnreachable, also after `shut`: at once, whatever has come before."""
         filled = 0
         while filled < len(target):
+            if self.is_shut:  # the system would hand out what it still holds
+                raise PeerUnreachable("the connection was ended on this side", peer=self.peer)
             try:
                 with self._lock:  # typeshed does not know of the count that comes back where a buffer is given
                     count: int = self._tls.read(len(target) - filled, target[filled:])  # type: ignore[assignment]
@@ -136,6 +139,7 @@ class TlsLink:
 
     def shut(self) -> None:
         """End the connection and wake whoever waits for bytes; from any thread, any number of times."""
+        self.is_shut = True
         with suppress(OSError):  # it ended already
             self._sock.shutdown(socket.SHUT_RDWR)
 

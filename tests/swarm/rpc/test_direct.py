@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ssl
 import weakref
+from asyncio.sslproto import SSLProtocol
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -275,3 +277,56 @@ async def test_a_connection_that_broke_is_freed_at_once(asked: int) -> None:
             gone = await broken(here)
             here.pool._open.clear()  # as it does when somebody else is dialled
             await until(lambda: gone() is None)
+
+
+def tls_connections() -> int:
+    return sum(type(one) is SSLProtocol for one in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    "said", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01", b""], ids=["nonsense", "a part", "nothing"]
+)
+@pytest.mark.parametrize("hangs_up", [False, True])
+async def test_a_handshake_that_failed_is_freed_at_once(
+    said: bytes, hangs_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its TLS state and buffers, over a quarter of a MiB: strangers can fail as often as they like."""
+    monkeypatch.setattr(limits, "HELLO_TIMEOUT", 20.0 if hangs_up else 0.05)
+    async with world() as here:
+        with without_collector():
+            before = tls_connections()
+            for _ in range(3):
+                reader, writer = await asyncio.open_connection(HOST, here.direct._port)
+                writer.write(said)
+                if not hangs_up:
+                    with suppress(ConnectionResetError):
+                        await reader.read()
+                writer.close()
+            await until(lambda: not here.direct._unadmitted)
+            await until(lambda: tls_connections() == before, timeout=5.0)
+
+
+async def speaks_plainly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    writer.close()
+
+
+async def test_a_direct_connection_that_could_not_be_made_is_freed_at_once() -> None:
+    async with world() as here:
+        connection = await here.pool.connection(NODE.peer)
+        plain = await asyncio.start_server(speaks_plainly, HOST, 0)
+        port = plain.sockets[0].getsockname()[1]
+        offer = here.direct.offer(CLIENT.peer, [f"/ip4/{HOST}/tcp/1"])
+        await asyncio.gather(*here.pool._upgrading)
+        with without_collector():
+            before = tls_connections()
+            for fingerprint, addresses in (
+                (offer.fingerprint, (f"/ip4/{HOST}/tcp/{port}",)),
+                (bytes(32), offer.addresses),
+            ):
+                refused = replace(offer, fingerprint=fingerprint, addresses=addresses)
+                with pytest.raises(PeerUnreachable):
+                    await module._first(connection, refused, "client")
+            await until(lambda: tls_connections() == before, timeout=5.0)
+        plain.close()
+        await plain.wait_closed()

@@ -174,6 +174,23 @@ def test_bytes_whose_sync_failed_just_before_a_kill_are_synced_all_the_same() ->
         assert visible(fs.after_power_cut()) == {LISTS[2].root: OBJECTS[2]}
 
 
+def test_what_an_earlier_process_left_is_synced_before_anything_is_added() -> None:
+    """Right bytes in a cache: a download that goes on makes them durable with its first sync, not with its last."""
+    for seed in range(8):
+        fs = FaultyFileSystem(HOME, seed=seed)
+        with suppress(Killed), make_store(fs).open_partial(LISTS[2].root, LISTS[2]) as partial:
+            partial.write_chunk(0, chunk_of(2, 0))
+            fs.kill_at(fs.steps)
+            partial.sync()
+        fs.after_kill()
+        with make_store(fs).open_partial(LISTS[2].root, LISTS[2]) as partial:
+            assert 0 not in partial.missing()
+            partial.sync()
+            fs = fs.after_power_cut()
+        with make_store(fs).open_partial(LISTS[2].root, LISTS[2]) as partial:
+            assert 0 not in partial.missing()
+
+
 def test_syncing_what_nobody_wrote_does_nothing() -> None:
     fs = FaultyFileSystem(HOME)
     store = make_store(fs)

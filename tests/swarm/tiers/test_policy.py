@@ -1,5 +1,6 @@
 """Policies against their definitions, the traps of caching layers, and a real tier against the replay of its trace."""
 
+import tracemalloc
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -217,6 +218,20 @@ def test_a_token_that_chose_no_expert_of_a_layer_tells_nothing() -> None:
     for expert in range(4):
         policy.loaded(ExpertKey(0, expert), 1)
     assert policy.victims(ExpertKey(0, 7), 1, never) is not None
+
+
+def test_steps_without_a_decision_take_little_memory() -> None:
+    """A node that holds all that it serves decides nothing for weeks; what it computed must not pile up meanwhile."""
+    policy = lfru()
+    tracemalloc.start()
+    try:
+        for token in range(5000):
+            policy.step(step(token % 48, *(300 + (token + number) % 100 for number in range(8))))
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    policy.loaded(ExpertKey(0, 300), 1)
+    assert tuple(policy.victims(None, 1, never) or ()) == (ExpertKey(0, 300),)
 
 
 def test_what_returns_is_judged_by_its_history() -> None:

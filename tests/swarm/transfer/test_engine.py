@@ -13,11 +13,13 @@ from support.sources import make_data
 from support.waiting import until
 
 from moehive.protocol.chunks import ChunkList, chunk_range
-from moehive.protocol.errors import PeerError, PeerUnreachable, ShardUnavailable
+from moehive.protocol.errors import PeerError, PeerRefused, PeerUnreachable, RefusalCode, ShardUnavailable
 from moehive.protocol.ids import PeerId, ShardHash
+from moehive.swarm.policy.pace import FIRST_TIMEOUT
 from moehive.swarm.standings import Standings
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.transfer import channels as channels_module
+from moehive.swarm.transfer import download as download_module
 from moehive.swarm.transfer import engine as engine_module
 from moehive.swarm.transfer.channel import ChunkChannel, Deliver
 from moehive.swarm.transfer.downloader import Downloader
@@ -72,12 +74,13 @@ class Channel:
 class World:
     """A downloader and the channels that it may open."""
 
-    def __init__(self, root: Path, speed: float) -> None:
+    def __init__(self, root: Path, clock: Callable[[], float]) -> None:
+        self.looks = 0  # for sources
         self.channels: dict[PeerId, Channel] = {}
         self.opened: list[PeerId] = []
         self.standings = Standings()
         self.store = ContentStore(root, 1 << 30)
-        self.downloads = Downloader(self.open, self.standings, clock=lambda: speed * time.monotonic())
+        self.downloads = Downloader(self.open, self.standings, clock=clock)
 
     def add(self, channel: Channel) -> Channel:
         self.channels[channel.peer] = channel
@@ -90,6 +93,7 @@ class World:
 
     async def fetch(self, data: bytes, *peers: str, timeout: float = 30.0) -> bytes:
         async def find() -> Sources:
+            self.looks += 1
             return {
                 PeerId(peer): Source(partial=self.channels[peer]._has is not None) for peer in peers or self.channels
             }
@@ -99,9 +103,8 @@ class World:
 
 
 @asynccontextmanager
-async def engine(root: Path, speed: float = 1.0) -> AsyncIterator[World]:
-    """`speed` makes timeouts pass more quickly."""
-    world = World(root, speed)
+async def engine(root: Path, clock: Callable[[], float] = time.monotonic) -> AsyncIterator[World]:
+    world = World(root, clock)
     async with world.downloads:
         yield world
 
@@ -214,7 +217,7 @@ async def test_who_lost_the_race_for_a_chunk_is_told(world: World) -> None:
 
 
 async def test_the_connection_of_a_silent_peer_is_given_up_and_somebody_else_looked_for(tmp_path: Path) -> None:
-    async with engine(tmp_path, speed=20.0) as world:
+    async with engine(tmp_path, clock=lambda: 20 * time.monotonic()) as world:
         silent = world.add(Channel("silent"))
         silent.hangs.clear()
         fetching = asyncio.create_task(world.fetch(DATA))
@@ -222,6 +225,51 @@ async def test_the_connection_of_a_silent_peer_is_given_up_and_somebody_else_loo
         world.add(Channel("other"))
         assert await fetching == DATA
     assert not world.standings.banned(silent.peer)
+
+
+async def test_where_a_connection_is_given_up_somebody_else_is_looked_for_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although others still send, and long before the next look for sources is due."""
+    monkeypatch.setattr(download_module, "REFRESH", 3600.0)
+    now = 0.0
+
+    def once() -> None:
+        slow.hangs.clear()
+
+    async with engine(tmp_path, clock=lambda: now) as world:
+        silent, slow = world.add(Channel("silent")), world.add(Channel("slow", once))
+        silent.hangs.clear()
+        slow.hangs.clear()
+        fetching = asyncio.create_task(world.fetch(DATA))
+        await until(lambda: silent.requests and slow.requests)
+        now = FIRST_TIMEOUT - 1.0
+        slow.hangs.set()  # for one chunk: it has proved to be alive
+        await until(lambda: world.downloads.stats.received)
+        world.add(Channel("other"))
+        assert "other" not in world.opened
+        now = FIRST_TIMEOUT + 1.0
+        await until(lambda: "other" in world.opened)
+        assert silent.closed
+        assert not slow.closed
+        assert await fetching == DATA
+
+
+async def test_where_nobody_can_go_on_somebody_else_is_looked_for_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download_module, "REFRESH", 3600.0)
+
+    def refuse() -> None:
+        raise PeerRefused(RefusalCode.BUSY, "busy", retry_after=60.0, peer="busy")
+
+    busy = world.add(Channel("busy", refuse))
+    busy.hangs.clear()
+    fetching = asyncio.create_task(world.fetch(DATA))
+    await until(lambda: busy.requests and world.looks == 2)  # at first, and when the contact was made
+    world.add(Channel("other"))
+    busy.hangs.set()
+    assert await fetching == DATA
 
 
 async def test_small_objects_do_not_wait_for_each_other(world: World) -> None:

@@ -63,6 +63,20 @@ def other_tasks() -> set[asyncio.Task[Any]]:
     return asyncio.all_tasks() - {asyncio.current_task()}
 
 
+async def test_of_peers_that_did_not_answer_so_many_are_remembered(
+    node: HivemindTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dht_module, "_MAX_FAILED", 4)
+    assert node._table is not None
+    failed = node._table._node.blacklist
+    for count in (4, 5):
+        for peer in range(count):
+            failed.register_failure(peer)
+        await node.get(b"key")
+        assert len(failed.ban_counter) == (4 if count == 4 else 0)
+        assert (0 in failed) is (count == 4)
+
+
 async def test_three_peers_and_no_trace_of_them_afterwards(scratch: Path) -> None:
     tasks_before, daemons_before = other_tasks(), set(daemons())
     async with (

@@ -14,6 +14,7 @@ from support.references import without_collector
 
 from moehive.protocol.errors import PeerUnreachable
 from moehive.protocol.ids import PeerId
+from moehive.swarm.transport import socket_stream
 from moehive.swarm.transport.socket_stream import SocketStream
 
 
@@ -91,6 +92,21 @@ async def test_what_was_written_is_sent_before_the_stream_closes() -> None:
         assert await read_exactly(theirs, 3) == b"abc"
         with pytest.raises(PeerUnreachable):
             await stream.write(b"late")
+
+
+async def test_what_the_system_did_not_take_yet_is_sent_before_the_stream_closes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """asyncio ends such a transport by itself once the rest has left; what aborts it after that fails."""
+    monkeypatch.setattr(socket_stream, "_CLOSE_TIMEOUT", 30.0)
+    async with connected() as (stream, handed, theirs):
+        while not stream._writer.transport.get_write_buffer_size():  # type: ignore[attr-defined]
+            await stream.write(bytes(1 << 14))
+        closing = asyncio.create_task(stream.close())
+        await asyncio.sleep(0)
+        assert not closing.done()
+        await read_exactly(theirs, sum(handed))
+        await closing
 
 
 async def test_a_stream_that_was_reset_is_freed_at_once() -> None:

@@ -1,4 +1,4 @@
-"""The client's channel against the real server: order, cancellation, deadlines, and the end. Real sockets."""
+"""The client's channel against the real server: order, cancellation and deadlines. Real sockets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.bulk import (
 )
 
 from moehive.protocol import limits
-from moehive.protocol.errors import PeerRefused, PeerTimeout, PeerUnreachable, RefusalCode, StorageError
+from moehive.protocol.errors import PeerRefused, PeerTimeout, RefusalCode, StorageError
 from moehive.protocol.ids import ShardHash
 from moehive.swarm.store.base import WrongBytes
 from moehive.swarm.transfer.tls.channel import TlsChannel
@@ -298,83 +298,3 @@ async def test_a_request_that_waits_behind_others_can_be_withdrawn(channel: TlsC
     assert (await first).indices == [0, 1]
     assert await channel.have(shelf.hash, timeout=PATIENCE) is None
     assert shelf.read == [0, 1]
-
-
-# --- the end ----------------------------------------------------------------------------------------------------------
-
-
-async def test_a_connection_that_is_lost_fails_everything_and_stays_broken(shelf: FakeShelf) -> None:
-    gate = Gate()
-    shelf.gate = gate
-    async with serving(shelf) as server, channel_to(server) as channel:
-        running = [asyncio.create_task(get(channel, shelf, first, 4)) for first in (0, 4, 8)]
-        asking = asyncio.create_task(channel.chunk_list(shelf.hash, timeout=PATIENCE))
-        await asyncio.to_thread(gate.reached.wait, PATIENCE)
-        for connection in tuple(server._connections):
-            connection.shut()
-        results = await asyncio.gather(*running, asking, return_exceptions=True)
-        assert [type(result) for result in results] == [PeerUnreachable] * 4
-        assert isinstance(channel.broken, PeerUnreachable)
-        with pytest.raises(PeerUnreachable):
-            await get(channel, shelf, 0, 1)
-        with pytest.raises(PeerUnreachable):
-            await channel.have(shelf.hash, timeout=PATIENCE)
-        gate.open()
-
-
-async def test_closing_fails_what_runs_and_ends_the_threads(server: BulkServer, shelf: FakeShelf) -> None:
-    gate = Gate()
-    shelf.gate = gate
-    async with channel_to(server) as channel:
-        running = asyncio.create_task(get(channel, shelf, 0, 4))
-        await asyncio.to_thread(gate.reached.wait, PATIENCE)
-        await asyncio.gather(channel.close(), channel.close())
-        with pytest.raises(PeerUnreachable):
-            await running
-        await channel.close()
-        assert not any(thread.is_alive() for thread in channel._threads)
-        gate.open()
-    assert await soon(lambda: not server._connections)
-
-
-async def test_closing_waits_for_a_delivery(server: BulkServer, shelf: FakeShelf) -> None:
-    """Whoever closes may take away what `deliver` writes to."""
-    gate = Gate()
-    collected = Collected(gate)
-    async with channel_to(server) as channel:
-        running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, 4, collected, timeout=PATIENCE))
-        await asyncio.to_thread(gate.reached.wait, PATIENCE)
-        closing = asyncio.create_task(channel.close())
-        await asyncio.wait((closing,), timeout=0.1)
-        assert not closing.done()
-        gate.open()
-        await closing
-        with pytest.raises(PeerUnreachable):
-            await running
-        count = len(collected.chunks)
-    assert len(collected.chunks) == count
-
-
-async def test_what_was_received_before_the_connection_was_lost_is_delivered(shelf: FakeShelf) -> None:
-    async with serving(shelf) as server, channel_to(server) as channel:
-        gate = Gate()
-        shelf.gate = lambda index: gate(index) if index == 5 else None
-        collected = Collected()
-        running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, 8, collected, timeout=PATIENCE))
-        await asyncio.to_thread(gate.reached.wait, PATIENCE)
-        assert await soon(lambda: len(collected.chunks) == 5)
-        for connection in tuple(server._connections):
-            connection.shut()
-        with pytest.raises(PeerUnreachable):
-            await running
-        gate.open()
-        assert collected.bytes == shelf.data[: 5 << 20]
-
-
-async def test_an_idle_connection_is_closed_by_the_server(shelf: FakeShelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moehive.swarm.transfer.tls.served.IDLE_TIMEOUT", 0.1)
-    async with serving(shelf) as server, channel_to(server) as channel:
-        assert await soon(lambda: channel.broken is not None)
-        assert not server._connections
-        with pytest.raises(PeerUnreachable):
-            await channel.have(shelf.hash, timeout=PATIENCE)
