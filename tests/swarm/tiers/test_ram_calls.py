@@ -191,7 +191,7 @@ def test_what_a_call_holds_stays_until_it_is_left_and_then_makes_room() -> None:
         with tier.hold(uses("ab")):
             assert not tier.evict("a")
             waiting = pool.submit(take, tier, "c")
-            wait_until(lambda: tier._waiting > 0)
+            wait_until(lambda: len(tier._claims) > 0)
             assert not waiting.done()
         assert waiting.result(DEADLINE) == "value c"
 
