@@ -136,21 +136,31 @@ class BlockStore:
         On disk both exist until the end. Raises DiskFull, StorageError; the layer's blocks are then lost.
         """
         old, self._shelves[layer] = self._shelves[layer], _Shelf()
-        for index in range(old.on_disk):
-            with self._staged(old, index) as blocks:
-                content = unpack(blocks[0])
-            self.append(layer, nbytes, partial(pack, content))
-        while old.in_host:
-            content = unpack(old.in_host[0])
-            self._host.give(old.in_host.popleft())
-            self.append(layer, nbytes, partial(pack, content))
-        while old.on_device:
-            content = unpack(old.on_device[0])
-            self._take_from_device(old)
-            self.append(layer, nbytes, partial(pack, content))
-        if old.file is not None:
-            old.file.close()
-            self._disk.give(old.on_disk * old.nbytes)
+        try:
+            for index in range(old.on_disk):
+                with self._staged(old, index) as blocks:
+                    content = unpack(blocks[0])
+                self.append(layer, nbytes, partial(pack, content))
+            while old.in_host:
+                content = unpack(old.in_host[0])
+                self._host.give(old.in_host.popleft())
+                self.append(layer, nbytes, partial(pack, content))
+            while old.on_device:
+                content = unpack(old.on_device[0])
+                self._take_from_device(old)
+                self.append(layer, nbytes, partial(pack, content))
+        finally:
+            self._drop(old)
+
+    def _drop(self, shelf: _Shelf) -> None:
+        """Give back all that a layer's blocks take."""
+        while shelf.on_device:
+            self._take_from_device(shelf)
+        while shelf.in_host:
+            self._host.give(shelf.in_host.popleft())
+        if shelf.file is not None:
+            shelf.file.close()
+            self._disk.give(shelf.on_disk * shelf.nbytes)
 
     def close(self) -> None:
         """Give back files and spare buffers. The layers are empty by then."""
@@ -181,8 +191,10 @@ class BlockStore:
             self._write(shelf, block)
         else:
             copy = self._host.take(shelf.nbytes)
-            self._write(shelf, copy.copy_(block))
-            self._host.give(copy)
+            try:
+                self._write(shelf, copy.copy_(block))
+            finally:
+                self._host.give(copy)
         self._take_from_device(shelf)
         self.counts.spilled_blocks += 1
 

@@ -190,6 +190,30 @@ def test_after_an_error_it_has_to_be_reset() -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("host", [0, 3 * TOKENS * ROW])
+def test_where_beams_find_the_disk_full_a_reset_gives_everything_back(host: int) -> None:
+    """While a layer is written again, it is on disk twice."""
+    device, disk = 5400, 30 * TOKENS * ROW
+    engine = make(device=device, host=host, disk=disk)
+    run(engine, 40)
+    assert engine.disk.used > disk // 2
+    before = descriptors()
+    with pytest.raises(DiskFull) as caught:
+        engine.take_rows(0, torch.tensor([0, 0]))
+    for layer in range(LAYERS):
+        engine.reset(layer)
+    assert engine.disk.used == 0
+    run(engine, 40)  # as many as before
+    assert descriptors() <= before
+    engine.close()
+    assert (engine.device.used, engine.host.used, engine.disk.used) == (0, 0, 0)
+    del caught  # which until here has everything that was in the frames of the error
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_what_cannot_be_kept_is_refused() -> None:
     engine = make()
     keys, values = tokens(1)
