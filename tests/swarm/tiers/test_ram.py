@@ -180,14 +180,16 @@ def test_who_is_interrupted_while_he_waits_for_room_leaves_it_to_others(
     assert take(tier, "b") == "value b"
 
 
-@pytest.mark.parametrize("how", ["failed load", "resize", "unpin"])
+@pytest.mark.parametrize("how", ["failed load", "resize", "unpin", "borrow"])
 def test_everything_that_makes_room_wakes_who_waits(how: str) -> None:
     load = Gate("a" if how == "failed load" else "", StorageError("no"))
     tier = make(10, load)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, ExitStack() as borrowed:
         if how == "failed load":
             first = pool.submit(take, tier, "a")
             assert load.started.wait(DEADLINE)
+        elif how == "borrow":
+            borrowed.enter_context(tier.borrow(5, "a test"))
         else:
             take(tier, "a")
             tier.pin("a")
@@ -196,6 +198,8 @@ def test_everything_that_makes_room_wakes_who_waits(how: str) -> None:
         if how == "failed load":
             load.finish.set()
             assert first.exception(DEADLINE) is not None
+        elif how == "borrow":
+            borrowed.close()
         elif how == "resize":
             tier.resize(20)
         else:

@@ -1,9 +1,10 @@
 """Loads of a tier on suspicion: foreseen, late, too many, of no use any more."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from support.tiers import DEADLINE, Gate, call, make, take, take_while_it_loads, wait_until
+from support.tiers import DEADLINE, Gate, call, make, take, take_while_it_loads, uses, wait_until
 
 from moehive.swarm.tiers.ram import RamTier
 
@@ -69,3 +70,31 @@ def test_what_no_longer_helps_is_not_begun() -> None:
     wait_until(lambda: not tier._flights)
     assert "b" not in load.calls
     assert (tier.stats.speculation.cancelled, tier.stats.speculation.loads, tier.stats.reserved_bytes) == (1, 1, 0)
+
+
+def test_what_helps_another_layer_is_begun_all_the_same() -> None:
+    load = Gate("a")
+    tier = make(60, load, loaders=1)
+    tier.prefetch(1, [("a", 1.0), ("b", 0.9)], most=2)
+    assert load.started.wait(DEADLINE)
+    call(tier, "c")  # of layer 0
+    load.finish.set()
+    wait_until(lambda: not tier._flights)
+    assert "b" in load.calls
+    assert tier.stats.speculation.cancelled == 0
+
+
+def test_the_room_of_what_is_not_begun_goes_to_who_waits_for_it() -> None:
+    load = Gate("a")
+    tier = make(30, load, loaders=1)
+    take(tier, "c")
+    tier.prefetch(0, [("a", 1.0), ("b", 0.9)], most=2)
+    assert load.started.wait(DEADLINE)
+    with ThreadPoolExecutor(1) as pool, tier.lease("c"):
+        waiting = pool.submit(lambda: tier.lease("d").__enter__())
+        wait_until(lambda: len(tier._claims) == 1)
+        tier.note(uses("ce"))  # without b
+        assert not tier._claims
+        load.finish.set()
+        assert waiting.result(DEADLINE) == "value d"
+    assert "b" not in load.calls

@@ -1,9 +1,11 @@
 """A tier on a machine whose memory runs out."""
 
+import weakref
+
 import pytest
 from support.tiers import Gate, make, take, value_of
 
-from moehive.protocol.errors import MemoryExhausted
+from moehive.protocol.errors import MemoryExhausted, StorageError
 from moehive.swarm.tiers.ram import RamTier
 
 # --- running out of memory --------------------------------------------------------------------------------------------
@@ -63,6 +65,24 @@ def test_free_buffers_are_given_up_where_the_budget_shrinks() -> None:
     tier.evict("a")
     tier.resize(50)
     assert freed == [0, 0, 0]
+
+
+def test_who_keeps_an_error_keeps_nothing_of_what_was_half_loaded() -> None:
+    """As those do who joined the load, and a notebook. Nobody counts that memory."""
+    halves = []
+
+    class Half:
+        pass
+
+    def load(_: str) -> str:
+        half = Half()
+        halves.append(weakref.ref(half))
+        raise StorageError("a bad sector")
+
+    with pytest.raises(StorageError) as caught:
+        take(make(10, load), "a")
+    assert halves[0]() is None
+    assert str(caught.value) == "a bad sector"
 
 
 def test_memory_that_stays_exhausted_is_an_error_that_says_so() -> None:
