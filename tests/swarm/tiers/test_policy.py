@@ -250,6 +250,17 @@ def test_a_token_that_chose_no_expert_of_a_layer_tells_nothing() -> None:
     assert policy.victims(ExpertKey(0, 7), 1, never) is not None
 
 
+def test_a_prompt_counts_as_the_tokens_that_it_has() -> None:
+    """What all of its 64 tokens used is worth more than what 20 tokens before it used."""
+    policy = lfru(1)
+    for _ in range(20):
+        policy.step(step(0, 0))
+    policy.step(Uses(0, {ExpertKey(0, 1): 64}, 64))
+    for expert in (0, 1):
+        policy.loaded(ExpertKey(0, expert), 1)
+    assert policy.victims(ExpertKey(0, 2), 1, never) == [ExpertKey(0, 0)]
+
+
 def test_what_returns_is_judged_by_its_history() -> None:
     """The ghost list: expert 0 was used often, left, and is kept rather than a newcomer when it returns."""
     policy = lfru(1)
