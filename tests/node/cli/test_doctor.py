@@ -82,7 +82,7 @@ def test_a_model_is_held_against_every_memory_that_its_experts_may_have(tmp_path
     assert (device.name, device.found) == ("vram cuda:0 H100", "48 of 48 experts of demo fit")
     save_checkpoint("gpt_oss_mxfp4", tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "model")
-    rams = range(0, 1 << 20, 1 << 14)  # from nothing to more than all
+    rams = range(0, 1 << 21, 1 << 15)  # from nothing to more than all
     said = [" ".join(check.found for check in _fit(tmp_path / "model", [Budget("ram", ram, "")])) for ram in rams]
     assert any("fit as they are stored" in found for found in said)
     assert "fit as they are stored" not in said[0] + said[-1]
