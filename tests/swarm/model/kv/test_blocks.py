@@ -66,9 +66,13 @@ class Blocks(RuleBasedStateMachine):
         host=st.integers(0, 4),
         window=st.none() | st.integers(0, 2),
         transit=st.integers(1, 3),
+        beside=st.booleans(),
     )
-    def begin(self, resident: int, host: int, window: int | None, transit: int) -> None:
-        self.store = make_store(resident, host, 1000, window, transit)
+    def begin(self, resident: int, host: int, window: int | None, transit: int, beside: bool) -> None:
+        """`beside`: as an accelerator has it, what comes from disk passes through the host tier's budget."""
+        self.store = make_store(resident, host + transit * beside, 1000, window, transit)
+        if beside:
+            self.store._staging = self.store._host
         self.window = window
         self.wanted: list[list[bytes]] = [[] for _ in range(LAYERS)]
         self.made = 0
