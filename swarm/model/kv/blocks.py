@@ -82,6 +82,8 @@ class BlockStore:
     def follow(self, plan: KvPlan) -> None:
         """Keep from now on what the plan lets stay on the device. Raises DiskFull, StorageError."""
         self._plan = plan
+        if self._staging is self._host:  # here, because nothing may move while a layer is read
+            self._free_in_host(self._transit)
         self._shrink()
         self._device.drop_spare()
 
@@ -190,6 +192,7 @@ class BlockStore:
         elif block.device.type == "cpu":
             self._write(shelf, block)
         else:
+            self._free_in_host(shelf.nbytes)
             copy = self._host.take(shelf.nbytes)
             try:
                 self._write(shelf, copy.copy_(block))
@@ -204,18 +207,27 @@ class BlockStore:
 
     def _make_room_in_host(self, nbytes: int) -> bool:
         """Whether a block of `nbytes` can stay in host memory, after older ones left it where that was needed."""
-        reserve = max(self._plan.transit, nbytes) if self._staging is self._host else 0  # for blocks read from disk
-        if nbytes + reserve > self._host.account.limit:
-            return False
+        reserve = max(self._transit, nbytes) if self._staging is self._host else 0  # for blocks read from disk
+        return nbytes + reserve <= self._host.account.limit and self._free_in_host(nbytes + reserve)
+
+    def _free_in_host(self, nbytes: int) -> bool:
+        """Write the oldest blocks in host memory to disk until `nbytes` are free; whether they are.
+
+        They are not where a layer that is being rewritten fills it: its new blocks then go straight to disk.
+        """
         while True:
             tier = [(shelf.on_disk, len(shelf.in_host)) for shelf in self._shelves]
-            layer = next_to_spill(tier, over=self._host.room < nbytes + reserve)
+            layer = next_to_spill(tier, over=self._host.room < nbytes)
             if layer is None:
-                # Not where a layer that is being rewritten fills it: its new blocks then go straight to disk.
-                return self._host.room >= nbytes + reserve
+                return self._host.room >= nbytes
             shelf = self._shelves[layer]
             self._write(shelf, shelf.in_host[0])
             self._host.give(shelf.in_host.popleft())
+
+    @property
+    def _transit(self) -> int:
+        """Bytes that blocks on their way from disk may take at a time."""
+        return min(self._plan.transit, self._staging.account.limit)
 
     def _write(self, shelf: _Shelf, block: Tensor) -> None:
         """Append to the layer's file. The caller takes the block from where it was."""
@@ -239,7 +251,7 @@ class BlockStore:
             assert shelf.file is not None
             shelf.file.read_into(parts, 0)
             return
-        several = max(1, self._plan.transit // shelf.nbytes)
+        several = max(1, self._transit // shelf.nbytes)
         for first in range(0, shelf.on_disk, several):
             with self._staged(shelf, first, min(several, shelf.on_disk - first), room=several) as blocks:
                 into.put(first, blocks)

@@ -147,6 +147,21 @@ def test_the_oldest_go_down_a_tier_evenly_over_the_layers() -> None:
     assert store.counts.reloaded_bytes == 3 * NBYTES
 
 
+@pytest.mark.parametrize(("host", "transit"), [(3, 2), (3, 9)])
+def test_more_room_for_what_comes_from_disk_is_made_in_host_memory(host: int, transit: int) -> None:
+    """Beside an accelerator, once a division of its memory lets more blocks be on their way at a time."""
+    store = make_store(resident=0, host=host, disk=100)
+    store._staging = store._host
+    content = [bytes([number] * NBYTES) for number in range(6)]
+    for block in content:
+        append(store, 0, block)
+    assert len(store._shelves[0].in_host) == host - 1
+    store.follow(KvPlan(slots=1, slot=0, resident=0, window=None, transit=transit * NBYTES))
+    assert content_of(store, 0, directly=False) == content
+    append(store, 0, b"abcd")
+    assert content_of(store, 0, directly=False) == [*content, b"abcd"]
+
+
 def test_a_disk_budget_that_is_full_says_so_and_loses_nothing() -> None:
     store = make_store(resident=1, host=0, disk=1)
     append(store, 0, b"abcd")
