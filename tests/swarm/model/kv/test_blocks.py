@@ -162,6 +162,20 @@ def test_more_room_for_what_comes_from_disk_is_made_in_host_memory(host: int, tr
     assert content_of(store, 0, directly=False) == [*content, b"abcd"]
 
 
+def test_a_layer_that_fills_host_memory_is_rewritten_to_disk() -> None:
+    store = make_store(resident=0, host=2, disk=100)
+    content = [bytes([number, 0, 0, 9]) for number in range(4)]
+    for block in content:
+        append(store, 0, block)
+    assert len(store._shelves[0].in_host) == 2
+
+    def pack(pair: tuple[Tensor, Tensor], block: Tensor) -> None:
+        block.copy_(pair[0].flip(0))
+
+    store.rewrite(0, NBYTES, lambda block: (block.clone(), block), pack)
+    assert content_of(store, 0) == [block[::-1] for block in content]
+
+
 def test_a_disk_budget_that_is_full_says_so_and_loses_nothing() -> None:
     store = make_store(resident=1, host=0, disk=1)
     append(store, 0, b"abcd")
