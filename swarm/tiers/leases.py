@@ -1,4 +1,4 @@
-"""What threads hold of a memory tier: a use of an entry, and a load that is under way."""
+"""What threads hold of a memory tier: a use of an entry, a load that is under way, and a claim to room for one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+
+
+class Claim(Generic[K]):
+    """Bytes that somebody waits for. Changed under the tier's lock."""
+
+    __slots__ = ("granted", "key", "size")
+
+    def __init__(self, key: K | None, size: int) -> None:
+        self.key = key  # of the entry that they are for; None: for something else
+        self.size = size
+        self.granted = False  # promised, as by Residency.reserve
 
 
 class Flight(Generic[K, V]):

@@ -15,7 +15,7 @@ from typing import Final, Generic, TypeVar
 
 from moehive.protocol.errors import MemoryExhausted
 
-from .leases import Flight
+from .leases import Claim, Flight
 from .policy import Lru, Policy
 from .residency import Entry, Residency
 
@@ -69,8 +69,8 @@ class Loading(Generic[K, V]):
         self._clock = clock
         self._wait = wait
         self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)  # notified when something became evictable or unreserved
-        self._waiting = 0
+        self._room = threading.Condition(self._lock)  # notified when claims were granted, or what they are judged by
+        self._claims: list[Claim[K]] = []  # of those who wait for room, the oldest first
         self._flights: dict[K, Flight[K, V]] = {}
         self._failed: dict[K, Exception] = {}  # loads ahead that failed before anybody waited for them
         self._pool: ThreadPoolExecutor | None = None
@@ -227,18 +227,39 @@ class Loading(Generic[K, V]):
 
     def _reserve(self, key: K | None, size: int, what: str) -> None:
         """Inside the lock: wait until `size` bytes are promised."""
+        if self._residency.reserve(key, size):
+            return
+        claim = Claim(key, size)
+        self._claims.append(claim)
         deadline = time.monotonic() + self._wait
-        while not self._residency.reserve(key, size):
-            left = deadline - time.monotonic()
-            if left <= 0 or size > self._residency.budget:
-                raise self._residency.refusal(f"{self.name} tier, {what}", size)
-            self._waiting += 1
-            try:
+        try:
+            while not claim.granted:
+                left = deadline - time.monotonic()
+                if left <= 0 or size > self._residency.budget:
+                    raise self._residency.refusal(f"{self.name} tier, {what}", size)
                 self._room.wait(left)
-            finally:
-                self._waiting -= 1
+        except BaseException:
+            self._withdraw(claim)
+            raise
+
+    def _withdraw(self, claim: Claim[K]) -> None:
+        """Inside the lock: who waited was refused, or interrupted."""
+        if claim.granted:
+            self._residency.cancel(claim.size)
+            self._notify()
+        else:
+            self._claims.remove(claim)
 
     def _notify(self) -> None:
-        """Inside the lock."""
-        if self._waiting:
-            self._room.notify_all()
+        """Inside the lock: something became evictable or unreserved, which goes to who waits for it longest.
+
+        Not to whoever comes first: a thread that releases one entry and needs the next at once is there before any
+        other has woken up, and would be again and again. A claim that is too large for now holds up none behind it,
+        since who made those may have in use what the large one waits for.
+        """
+        if not self._claims:
+            return
+        for claim in self._claims:
+            claim.granted = self._residency.reserve(claim.key, claim.size)
+        self._claims = [claim for claim in self._claims if not claim.granted]
+        self._room.notify_all()

@@ -68,7 +68,7 @@ class RamTier(Loading[K, V]):
         """End what `hold` began."""
         with self._lock:
             self._residency.release_all(entries)
-            if self._waiting:
+            if self._claims:
                 self._notify()
 
     def _note(self, uses: Uses[K], ahead: bool) -> Sequence[K]:
@@ -256,7 +256,7 @@ class RamTier(Loading[K, V]):
             if mine:
                 entry = self._fly(flight)
                 break
-            flight.done.wait()
+            self._await(flight)
             if flight.entry is not None:
                 entry = flight.entry
                 break
@@ -266,6 +266,17 @@ class RamTier(Loading[K, V]):
             # loading thread was interrupted (KeyboardInterrupt, SystemExit): that is its own affair. Load here.
         self._count_stall(key, self._clock() - started, flight.speculation if flight else None)
         return entry
+
+    def _await(self, flight: Flight[K, V]) -> None:
+        """Wait for a flight that was joined. Who is interrupted meanwhile (Ctrl-C) does not use its entry any more."""
+        try:
+            flight.done.wait()
+        except BaseException:
+            with self._lock:
+                flight.users -= 1
+                if flight.entry is not None and self._residency.release(flight.entry):
+                    self._notify()
+            raise
 
     def _find(self, key: K) -> tuple[Entry[K, V] | None, Flight[K, V] | None, bool]:
         """The entry, now used; or else the flight to wait for, and whether it is this thread that has to fly it."""

@@ -1,8 +1,17 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from moehive.swarm.memory import default_disk_budget, default_ram_budget, detect_disk, detect_memory
+from moehive.swarm.memory import (
+    default_disk_budget,
+    default_ram_budget,
+    default_vram_budget,
+    detect_devices,
+    detect_disk,
+    detect_memory,
+)
 from moehive.swarm.policy.budgets import DeviceFacts, MemoryFacts
 
 GIB = 1 << 30
@@ -35,6 +44,20 @@ def test_the_tightest_group_of_version_2_on_the_way_up_counts_without_page_cache
     write(tmp_path, {f"{group}/memory.max": 4 * GIB})
     assert detect_memory(tmp_path, machine=MACHINE).limit == 4 * GIB
     assert detect_memory(tmp_path, machine=MACHINE).room == GIB
+
+
+def test_the_tightest_group_is_that_with_the_least_room_not_with_the_lowest_limit(tmp_path: Path) -> None:
+    group = "sys/fs/cgroup/all/job"
+    files = {
+        "proc/self/cgroup": "0::/all/job",
+        f"{group}/memory.max": 4 * GIB,
+        f"{group}/memory.current": GIB,
+        "sys/fs/cgroup/all/memory.max": 8 * GIB,
+        "sys/fs/cgroup/all/memory.current": 7 * GIB,
+    }
+    write(tmp_path, files)
+    facts = detect_memory(tmp_path, machine=MACHINE)
+    assert (facts.limit_group, facts.room) == ("/sys/fs/cgroup/all", GIB)
 
 
 @pytest.mark.parametrize("own", ["/", "/docker/0123456789"])
@@ -88,3 +111,21 @@ def test_the_disk_of_a_store_that_does_not_exist_yet(tmp_path: Path) -> None:
     assert facts.held >= 1 << 20
     assert facts.free > 0
     assert 0 < default_disk_budget(store) <= 20 * GIB
+
+
+def test_accelerators_as_torch_tells_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card with memory of its own, a Jetson, and a Mac, in one machine that there is not."""
+    cards = [SimpleNamespace(name="H100", is_integrated=0), SimpleNamespace(name="Orin", is_integrated=1)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: cards[index])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: ((70 - index) * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 48 * GIB)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 8 * GIB)
+    assert detect_devices() == [
+        DeviceFacts("cuda:0 H100", 80 * GIB, 70 * GIB),
+        DeviceFacts("cuda:1 Orin", 80 * GIB, 69 * GIB, unified=True),
+        DeviceFacts("mps", 48 * GIB, 40 * GIB, unified=True),
+    ]
+    assert default_vram_budget(torch.device("cuda", 0)) == 63 * GIB, "a tenth stays for activations"
+    assert default_vram_budget(torch.device("cuda", 1)) == 0, "experts in RAM are there already"

@@ -82,6 +82,8 @@ class BlockStore:
     def follow(self, plan: KvPlan) -> None:
         """Keep from now on what the plan lets stay on the device. Raises DiskFull, StorageError."""
         self._plan = plan
+        if self._staging is self._host:  # here, because nothing may move while a layer is read
+            self._free_in_host(self._transit)
         self._shrink()
         self._device.drop_spare()
 
@@ -136,21 +138,31 @@ class BlockStore:
         On disk both exist until the end. Raises DiskFull, StorageError; the layer's blocks are then lost.
         """
         old, self._shelves[layer] = self._shelves[layer], _Shelf()
-        for index in range(old.on_disk):
-            with self._staged(old, index) as blocks:
-                content = unpack(blocks[0])
-            self.append(layer, nbytes, partial(pack, content))
-        while old.in_host:
-            content = unpack(old.in_host[0])
-            self._host.give(old.in_host.popleft())
-            self.append(layer, nbytes, partial(pack, content))
-        while old.on_device:
-            content = unpack(old.on_device[0])
-            self._take_from_device(old)
-            self.append(layer, nbytes, partial(pack, content))
-        if old.file is not None:
-            old.file.close()
-            self._disk.give(old.on_disk * old.nbytes)
+        try:
+            for index in range(old.on_disk):
+                with self._staged(old, index) as blocks:
+                    content = unpack(blocks[0])
+                self.append(layer, nbytes, partial(pack, content))
+            while old.in_host:
+                content = unpack(old.in_host[0])
+                self._host.give(old.in_host.popleft())
+                self.append(layer, nbytes, partial(pack, content))
+            while old.on_device:
+                content = unpack(old.on_device[0])
+                self._take_from_device(old)
+                self.append(layer, nbytes, partial(pack, content))
+        finally:
+            self._drop(old)
+
+    def _drop(self, shelf: _Shelf) -> None:
+        """Give back all that a layer's blocks take."""
+        while shelf.on_device:
+            self._take_from_device(shelf)
+        while shelf.in_host:
+            self._host.give(shelf.in_host.popleft())
+        if shelf.file is not None:
+            shelf.file.close()
+            self._disk.give(shelf.on_disk * shelf.nbytes)
 
     def close(self) -> None:
         """Give back files and spare buffers. The layers are empty by then."""
@@ -180,9 +192,12 @@ class BlockStore:
         elif block.device.type == "cpu":
             self._write(shelf, block)
         else:
+            self._free_in_host(shelf.nbytes)
             copy = self._host.take(shelf.nbytes)
-            self._write(shelf, copy.copy_(block))
-            self._host.give(copy)
+            try:
+                self._write(shelf, copy.copy_(block))
+            finally:
+                self._host.give(copy)
         self._take_from_device(shelf)
         self.counts.spilled_blocks += 1
 
@@ -192,18 +207,27 @@ class BlockStore:
 
     def _make_room_in_host(self, nbytes: int) -> bool:
         """Whether a block of `nbytes` can stay in host memory, after older ones left it where that was needed."""
-        reserve = max(self._plan.transit, nbytes) if self._staging is self._host else 0  # for blocks read from disk
-        if nbytes + reserve > self._host.account.limit:
-            return False
+        reserve = max(self._transit, nbytes) if self._staging is self._host else 0  # for blocks read from disk
+        return nbytes + reserve <= self._host.account.limit and self._free_in_host(nbytes + reserve)
+
+    def _free_in_host(self, nbytes: int) -> bool:
+        """Write the oldest blocks in host memory to disk until `nbytes` are free; whether they are.
+
+        They are not where a layer that is being rewritten fills it: its new blocks then go straight to disk.
+        """
         while True:
             tier = [(shelf.on_disk, len(shelf.in_host)) for shelf in self._shelves]
-            layer = next_to_spill(tier, over=self._host.room < nbytes + reserve)
+            layer = next_to_spill(tier, over=self._host.room < nbytes)
             if layer is None:
-                # Not where a layer that is being rewritten fills it: its new blocks then go straight to disk.
-                return self._host.room >= nbytes + reserve
+                return self._host.room >= nbytes
             shelf = self._shelves[layer]
             self._write(shelf, shelf.in_host[0])
             self._host.give(shelf.in_host.popleft())
+
+    @property
+    def _transit(self) -> int:
+        """Bytes that blocks on their way from disk may take at a time."""
+        return min(self._plan.transit, self._staging.account.limit)
 
     def _write(self, shelf: _Shelf, block: Tensor) -> None:
         """Append to the layer's file. The caller takes the block from where it was."""
@@ -227,7 +251,7 @@ class BlockStore:
             assert shelf.file is not None
             shelf.file.read_into(parts, 0)
             return
-        several = max(1, self._plan.transit // shelf.nbytes)
+        several = max(1, self._transit // shelf.nbytes)
         for first in range(0, shelf.on_disk, several):
             with self._staged(shelf, first, min(several, shelf.on_disk - first), room=several) as blocks:
                 into.put(first, blocks)

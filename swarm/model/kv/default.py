@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, Final
 
 from moehive.protocol.errors import ConfigError
@@ -32,9 +33,17 @@ class _Generates:
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """See transformers' `generate`. Raises also what the cache raises."""
         options: KvOptions = getattr(self, _OPTIONS)
-        if options.mode != "full" and kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
-            kwargs |= self._own_cache(options, kwargs, inputs if inputs is not None else kwargs.get("input_ids"))
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        with ExitStack() as failing:  # whoever keeps an error, as a notebook does, keeps no cache by it
+            if (
+                options.mode != "full"
+                and kwargs.get("past_key_values") is None
+                and kwargs.get("use_cache") is not False
+            ):
+                kwargs |= self._own_cache(options, kwargs, inputs if inputs is not None else kwargs.get("input_ids"))
+                failing.callback(kwargs["past_key_values"].close)
+            output = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+            failing.pop_all()
+        return output
 
     def _own_cache(self, options: KvOptions, kwargs: dict[str, Any], prompt: Any) -> dict[str, Any]:
         settings = kwargs.get("generation_config") or self.generation_config  # type: ignore[attr-defined]

@@ -40,6 +40,54 @@ def test_the_same_for_programs_with_a_model(moehive, converted):
     assert {"torch", "triton", "hivemind", "transformers"} <= set(checks)
 
 
+def test_what_was_found_is_said_beside_what_was_chosen_and_why():
+    """A machine with a card, an accelerator that shares its memory, and a control group."""
+    from moehive.node.cli.doctor import describe
+    from moehive.swarm.policy.budgets import DeviceFacts, DiskFacts, MemoryFacts, plan_budgets
+
+    gib = 1 << 30
+    devices = [DeviceFacts("cuda:0 H100", 80 * gib, 70 * gib), DeviceFacts("mps", 48 * gib, 40 * gib, unified=True)]
+    memory = MemoryFacts(
+        64 * gib, 40 * gib, limit=30 * gib, limit_used=10 * gib, limit_group="/sys/fs/cgroup/job", devices=devices
+    )
+    disk = DiskFacts(free=10 * gib, held=gib)
+    lines = {
+        tuple(line.split(maxsplit=1)) for line in describe(memory, disk, plan_budgets(memory, disk), []).splitlines()
+    }
+    said = {" ".join(line) for line in lines}
+    for part in (
+        "memory 64.0 GiB, 40.0 GiB available",
+        "control group /sys/fs/cgroup/job: 30.0 GiB, 10.0 GiB used",
+        "accelerator cuda:0 H100: 80.0 GiB, 70.0 GiB free",
+        "accelerator mps: 48.0 GiB, shares the machine's memory",
+        "disk 10.0 GiB free, 1.0 GiB in the store",
+        "vram cuda:0 H100 63.0 GiB: 70.0 GiB free, less 7.0 GiB for activations",
+        "vram mps 0 B: shares the machine's memory",
+        "ram 10.0 GiB: half of the room: 30.0 GiB in control group /sys/fs/cgroup/job, 20.0 GiB of it left",
+        "disk 10.0 GiB: 1.0 GiB are held, 10.0 GiB free",
+    ):
+        assert any(" ".join(part.split()) in " ".join(line.split()) for line in said), part
+
+
+def test_a_model_is_held_against_every_memory_that_its_experts_may_have(tmp_path, converted):
+    from support.families import save_checkpoint
+
+    from moehive.node.cli.doctor import _fit
+    from moehive.swarm.convert import convert
+    from moehive.swarm.policy.budgets import Budget
+
+    budgets = [Budget("vram cuda:0 H100", 1 << 30, ""), Budget("vram mps", 0, ""), Budget("ram", 1 << 30, "")]
+    ram, device = _fit(converted, budgets)
+    assert "all 48 experts of demo" in ram.found
+    assert (device.name, device.found) == ("vram cuda:0 H100", "48 of 48 experts of demo fit")
+    save_checkpoint("gpt_oss_mxfp4", tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "model")
+    rams = range(0, 1 << 21, 1 << 15)  # from nothing to more than all
+    said = [" ".join(check.found for check in _fit(tmp_path / "model", [Budget("ram", ram, "")])) for ram in rams]
+    assert any("fit as they are stored" in found for found in said)
+    assert "fit as they are stored" not in said[0] + said[-1]
+
+
 def test_a_key_that_others_can_read_fails_it(moehive, home):
     Identity.load_or_create(home / "data" / "identity.key")
     assert moehive("doctor", "--json").code == 0

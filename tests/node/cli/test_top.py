@@ -79,6 +79,15 @@ def test_rates_are_those_between_two_states(running):
     assert "silent" not in text
 
 
+def test_of_many_layers_those_are_shown_that_missed_most(running):
+    from moehive.node.cli.top import describe
+
+    [layer, *_] = running["experts"]["layers"]
+    running["experts"]["layers"] = [layer | {"layer": 100 + number, "misses": number} for number in range(20)]
+    shown = [line.split()[0] for line in describe([running], {}, running["updated"]).splitlines()[-12:]]
+    assert shown == [str(100 + number) for number in range(8, 20)]
+
+
 def test_a_node_that_does_not_write_any_more_is_marked(running):
     from moehive.node.cli.top import describe
 
@@ -86,6 +95,8 @@ def test_a_node_that_does_not_write_any_more_is_marked(running):
 
 
 def test_a_device_and_what_memory_holds_as_stored_have_lines_of_their_own(moehive, home):
+    from moehive.node.cli.top import describe
+
     stats = state()
     facts = replace(stats, device="cuda:1", device_tier=stats.tier, stored=stats.tier)
     file = StatusFile(home / "cache" / "nodes", PEER, lambda: facts)
@@ -96,4 +107,9 @@ def test_a_device_and_what_memory_holds_as_stored_have_lines_of_their_own(moehiv
     assert "as stored" in said
     assert "33.3% of 3 that memory missed; 20 B of 100 B" in said
     tiers = json.loads(moehive("top", "--json").out)["nodes"][0]["experts"]["tiers"]
+    later = json.loads(file.path.read_text())
+    before = copy.deepcopy(later)
+    later["updated"] += 2.0
+    later["experts"]["tiers"][0]["movedBytes"] += 4096
+    assert "4.0 KiB uploaded, 2.0 KiB/s" in describe([later], {PEER: before}, later["updated"])
     assert [tier["tier"] for tier in tiers] == ["vram", "ram", "ram-stored", "disk"]

@@ -97,6 +97,7 @@ def test_a_budget_below_the_floor_is_refused_before_anything_is_computed(convert
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("unable to mmap 4096 bytes from file </shm>: Cannot allocate memory (12)"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (OSError("Cannot allocate memory"), False),
     ],

@@ -16,13 +16,14 @@ from torch import Tensor
 from moehive.kernels.cpu import packed
 from moehive.kernels.cpu.packed import can_pack, is_packed, plain_weights
 from moehive.kernels.expert_ffn import ExpertWeights
-from moehive.protocol.errors import CorruptShard
+from moehive.protocol.errors import BudgetTooSmall, CorruptShard
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm import open_local
 from moehive.swarm.model import buffers
 from moehive.swarm.model.backend import LocalExperts
 from moehive.swarm.model.buffers import HostBuffers
 from moehive.swarm.model.loader import ExpertLoader, StoredExpert
+from moehive.swarm.model.seats import tier_statistics
 from moehive.swarm.model.tier import WeightsTier, forms_of, packed_forms
 from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.tiers.policy import Uses
@@ -77,7 +78,30 @@ def test_what_fits_as_stored_is_read_once_and_nothing_changes(checkpoints: Any, 
     backend.tier.close()
 
 
-@pytest.mark.parametrize("family", [*QUANTISED, *PACKED])
+@pytest.mark.parametrize("family", QUANTISED)
+def test_the_least_memory_that_is_named_works(checkpoints: Any, family: str, prompt: Tensor) -> None:
+    """In RAM, and in RAM and a device's memory at a time; and one byte less is refused."""
+    converted = checkpoints.converted(family)
+    wanted = open_local(converted, prefetch=False)[0]
+    with pytest.raises(BudgetTooSmall) as ram:
+        open_local(converted, ram=1)
+    with pytest.raises(BudgetTooSmall) as both:
+        open_local(converted, ram=ram.value.needed, vram=1)
+    for refused in ({"ram": ram.value.needed - 1}, {"ram": ram.value.needed, "vram": both.value.needed - 1}):
+        with pytest.raises(BudgetTooSmall):
+            open_local(converted, **refused)
+    for least in ({"ram": ram.value.needed}, {"ram": ram.value.needed, "vram": both.value.needed}):
+        tight = open_local(converted, **least)[0]
+        with torch.inference_mode():
+            assert torch.equal(tight(input_ids=prompt).logits, wanted(input_ids=prompt).logits)
+        assert torch.equal(generate(tight, prompt[:1]), generate(wanted, prompt[:1]))
+        stats = tier_statistics(tight)
+        assert stats is not None
+        assert stats.evictions > 0
+        assert stats.resident_bytes <= stats.budget_bytes <= ram.value.needed
+
+
+@pytest.mark.parametrize("family", QUANTISED)
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 def test_what_is_widened_from_memory_is_what_is_read(checkpoints: Any, family: str, dtype: torch.dtype) -> None:
     loader = loader_of(checkpoints.converted(family))

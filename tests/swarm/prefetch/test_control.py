@@ -39,6 +39,11 @@ def test_a_trial_without_gain_ends() -> None:
         assert state.reason
 
 
+def test_a_quarter_of_the_bytes_may_be_wasted_and_no_more() -> None:
+    assert after(PLAIN, replace(GOOD, used_bytes=75, wasted_bytes=25)).mode is Mode.ON
+    assert after(PLAIN, replace(GOOD, used_bytes=74, wasted_bytes=26)).mode is Mode.REST
+
+
 def test_what_runs_is_stopped_by_two_bad_windows_in_a_row_only() -> None:
     assert after(PLAIN, GOOD, SLOW).mode is Mode.ON
     assert after(PLAIN, GOOD, SLOW, GOOD, SLOW).mode is Mode.ON

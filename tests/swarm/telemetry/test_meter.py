@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moehive.swarm.telemetry.report import seconds_text, tier_json, tier_lines
+import pytest
+
+from moehive.protocol.errors import StorageError
+from moehive.swarm.telemetry.report import device_lines, seconds_text, tier_json, tier_lines
 from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.tiers.ram import RamTier
 
@@ -70,3 +73,31 @@ def test_what_memory_holds_as_stored_stands_between_memory_and_the_disk() -> Non
     assert said["tiers"][2]["movedBytes"] == below.loaded_bytes
     lines = tier_lines(above, "disk", stored=below)
     assert any(f"{below.hits:,} were found in memory as they are stored" in line for line in lines)
+
+
+def test_loads_that_failed_are_no_hits_of_the_tier_below() -> None:
+    errors = [StorageError("a bad sector")]
+
+    def load(key: str) -> str:
+        if errors:
+            raise errors.pop()
+        return key
+
+    tier = RamTier[str, str](30, load, room=lambda _: 10, size=lambda _: 10, loaders=0)
+    with pytest.raises(StorageError), tier.lease("a"):
+        pass
+    with tier.lease("a"):
+        pass
+    disk = tier_json(tier.stats, "disk")["tiers"][-1]
+    assert (disk["hits"], disk["failed"], disk["movedBytes"], disk["latency"]["count"]) == (1, 1, 10, 1)
+
+
+def test_a_devices_tier_tells_what_was_found_there_and_what_was_uploaded() -> None:
+    assert device_lines(worked().stats) == [
+        "experts: 60.0% of 10 uses found them on the device (30 B of 30 B)",
+        "  4 uploads, 40 B: p50 1 s, p99 1 s",
+    ]
+    vram, ram, disk = tier_json(worked().stats, "disk", worked().stats)["tiers"]
+    assert (vram["tier"], vram["hits"], vram["misses"], vram["movedBytes"]) == ("vram", 6, 4, 40)
+    assert vram["latency"]["count"] == 4
+    assert (ram["tier"], disk["tier"]) == ("ram", "disk")

@@ -160,6 +160,8 @@ def test_a_device_without_any_memory_says_so() -> None:
 
 def test_a_failed_pack_leaves_its_slot_to_others() -> None:
     made = Made(1, loaders=0)
+    made.use((0, 2))
+    [staging] = made.tier._staging
 
     def fail(key: Key, memory: Tensor) -> None:
         raise OSError("the disk is gone")
@@ -170,7 +172,7 @@ def test_a_failed_pack_leaves_its_slot_to_others() -> None:
     made.tier._pack = pack
     made.use((0, 1))
     made.close()
-    assert len(made.tier._staging) == 1
+    assert [id(one) for one in made.tier._staging] == [id(staging)]
 
 
 def test_uploads_leave_what_the_running_call_uses() -> None:
@@ -197,6 +199,36 @@ def test_one_hot_layer_leaves_each_layer_its_floor() -> None:
     made.use((1, 1))
     made.close()
     assert made.packed[1, 0] == made.packed[1, 1] == 1
+
+
+def test_a_call_takes_two_slots_of_other_layers_at_most() -> None:
+    """A prompt uses nearly all experts of a layer once, and would flush what decoding uses."""
+    made = Made(8, loaders=0, top_k=1)
+    for key in [(1, expert) for expert in range(6)] + [(0, 0), (0, 1)]:
+        made.use(key)
+    for _ in range(50):  # what is on the device of layer 1 is worth nothing any more, of layer 0 it is
+        made.tier.note(Uses(1, {(1, 9): 1}))
+        made.tier.note(Uses(0, {(0, 0): 1, (0, 1): 1}))
+    newcomers = [(0, expert) for expert in range(2, 6)]
+    made.tier.note(Uses(0, dict.fromkeys(newcomers, 1)))
+    for key in newcomers:
+        with made.tier.lease(key):
+            pass
+    left = made.tier.keys()
+    assert sum(layer == 1 for layer, _ in left) == 6 - 2
+    made.close()
+
+
+def test_a_slot_remembers_every_read_that_is_not_over() -> None:
+    """Several streams may compute: the end of one says nothing of the others."""
+    accelerator = FakeAccelerator()
+    slot, events = Slot(0, accelerator.allocate(SLOT)), [accelerator.record() for _ in range(3)]
+    slot.read(events[0])
+    events[0].done = True
+    for event in events[1:]:
+        slot.read(event)
+    assert list(slot.take_reads()) == events[1:]
+    assert list(slot.take_reads()) == []
 
 
 def test_everything_in_use_is_said_with_the_budget_that_would_do() -> None:

@@ -166,6 +166,37 @@ def test_no_layer_starves_another() -> None:
     assert {key for key in resident(policy) if key.layer == 1} == {ExpertKey(1, 0), ExpertKey(1, 1)}
 
 
+def with_an_idle_layer(policy: Lfru[ExpertKey], busy: int, idle: int) -> Lfru[ExpertKey]:
+    """So many experts of layer 0, which are used all the time, and of layer 1, which are not used any more."""
+    for _ in range(3):
+        policy.step(step(0, *range(busy)))
+    policy.step(step(1, *range(idle)))
+    for _ in range(99):
+        policy.step(step(1, 9))
+    for layer, experts in ((0, busy), (1, idle)):
+        for expert in range(experts):
+            policy.loaded(ExpertKey(layer, expert), 1)
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("top_k", "idle", "leaves"),
+    [
+        (2, 4, 1),  # one more than top_k + 1: it is worth less than anything of layer 0
+        (2, 3, 0),
+        (4, 4, 0),  # too few slots for that: equal shares
+        (4, 5, 1),
+    ],
+)
+def test_the_floor_of_a_layer_is_left_alone_whatever_its_experts_are_worth(top_k: int, idle: int, leaves: int) -> None:
+    policy = with_an_idle_layer(lfru(top_k), busy=4, idle=idle)
+    [victim] = policy.victims(ExpertKey(0, 8), 1, never) or []
+    assert victim.layer == leaves
+    suspicion = policy.victims(ExpertKey(0, 8), 1, lambda key: key.layer == 0, chance=1.0)
+    assert suspicion == ([victim] if leaves else None)
+    assert policy.victims(ExpertKey(0, 8), 1, lambda key: key.layer == 0) is not None, "a floor is a wish"
+
+
 def resident(policy: Lfru[ExpertKey]) -> set[ExpertKey]:
     return {key for keys in policy._entries.values() for key in keys}
 
@@ -232,6 +263,17 @@ def test_steps_without_a_decision_take_little_memory() -> None:
         tracemalloc.stop()
     policy.loaded(ExpertKey(0, 300), 1)
     assert tuple(policy.victims(None, 1, never) or ()) == (ExpertKey(0, 300),)
+
+
+def test_a_prompt_counts_as_the_tokens_that_it_has() -> None:
+    """What all of its 64 tokens used is worth more than what 20 tokens before it used."""
+    policy = lfru(1)
+    for _ in range(20):
+        policy.step(step(0, 0))
+    policy.step(Uses(0, {ExpertKey(0, 1): 64}, 64))
+    for expert in (0, 1):
+        policy.loaded(ExpertKey(0, expert), 1)
+    assert policy.victims(ExpertKey(0, 2), 1, never) == [ExpertKey(0, 0)]
 
 
 def test_what_returns_is_judged_by_its_history() -> None:

@@ -90,6 +90,30 @@ def test_who_joined_a_load_that_was_interrupted_loads_for_himself() -> None:
         assert isinstance(interrupted.exception(DEADLINE), KeyboardInterrupt)
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_who_is_interrupted_while_he_waits_for_a_load_uses_it_no_more(ended: bool) -> None:
+    """Ctrl-C in a notebook: what nobody uses can be evicted, else the budget would be smaller from then on."""
+    load = Gate("a")
+    tier = make(10, load)
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if ended:
+                load.finish.set()
+                super().wait(DEADLINE)
+            raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(take, tier, "a")
+        assert load.started.wait(DEADLINE)
+        tier._flights["a"].done = Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            take(tier, "a")
+        load.finish.set()
+        assert loading.result(DEADLINE) == "value a"
+    assert tier.evict("a")
+
+
 # --- room -------------------------------------------------------------------------------------------------------------
 
 
@@ -98,29 +122,84 @@ def test_a_miss_waits_until_room_is_released() -> None:
     with ThreadPoolExecutor(1) as pool, ExitStack() as holding:
         holding.enter_context(tier.lease("a"))
         waiting = pool.submit(take, tier, "b")
-        wait_until(lambda: tier._waiting == 1)
+        wait_until(lambda: len(tier._claims) == 1)
         assert not waiting.done()
         holding.close()
         assert waiting.result(DEADLINE) == "value b"
     assert tier.keys() == ["b"]
 
 
-@pytest.mark.parametrize("how", ["failed load", "resize", "unpin"])
+def test_room_goes_to_who_waits_longest_not_to_who_is_there_first() -> None:
+    """Who releases one entry and needs the next is always there first: in a budget for one, others would starve."""
+    load = Gate("")
+    tier = make(10, load)
+    with ThreadPoolExecutor(2) as pool:
+        with tier.lease("a"):
+            waiting = []
+            for key in "bc":
+                waiting.append(pool.submit(take, tier, key))
+                wait_until(lambda: len(tier._claims) == len(waiting))
+        assert take(tier, "d") == "value d"
+        assert [done.result(DEADLINE) for done in waiting] == ["value b", "value c"]
+    assert load.calls == ["a", "b", "c", "d"]
+
+
+def test_who_waits_for_more_than_is_released_holds_up_nobody() -> None:
+    """Whoever is held up might have in use what the other waits for."""
+    tier = RamTier[str, str](20, value_of, room=lambda key: 10 * len(key), size=lambda _: 10, loaders=0)
+    with ThreadPoolExecutor(2) as pool, ExitStack() as held:
+        held.enter_context(tier.lease("a"))
+        with tier.lease("b"):
+            large = pool.submit(take, tier, "xx")
+            wait_until(lambda: len(tier._claims) == 1)
+            small = pool.submit(take, tier, "c")
+            wait_until(lambda: len(tier._claims) == 2)
+        assert small.result(DEADLINE) == "value c"
+        assert not large.done()
+        held.close()
+        assert large.result(DEADLINE) == "value xx"
+
+
+@pytest.mark.parametrize("room_came", [False, True])
+def test_who_is_interrupted_while_he_waits_for_room_leaves_it_to_others(
+    room_came: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = make(10)
+
+    def interrupted(left: float) -> None:
+        if room_came:
+            tier._residency.resize(20)
+            tier._notify()
+        raise KeyboardInterrupt
+
+    with tier.lease("a"), monkeypatch.context() as patched:
+        patched.setattr(tier._room, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            take(tier, "b")
+    assert (tier._claims, tier._flights, tier.stats.reserved_bytes) == ([], {}, 0)
+    assert take(tier, "b") == "value b"
+
+
+@pytest.mark.parametrize("how", ["failed load", "resize", "unpin", "borrow"])
 def test_everything_that_makes_room_wakes_who_waits(how: str) -> None:
     load = Gate("a" if how == "failed load" else "", StorageError("no"))
     tier = make(10, load)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, ExitStack() as borrowed:
         if how == "failed load":
             first = pool.submit(take, tier, "a")
             assert load.started.wait(DEADLINE)
+        elif how == "borrow":
+            borrowed.enter_context(tier.borrow(5, "a test"))
         else:
             take(tier, "a")
             tier.pin("a")
         waiting = pool.submit(take, tier, "b")
-        wait_until(lambda: tier._waiting == 1)
+        wait_until(lambda: len(tier._claims) == 1)
         if how == "failed load":
             load.finish.set()
             assert first.exception(DEADLINE) is not None
+        elif how == "borrow":
+            borrowed.close()
         elif how == "resize":
             tier.resize(20)
         else:

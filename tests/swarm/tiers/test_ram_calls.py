@@ -106,6 +106,18 @@ def test_what_somebody_else_loaded_is_kept_where_there_is_room() -> None:
     assert load.calls == ["b"]
 
 
+def test_what_is_on_its_way_is_not_put_beside_itself() -> None:
+    load = Gate("a")
+    tier = make(20, load)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(take, tier, "a")
+        assert load.started.wait(DEADLINE)
+        assert tier.put("a", "another a", 0.5)
+        load.finish.set()
+        assert loading.result(DEADLINE) == "value a"
+    assert (tier.stats.entries, tier.resident_bytes, tier.stats.reserved_bytes) == (1, 10, 0)
+
+
 def test_a_load_that_no_thread_has_begun_is_taken_over() -> None:
     """Two loads are queued behind one loader that is held up: the step itself loads what it needs first."""
     load = Gate("z")
@@ -144,6 +156,31 @@ def test_an_error_of_a_load_ahead_is_told_to_who_needs_the_entry() -> None:
     with pytest.raises(StorageError, match="corrupt"):
         leased(tier, "b")
     assert leased(tier, "b") == "value b"
+
+
+def test_an_error_of_a_load_ahead_that_nobody_asked_for_is_forgotten_at_the_next_call() -> None:
+    """It is told to the call that it was loaded for. Later the cause may be gone."""
+    errors = [StorageError("busy")]
+
+    def load(key: str) -> str:
+        if key == "b" and errors:
+            raise errors.pop()
+        return value_of(key)
+
+    tier = make(40, load, loaders=1)
+    tier.note(uses("ab"))  # and abandoned
+    wait_until(lambda: not errors and not tier._flights)
+    assert call(tier, "b") == ["value b"]
+
+
+def test_no_more_loads_begin_ahead_than_there_are_threads_for_them() -> None:
+    """What is queued would have its bytes promised, and keep others from them."""
+    load = Gate("abc")
+    tier = make(40, load, loaders=2)
+    assert tier.begin(0, "abc") == ["a", "b"]
+    assert tier.stats.reserved_bytes == 20
+    load.finish.set()
+    assert [leased(tier, key) for key in "abc"] == ["value a", "value b", "value c"]
 
 
 def test_a_closed_tier_loads_without_threads() -> None:
@@ -203,7 +240,7 @@ def test_what_a_call_holds_stays_until_it_is_left_and_then_makes_room() -> None:
         with holding(tier, "ab"):
             assert not tier.evict("a")
             waiting = pool.submit(take, tier, "c")
-            wait_until(lambda: tier._waiting > 0)
+            wait_until(lambda: len(tier._claims) > 0)
             assert not waiting.done()
         assert waiting.result(DEADLINE) == "value c"
 

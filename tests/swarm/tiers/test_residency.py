@@ -233,3 +233,32 @@ def test_of_calls_that_find_everything_none_is_lost_from_the_counts(calls: int) 
         assert held.hold(0, [0]) is not None
     assert [counts.steps for counts in held.groups.values()] == [calls] * bool(calls)
     assert held.counts(0).hits == held.counts(0).clean_steps == held.counts(0).steps == calls
+
+
+def test_a_budget_lowered_while_a_load_is_under_way_holds_when_it_is_over() -> None:
+    held = Residency[int, str](10, Lru())
+    assert held.reserve(1, 5)
+    held.resize(4)
+    held.publish(1, "", 5, 0)
+    assert (held.resident, held.reserved) == (0, 0)
+
+
+def test_what_is_pinned_leaves_a_lowered_budget_when_it_is_no_longer() -> None:
+    held = Residency[int, str](10, Lru())
+    held.pin(1)
+    held.release(take(held, 1, 5))
+    held.resize(4)
+    assert list(held.entries) == [1]
+    held.unpin(1)
+    assert not held.entries
+
+
+def test_what_a_layer_wants_takes_the_place_of_what_it_wanted_before() -> None:
+    held = Residency[int, str](2, Lru())
+    for key in (1, 2):
+        held.release(take(held, key, 1))
+    held.want(0, [1, 2])
+    assert not held.reserve_spare(3, 1)
+    held.want(0, [2])
+    assert held.reserve_spare(3, 1)
+    assert list(held.entries) == [2]

@@ -66,9 +66,13 @@ class Blocks(RuleBasedStateMachine):
         host=st.integers(0, 4),
         window=st.none() | st.integers(0, 2),
         transit=st.integers(1, 3),
+        beside=st.booleans(),
     )
-    def begin(self, resident: int, host: int, window: int | None, transit: int) -> None:
-        self.store = make_store(resident, host, 1000, window, transit)
+    def begin(self, resident: int, host: int, window: int | None, transit: int, beside: bool) -> None:
+        """`beside`: as an accelerator has it, what comes from disk passes through the host tier's budget."""
+        self.store = make_store(resident, host + transit * beside, 1000, window, transit)
+        if beside:
+            self.store._staging = self.store._host
         self.window = window
         self.wanted: list[list[bytes]] = [[] for _ in range(LAYERS)]
         self.made = 0
@@ -141,6 +145,35 @@ def test_the_oldest_go_down_a_tier_evenly_over_the_layers() -> None:
     assert (store.counts.spilled_blocks, store.counts.written_bytes) == (9, 6 * NBYTES)
     content_of(store, 0)
     assert store.counts.reloaded_bytes == 3 * NBYTES
+
+
+@pytest.mark.parametrize(("host", "transit"), [(3, 2), (3, 9)])
+def test_more_room_for_what_comes_from_disk_is_made_in_host_memory(host: int, transit: int) -> None:
+    """Beside an accelerator, once a division of its memory lets more blocks be on their way at a time."""
+    store = make_store(resident=0, host=host, disk=100)
+    store._staging = store._host
+    content = [bytes([number] * NBYTES) for number in range(6)]
+    for block in content:
+        append(store, 0, block)
+    assert len(store._shelves[0].in_host) == host - 1
+    store.follow(KvPlan(slots=1, slot=0, resident=0, window=None, transit=transit * NBYTES))
+    assert content_of(store, 0, directly=False) == content
+    append(store, 0, b"abcd")
+    assert content_of(store, 0, directly=False) == [*content, b"abcd"]
+
+
+def test_a_layer_that_fills_host_memory_is_rewritten_to_disk() -> None:
+    store = make_store(resident=0, host=2, disk=100)
+    content = [bytes([number, 0, 0, 9]) for number in range(4)]
+    for block in content:
+        append(store, 0, block)
+    assert len(store._shelves[0].in_host) == 2
+
+    def pack(pair: tuple[Tensor, Tensor], block: Tensor) -> None:
+        block.copy_(pair[0].flip(0))
+
+    store.rewrite(0, NBYTES, lambda block: (block.clone(), block), pack)
+    assert content_of(store, 0) == [block[::-1] for block in content]
 
 
 def test_a_disk_budget_that_is_full_says_so_and_loses_nothing() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,21 @@ def test_a_cache_that_nobody_needs_any_more_is_gone_at_once(options: Any, prompt
         assert len(list(Path("/proc/self/fd").iterdir())) == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("error", [None, ValueError("somebody else's")])
+def test_it_gives_everything_back_at_the_end_of_its_with(options: Any, prompt: Tensor, error: Exception | None) -> None:
+    model = build_model("mixtral", "float32")
+    gc.collect()
+    before = set(os.listdir("/proc/self/fd"))
+    with suppress(ValueError), small(model, options, prompt) as cache:
+        logits_of(model, prompt, cache)
+        assert cache.stats().disk_bytes > 0
+        if error is not None:
+            raise error
+    stats = cache.stats()
+    assert (stats.memory_bytes, stats.host_bytes, stats.disk_bytes) == (0, 0, 0)
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_layers_that_do_not_grow_are_transformers_own(options: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from support.families import build_model
 from transformers import DynamicCache, GenerationConfig
 
 import moehive.swarm
-from moehive.protocol.errors import ConfigError
+from moehive.protocol.errors import ConfigError, DiskFull
 from moehive.swarm.model.kv.cache import SpilledCache
 from moehive.swarm.model.kv.default import use_kv
 
@@ -62,6 +64,29 @@ def test_what_the_caller_brings_counts(options: Any) -> None:
     assert cache_of(model, PROMPT, use_cache=False) is None
     use_kv(model, "full")
     assert not isinstance(cache_of(model, PROMPT), SpilledCache)
+
+
+def test_who_keeps_the_error_of_a_generation_keeps_no_file_by_it(options: Any) -> None:
+    """As a notebook keeps its last one. Otherwise the disk that was full would stay so."""
+    model = use_kv(build_model("mixtral", "float32"), options(budget=30_000, disk=20_480))
+    gc.collect()
+    before = set(os.listdir("/proc/self/fd"))
+    files = []
+    with pytest.raises(DiskFull) as caught:
+        generate(
+            model, PROMPT, max_new_tokens=60, streamer=_Streamer(lambda: files.append(os.listdir("/proc/self/fd")))
+        )
+    assert set(files[-1]) - before, "nothing was on disk"
+    assert set(os.listdir("/proc/self/fd")) <= before
+    assert "disk budget" in str(caught.value)
+
+
+class _Streamer:
+    """Calls `look` at each token."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self.put = lambda _: look()
+        self.end = look
 
 
 def test_a_static_cache_contradicts_it(options: Any) -> None:

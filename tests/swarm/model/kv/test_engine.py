@@ -152,6 +152,30 @@ def test_memory_is_laid_out_anew_now_and_then_and_not_for_every_token() -> None:
     engine.close()
 
 
+def test_nothing_moves_while_the_next_layer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make(device=6000)
+    moved = []
+
+    def watched(name: str) -> None:
+        act = getattr(engine.store, name)
+
+        def check(*arguments: Any) -> Any:
+            assert engine.workspace._pending is None
+            moved.append(name)
+            return act(*arguments)
+
+        monkeypatch.setattr(engine.store, name, check)
+
+    for name in ("follow", "append", "truncate"):
+        watched(name)
+    run(engine, 30)
+    run(engine, 1, count=50)  # the next layer was read for one token more, and what comes does not fit
+    engine.truncate(1, 21)
+    assert engine.workspace.times.expected > 0
+    assert set(moved) == {"follow", "append", "truncate"}
+    engine.close()
+
+
 def test_a_budget_that_stops_working_is_refused_before_anything_changes() -> None:
     engine = make(device=1200)
     with pytest.raises(BudgetTooSmall, match=r"KV cache of \d+ tokens") as caught:
@@ -188,6 +212,32 @@ def test_after_an_error_it_has_to_be_reset() -> None:
         engine.reset(layer)
     run(engine, 3)
     engine.close()
+
+
+@pytest.mark.parametrize("host", [0, 3 * TOKENS * ROW])
+def test_where_beams_find_the_disk_full_a_reset_gives_everything_back(host: int) -> None:
+    """While a layer is written again, it is on disk twice."""
+    device, disk = 5400, 30 * TOKENS * ROW
+    engine = make(device=device, host=host, disk=disk)
+    run(engine, 40)
+    assert engine.disk.used > disk // 2
+    before = descriptors()
+    with pytest.raises(DiskFull) as caught:
+        engine.take_rows(0, torch.tensor([0, 0]))
+    with pytest.raises(StorageError, match="reset it"):
+        engine.update(1, *tokens(1))
+    for layer in range(LAYERS):
+        engine.reset(layer)
+    assert engine.disk.used == 0
+    run(engine, 40)  # as many as before
+    assert descriptors() <= before
+    engine.close()
+    assert (engine.device.used, engine.host.used, engine.disk.used) == (0, 0, 0)
+    del caught  # which until here has everything that was in the frames of the error
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_what_cannot_be_kept_is_refused() -> None:

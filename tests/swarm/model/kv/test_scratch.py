@@ -88,6 +88,28 @@ def test_a_full_disk_has_its_own_error(tmp_path: Path) -> None:
     file.write(memoryview(b"abcdef"), 0)
 
 
+def test_it_lies_where_it_was_asked_for(tmp_path: Path) -> None:
+    """Elsewhere may be memory (tmpfs), which bounds nothing."""
+    file = ScratchFile(tmp_path / "kv")
+    assert Path(f"/proc/self/fd/{file._fd}").readlink().parent == tmp_path / "kv"
+
+
+@pytest.mark.parametrize("what", ["write", "read", "cut"])
+def test_a_disk_that_is_gone_is_an_error_of_storage(tmp_path: Path, what: str) -> None:
+    file = ScratchFile(tmp_path)
+    file.write(memoryview(b"abcdef"), 0)
+    assert file._fd is not None
+    os.close(file._fd)
+    act = {
+        "write": lambda: file.write(memoryview(b"a"), 0),
+        "read": lambda: file.read_into([memoryview(bytearray(2))], 0),
+        "cut": lambda: file.truncate(1),
+    }[what]
+    with pytest.raises(StorageError, match=f"{what} a KV cache file in"):
+        act()
+    file._fd = None  # the number may be another file's by now
+
+
 def test_a_directory_that_cannot_be_is_an_error_of_storage(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="make a KV cache file"):
