@@ -125,6 +125,7 @@ class BatchRun:
             with self._lease(message.layer, expert, dtype) as weights:
                 rows = work.hidden.index_select(0, token)  # [n, H]
                 out[start : start + count] = expert_ffn(rows, plain_weights(weights), self._spec)
+                del weights  # they are not counted after their lease, and other work may come before this goes on
             start += count
             yield count
 
@@ -166,6 +167,7 @@ class BatchRun:
                 with self._lease(layer, group.expert, hidden.dtype) as weights:
                     rows = expert_rows_fast(hidden.index_select(0, part), weights, self._spec)  # [R, H]
                     add_weighted(total, part, rows, weight)
+                    del weights
                 yield part.shape[0]
 
     def _slices(self, token: Tensor, row_weights: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
@@ -189,6 +191,7 @@ def _run_token(work: Work, lease: LeaseExpert, spec: FfnSpec) -> Tensor:
     for expert, weight in zip(work.message.experts, work.weights.tolist(), strict=True):
         with lease(work.message.layer, expert, work.hidden.dtype) as weights:
             total.add_(expert_rows_fast(work.hidden, weights, spec), alpha=weight)  # in fp32, without a copy of the row
+            del weights
     return total.to(work.hidden.dtype)
 
 

@@ -141,7 +141,9 @@ class LocalExperts:
     def _rows(self, layer: int, expert: int, rows: Tensor) -> Tensor:
         """One expert's unweighted output [R, H] for `rows` [R, H]."""
         with self.tier.lease(_key(layer, expert, rows)) as weights:
-            return expert_ffn(rows, weights.to(rows.device), self._spec)
+            output = expert_ffn(rows, weights.to(rows.device), self._spec)
+            del weights  # it is not counted after its lease
+        return output
 
 
 def _key(layer: int, expert: int, rows: Tensor) -> WeightsKey:

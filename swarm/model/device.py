@@ -227,6 +227,7 @@ class DeviceExperts:
         with self.ram.lease((ExpertKey(plan.layer, expert), plan.dtype)) as weights:
             started = self._clock()
             yield weights
+            del weights  # they are not counted after their lease
             self.costs = self.costs.measured(min(plan.rows[expert], most_rows), self._clock() - started)
 
     def weights_in(self, slot: Slot, key: ExpertKey) -> ExpertWeights:

@@ -124,6 +124,7 @@ class ExpertLayout:
         """See SlotLayout."""
         with ram.lease((key, self.dtype)) as weights:
             self._parts.write(weights.tensors, memory)
+            del weights  # they are not counted after their lease
 
     def weights(self, form: int, memory: Tensor) -> ExpertWeights:
         """See SlotLayout. Views."""
@@ -170,6 +171,7 @@ class StoredLayout:
         parts = self._parts[self._form_of[key]]
         with ram.as_stored(key) as matrices:
             parts.write(_present(matrices), memory[: parts.nbytes])
+            del matrices  # they are not counted after their lease
 
     def weights(self, form: int, memory: Tensor) -> ExpertWeights:
         """See SlotLayout. New tensors, with the values that the processor computes with; views of what has them."""

@@ -115,7 +115,9 @@ class WeightsTier(RamTier[WeightsKey, ExpertWeights]):
         """An expert as it is stored, from memory or read for this. Raises what RamTier.lease and `read` raise."""
         if self._stored_takes(key):
             with self._lease_stored(key) as tensors:
-                yield self._loader.matrices(key, tensors)
+                matrices = [self._loader.matrices(key, tensors)]
+                del tensors  # as all of these: memory that nobody counts any more when the lease ends
+                yield matrices.pop()
         else:
             with self.borrow(self._loader.stored_room(key), f"{key} as it is stored"):
                 yield self._loader.matrices(key, self._read(key))
@@ -171,7 +173,9 @@ class WeightsTier(RamTier[WeightsKey, ExpertWeights]):
         (expert, dtype), way = key, self._ways[key]
         if way.from_stored:
             with self._lease_stored(expert) as tensors:
-                return self._loader.widen(expert, tensors, dtype)
+                weights = self._loader.widen(expert, tensors, dtype)
+                del tensors
+            return weights
         weights = self._loader.widen(expert, self._read(expert), dtype)
         return pack_weights(weights) if way.packs else weights
 

@@ -39,6 +39,7 @@ class Flight(Generic[K, V]):
         "future",
         "group",
         "key",
+        "pilot",
         "reserved",
         "speculation",
         "users",
@@ -54,6 +55,7 @@ class Flight(Generic[K, V]):
         self.done = threading.Event()
         self.ended: Callable[[], None] | None = None  # to be told, whatever came of it
         self.future: Future[None] | None = None  # of the loader thread; None: who needs it loads it
+        self.pilot = 0  # the thread that needs it and loads it; 0: a loader thread
         self.value: V | None = None  # from its load until it is an entry
         self.entry: Entry[K, V] | None = None
         self.error: BaseException | None = None

@@ -123,14 +123,8 @@ class Loading(Generic[K, V]):
             entry = self._publish(flight, None if self._arrive else self._clock() - started)
         except BaseException as error:
             _forget_frames(error)
-            flight.error = error
             with self._lock:
-                self._failed_loads += 1
-                if isinstance(error, Exception) and flight.speculation is None and not flight.users:
-                    self._failed[flight.key] = error
-                self._residency.cancel(flight.reserved)
-                del self._flights[flight.key]
-                self._notify()
+                self._abort(flight, error)
             raise
         finally:
             flight.done.set()
@@ -141,6 +135,19 @@ class Loading(Generic[K, V]):
             with self._lock:
                 self._count_seconds(flight.group, self._clock() - started)
         return entry
+
+    def _abort(self, flight: Flight[K, V], error: BaseException) -> None:
+        """Inside the lock: it has failed, if it had not landed; its waiters are not told yet."""
+        if self._flights.get(flight.key) is not flight:
+            return
+        flight.error = error
+        reserved, flight.reserved = flight.reserved, 0
+        self._residency.cancel(reserved)
+        del self._flights[flight.key]
+        self._failed_loads += 1
+        if isinstance(error, Exception) and flight.speculation is None and not flight.users:
+            self._failed[flight.key] = error
+        self._notify()
 
     def _load(self, flight: Flight[K, V]) -> V:
         """The value. Where memory runs out the budget shrinks, and it is tried once more."""
@@ -179,17 +186,17 @@ class Loading(Generic[K, V]):
         assert size <= flight.reserved, f"{flight.key} takes {size} bytes, {flight.reserved} were announced"
         with self._lock:
             held = self._residency
-            held.cancel(flight.reserved - size)
-            flight.reserved = 0
-            self._count_bytes(flight.group, size)
-            if seconds is not None:
-                self._count_seconds(flight.group, seconds)
+            spare, flight.reserved = flight.reserved - size, 0  # from here on an interrupt gives nothing back twice
+            held.cancel(spare)
             if flight.speculation is not None:
                 flight.speculation.size, flight.speculation.seconds = size, seconds or 0.0
                 held.speculation.bytes += size
             del self._flights[flight.key]
             entry = flight.entry = held.publish(flight.key, flight.value, size, flight.users, flight.speculation)
             flight.value = None
+            self._count_bytes(flight.group, size)
+            if seconds is not None:
+                self._count_seconds(flight.group, seconds)
             self._notify()
             return entry
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
+from threading import get_ident
 from typing import TypeVar
 
 from .leases import Flight, Lease
@@ -248,38 +249,34 @@ class RamTier(Loading[K, V]):
     def _obtain(self, key: K) -> Entry[K, V]:
         """A use of an entry that was absent a moment ago: loaded meanwhile, joined, or loaded here."""
         started = self._clock()
+        boarded: list[Flight[K, V]] = []  # the newest is the one that this thread is on
+        try:
+            entry = self._fetch(key, boarded)
+            self._count_stall(key, self._clock() - started, boarded[-1].speculation if boarded else None)
+        except BaseException as error:
+            if boarded:
+                self._leave(boarded[-1], error)
+            raise
+        return entry
+
+    def _fetch(self, key: K, boarded: list[Flight[K, V]]) -> Entry[K, V]:
         while True:
-            entry, flight, mine = self._find(key)
+            entry = self._find(key, boarded)
             if entry is not None:
-                break
-            assert flight is not None
-            if mine:
-                entry = self._fly(flight)
-                break
-            self._await(flight)
+                return entry
+            flight = boarded[-1]
+            if flight.pilot == get_ident():
+                return self._fly(flight)
+            flight.done.wait()
             if flight.entry is not None:
-                entry = flight.entry
-                break
+                return flight.entry
             if isinstance(flight.error, Exception) and flight.speculation is None:
                 raise flight.error
             # A guess may fail for a reason that has passed, so whoever needs the entry tries again. Or else the
             # loading thread was interrupted (KeyboardInterrupt, SystemExit): that is its own affair. Load here.
-        self._count_stall(key, self._clock() - started, flight.speculation if flight else None)
-        return entry
 
-    def _await(self, flight: Flight[K, V]) -> None:
-        """Wait for a flight that was joined. Who is interrupted meanwhile (Ctrl-C) does not use its entry any more."""
-        try:
-            flight.done.wait()
-        except BaseException:
-            with self._lock:
-                flight.users -= 1
-                if flight.entry is not None and self._residency.release(flight.entry):
-                    self._notify()
-            raise
-
-    def _find(self, key: K) -> tuple[Entry[K, V] | None, Flight[K, V] | None, bool]:
-        """The entry, now used; or else the flight to wait for, and whether it is this thread that has to fly it."""
+    def _find(self, key: K, boarded: list[Flight[K, V]]) -> Entry[K, V] | None:
+        """The entry, now used; or None, and this thread is on the flight that is appended, waiting or as its pilot."""
         with self._lock:
             if (error := self._failed.pop(key, None)) is not None:
                 raise error
@@ -288,14 +285,27 @@ class RamTier(Loading[K, V]):
             if flight is None:
                 entry = self._residency.acquire(key)
                 if entry is not None:
-                    return entry, None, False
-                flight = self._flights[key] = Flight(key, self._group(key), 0, 1)
-                return None, flight, True
+                    return entry
+                flight = Flight(key, self._group(key), 0, 0)
+                flight.pilot = get_ident()
+                self._flights[key] = flight
             flight.users += 1
-            stolen = flight.future is not None and flight.future.cancel()  # no loader thread has begun with it
-            if stolen:
-                flight.future = None
-            return None, flight, stolen
+            boarded.append(flight)
+            if flight.future is not None and flight.future.cancel():  # no loader thread has begun with it
+                flight.future, flight.pilot = None, get_ident()
+            return None
+
+    def _leave(self, flight: Flight[K, V], error: BaseException) -> None:
+        """This thread was on a flight when it failed, or was interrupted (Ctrl-C): let nobody wait for it in vain."""
+        with self._lock:
+            if flight.entry is not None:
+                self._residency.release(flight.entry)
+                self._notify()
+            elif flight.pilot == get_ident() or (flight.future is not None and flight.future.cancelled()):
+                self._abort(flight, error)
+                flight.done.set()
+            else:
+                flight.users -= 1
 
     def _count_stall(self, key: K, seconds: float, speculation: Speculation | None) -> None:
         with self._lock:

@@ -200,9 +200,10 @@ class Residency(Generic[K, V]):
     def publish(self, key: K, value: V, size: int, users: int, speculation: Speculation | None = None) -> Entry[K, V]:
         """Turn a promise of exactly `size` bytes into an entry that `users` leases use already."""
         assert key not in self.entries, f"{key} was loaded twice"
+        entry = Entry(key, value, size, users, None if users else speculation)
         self.reserved -= size
         self.resident += size
-        entry = self.entries[key] = Entry(key, value, size, users, None if users else speculation)
+        self.entries[key] = entry
         self.sizes[key] = size
         self.policy.loaded(key, size)
         if entry.speculation is not None:
@@ -321,11 +322,11 @@ class Residency(Generic[K, V]):
             self._drop(victim)
 
     def _drop(self, key: K) -> None:
-        entry = self.entries.pop(key)
-        del self.sizes[key]
+        entry = self.entries[key]
+        self.policy.evicted(key)  # the only call, and first: Ctrl-C comes before all that follows, or after it
+        del self.entries[key], self.sizes[key]
         self.resident -= entry.size
         self.evictions += 1
-        self.policy.evicted(key)
         if entry.speculation is not None:
             self.speculation.pending -= 1
             self.settle(entry.speculation, used=False)
