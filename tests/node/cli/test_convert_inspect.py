@@ -43,6 +43,18 @@ def test_a_source_that_is_no_checkpoint_is_refused(moehive, tmp_path):
     assert "config.json" in outcome.err
 
 
+def test_a_full_disk_is_no_matter_of_a_budget_that_the_command_does_not_have(
+    moehive, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("moehive.swarm.convert.converter.Disk.free", lambda *_: 2048)
+
+    outcome = moehive("convert", checkpoint, tmp_path / "out")
+
+    assert outcome.code == 1
+    assert "2.0 KiB are free; make room" in outcome.err
+    assert "--disk" not in outcome.err
+
+
 def test_a_dense_model_is_refused(moehive, checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "src")
     (tmp_path / "src" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')

@@ -97,12 +97,13 @@ def test_what_prefetch_was_worth_is_told_where_there_was_any(moehive, converted)
 def test_too_little_memory_for_a_token_is_refused_with_the_least_that_works(moehive, converted):
     arguments = ("generate", "ROMEO:", "--model", converted, "--max-tokens", 2)
     outcome = moehive(*arguments, "--ram", "1000")
-    found = re.search(r"at least (\d+)", outcome.err)
+    found = re.search(r"at least (\S+) \((\d+) bytes\)", outcome.err)
 
     assert outcome.code == 1
     assert found is not None
     assert moehive(*arguments, "--ram", found[1]).code == 0
-    assert moehive(*arguments, "--ram", int(found[1]) - 1).code == 1
+    assert moehive(*arguments, "--ram", found[2]).code == 0
+    assert moehive(*arguments, "--ram", int(found[2]) - 1).code == 1
 
 
 @pytest.mark.parametrize("draft", ["lookup", "the model itself"])
