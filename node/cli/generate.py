@@ -187,8 +187,12 @@ def check_options(options: GenerateOptions) -> None:
 
 
 def _check_prefetch(options: GenerateOptions) -> None:
-    if options.join is not None and options.prefetch not in ("auto", "off"):
+    if options.prefetch in ("auto", "off"):
+        return
+    if options.join is not None:
         raise ConfigError("--prefetch FILE is for experts that are read from disk: leave it out with --join")
+    if not Path(options.prefetch).is_file():
+        raise ConfigError(f"--prefetch {options.prefetch} is neither auto, off nor a file of `moehive trace fit`")
 
 
 def _check_device(options: GenerateOptions) -> None:

@@ -100,6 +100,15 @@ def test_a_flipped_byte_is_found_named_and_fails(moehive, converted, tmp_path, f
     assert moehive("inspect", tmp_path / "model", "--no-verify", *form).code == 0
 
 
+def test_inspecting_what_is_no_directory_says_so(moehive, tmp_path):
+    (tmp_path / "README.md").touch()
+    file, nothing = moehive("inspect", tmp_path / "README.md"), moehive("inspect", tmp_path / "nothing")
+
+    assert (file.code, nothing.code) == (2, 2)
+    assert f"{tmp_path / 'README.md'} is no directory" in file.err
+    assert "Errno" not in file.err + nothing.err
+
+
 def test_inspecting_something_else_says_so(moehive, checkpoint):
     outcome = moehive("inspect", checkpoint)
 

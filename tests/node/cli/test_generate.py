@@ -31,6 +31,7 @@ def _logs_as_they_were():
         (("--model", "ab" * 32, "--join", "moehive1"), "join ticket"),
         (("--model", "ab" * 32, "--draft", "nothing-here"), "neither 'lookup'"),
         (("--model", "ab" * 32, "--join", "moehive1", "--prefetch", "a"), "read from disk: leave it out with --join"),
+        (("--model", "nothing-here", "--prefetch", "none"), "--prefetch none is neither auto, off nor a file"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_loaded(moehive, arguments, said):
