@@ -19,7 +19,7 @@ from moehive.protocol.ticket import Ticket
 from moehive.swarm.prefetch.report import usefulness_json, usefulness_lines
 from moehive.swarm.telemetry.report import device_lines, tier_json, tier_lines
 
-from .arguments import DeviceName, Flag, NotNegative, Positive, Size, TicketText, check_device
+from .arguments import DeviceName, Flag, NotNegative, Positive, Size, Threads, TicketText, check_device
 from .drafting import check_draft, drafting
 from .kv import KvFlags, kv_json, kv_lines
 from .node import check_converted
@@ -100,7 +100,7 @@ class GenerateOptions:
     """Experts that are read from disk before they are needed, where not all of them fit into memory: as the model's own
     routers guess them, or as a predictor does that `moehive trace fit` wrote to FILE. Only without --join."""
 
-    threads: Positive | None = None
+    threads: Threads | None = None
     """Threads that compute here. By default one for each core."""
 
     draft: Annotated[str | None, Parameter(metavar="lookup|DIR")] = None
