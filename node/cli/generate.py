@@ -23,7 +23,7 @@ from .arguments import DeviceName, Flag, NotNegative, Positive, Size, Threads, T
 from .drafting import check_draft, drafting
 from .kv import KvFlags, kv_json, kv_lines
 from .node import check_converted
-from .output import note, progress_bar, say, say_json, table
+from .output import counted, note, progress_bar, say, say_json, table
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +143,7 @@ def generate(
     sampling.arguments()  # a contradiction is refused before anything is loaded
     _set_threads(options.threads)
     with _loaded(options) as loaded:
-        write = _silent if json else _write
+        write = _silent if json else _Line()
         try:
             drafts = drafting(loaded.model, options.draft, options.draft_tokens)
             result = continue_text(
@@ -158,7 +158,8 @@ def generate(
             )
             tier = loaded.tier()
         finally:
-            write("\n")  # also before an error message
+            if isinstance(write, _Line):
+                write.end()  # also before an error message
     if json:
         say_json(result_json(result, seed, loaded.stats, tier))
     elif not quiet:
@@ -207,7 +208,7 @@ def _check_device(options: GenerateOptions) -> None:
 def summary(result: Generated, seed: int, stats: DispatchStats | None, tier: Tiers | None = None) -> str:
     """For people."""
     lines = [
-        f"{len(result.tokens)} tokens in {result.seconds:.1f} s ({result.tokens_per_second:.1f} tokens/s), "
+        f"{counted(len(result.tokens), 'token')} in {result.seconds:.1f} s ({result.tokens_per_second:.1f} tokens/s), "
         f"the first after {result.first_token_seconds:.2f} s; seed {seed}"
     ]
     if stats is not None:
@@ -279,8 +280,20 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
-def _write(text: str) -> None:
-    say(text, end="")
+class _Line:
+    """Text that appears on stdout in pieces."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, text: str) -> None:
+        self._begun = True
+        say(text, end="")
+
+    def end(self) -> None:
+        """What is said next is on a line of its own."""
+        if self._begun:
+            say()
 
 
 def _silent(text: str) -> None:

@@ -50,6 +50,14 @@ def test_text_on_stdout_and_the_summary_on_stderr(moehive, converted):
     assert "8 tokens in" in outcome.err
 
 
+def test_one_token_is_one_token(moehive, converted):
+    outcome = moehive(
+        "generate", "ROMEO:", "--model", converted, "--max-tokens", 1, "--temperature", 0, "--kv", "spill"
+    )
+
+    assert outcome.err.startswith("1 token in")
+
+
 def test_json_holds_the_same_text_and_a_seed_repeats_it(moehive, converted, monkeypatch):
     arguments = ("--model", converted, "--max-tokens", 8, "--seed", 5)
     streamed = moehive("generate", "ROMEO:", *arguments, "--quiet")
@@ -131,7 +139,9 @@ def test_a_draft_of_another_vocabulary_is_refused(moehive, converted, tmp_path):
 def test_what_cannot_be_generated_from_is_refused(moehive, converted):
     arguments = ("--model", converted, "--max-tokens", 1)
 
-    assert "the prompt is empty" in moehive("generate", "", *arguments).err
+    empty = moehive("generate", "", *arguments)
+    assert "the prompt is empty" in empty.err
+    assert empty.out == "", "no blank line"
     assert "no chat template" in moehive("generate", "x", *arguments, "--chat").err
     assert moehive("generate", "x", *arguments, "--temperature", 0, "--top-k", 3).code == 2
 
