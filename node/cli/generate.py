@@ -74,6 +74,13 @@ class GenerateOptions:
     top_k: Positive | None = None
     """Choose among this many likeliest tokens. By default what the model recommends."""
 
+    top_p: Annotated[float | None, Parameter(validator=validators.Number(gt=0, lte=1), metavar="P")] = None
+    """Choose among the likeliest tokens that together have this probability, above 0 and at most 1. By default what the
+    model recommends."""
+
+    stop: Annotated[tuple[str, ...], Parameter(metavar="TEXT", negative="", show_default=False)] = ()
+    """End after this text, which is then the last that is printed; may be repeated."""
+
     seed: Annotated[int | None, Parameter(validator=validators.Number(gte=0, lte=_MAX_SEED))] = None
     """Makes a choice repeatable. By default a new one each time, which the summary names."""
 
@@ -139,7 +146,7 @@ def generate(
     quiet_libraries()
     from .generation import Sampling, continue_text
 
-    sampling = Sampling(options.max_tokens, seed, options.temperature, options.top_k)
+    sampling = Sampling(options.max_tokens, seed, options.temperature, options.top_k, options.top_p, options.stop)
     sampling.arguments()  # a contradiction is refused before anything is loaded
     _set_threads(options.threads)
     with _loaded(options) as loaded:
@@ -175,6 +182,8 @@ def _read_prompt() -> str:
 def check_options(options: GenerateOptions) -> None:
     """Raise ConfigError, TicketError for what can be seen to be wrong without loading anything."""
     check_draft(options.draft)
+    if options.draft is not None and options.stop:
+        raise ConfigError("--stop is looked for after each token; with --draft several come at once: leave one out")
     options.kv.options  # noqa: B018  # made and dropped: it checks itself
     _check_device(options)
     _check_prefetch(options)

@@ -144,6 +144,32 @@ def test_what_cannot_be_generated_from_is_refused(moehive, converted):
     assert empty.out == "", "no blank line"
     assert "no chat template" in moehive("generate", "x", *arguments, "--chat").err
     assert moehive("generate", "x", *arguments, "--temperature", 0, "--top-k", 3).code == 2
+    assert moehive("generate", "x", *arguments, "--temperature", 0, "--top-p", 0.5).code == 2
+    assert moehive("generate", "x", *arguments, "--top-p", 1.5).code == 2
+    assert "a text that is not empty" in moehive("generate", "x", *arguments, "--stop", "").err
+    assert "leave one out" in moehive("generate", "x", *arguments, "--stop", "a", "--draft", "lookup").err
+
+
+def test_a_text_to_stop_at_is_the_last_of_what_is_made(moehive, converted):
+    arguments = ("generate", "ROMEO:", "--model", converted, "--max-tokens", 24, "--temperature", 0, "--json")
+    whole = json.loads(moehive(*arguments).out)["text"]
+    word = next(word for word in whole.split() if len(word) > 3)
+    stopped = json.loads(moehive(*arguments, "--stop", "not in it at all", "--stop", word).out)["text"]
+
+    assert whole.startswith(stopped)
+    assert len(stopped) < len(whole)
+    assert word in stopped
+    assert word not in stopped[: -len(word) - 8], "a token may end a little after the word"
+
+
+def test_hardly_any_probability_leaves_only_the_likeliest_token(moehive, converted):
+    arguments = ("generate", "ROMEO:", "--model", converted, "--max-tokens", 8, "--dtype", "float32", "--json")
+    likeliest, chosen = (
+        json.loads(moehive(*arguments, *how).out)["tokens"]
+        for how in (("--temperature", 0), ("--temperature", 5, "--top-p", 1e-6, "--top-k", 100))
+    )
+
+    assert chosen == likeliest
 
 
 def test_what_the_options_for_sampling_mean():
@@ -153,6 +179,8 @@ def test_what_the_options_for_sampling_mean():
     assert Sampling(5, 0, temperature=0).arguments()["do_sample"] is False
     assert Sampling(5, 0, temperature=0.5).arguments() == {"max_new_tokens": 5, "do_sample": True, "temperature": 0.5}
     assert Sampling(5, 0, top_k=3).arguments() == {"max_new_tokens": 5, "do_sample": True, "top_k": 3}
+    assert Sampling(5, 0, top_p=0.9).arguments() == {"max_new_tokens": 5, "do_sample": True, "top_p": 0.9}
+    assert Sampling(5, 0, stop=("a", "b")).arguments() == {"max_new_tokens": 5, "stop_strings": ["a", "b"]}
     with pytest.raises(ConfigError, match="--top-k"):
         Sampling(5, 0, temperature=0, top_k=3).arguments()
 
