@@ -198,7 +198,10 @@ class BudgetTooSmall(LocalError):
     """A byte budget cannot hold what was asked; `needed` is the smallest that works."""
 
     def __init__(self, what: str, *, budget: int, needed: int) -> None:
-        super().__init__(f"{what}: the budget is {budget} bytes; raise it to at least {needed}")
+        from .units import format_enough, format_size  # which import this module, for ConfigError
+
+        least = f"{format_enough(needed)} ({needed} bytes)"  # the first can be more by a tenth of its unit
+        super().__init__(f"{what}: the budget is {format_size(budget)}; raise it to at least {least}")
         self.budget = budget
         self.needed = needed
 

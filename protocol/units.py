@@ -45,3 +45,15 @@ def format_size(size: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def format_enough(size: int) -> str:
+    """At least `size` bytes as an option takes them, in binary units with one decimal rounded up: "3.6GiB"; exact below
+    1 KiB: "12B".
+    """
+    tenths, unit = 10 * size, "B"
+    for larger in _BINARY:
+        if tenths < 10240:  # what would round to 1024.0 is 1.0 of the next unit
+            break
+        tenths, unit = -(-tenths // 1024), larger
+    return f"{size}B" if unit == "B" else f"{tenths // 10}.{tenths % 10}{unit}"

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from moehive.protocol.errors import DestinationError, DiskFull, StorageError
@@ -32,17 +33,22 @@ Found = Callable[[int], None]  # bytes of a file that is there already, verified
 
 
 class Assembly:
-    """One directory. Methods block on the disk: `begin`, then `find`, then downloads into `store`, then `finish`."""
+    """One directory. Methods block on the disk: `begin`, then `find`, then downloads into `store`, then `finish`; and
+    `leave`, however it ended.
+    """
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root = root
         self.store = ContentStore(root / WORK / "store", _NO_BUDGET)
         self._manifest = manifest
+        self._made: list[Path] = []  # directories, innermost first
 
     def begin(self) -> None:
         """Take the directory. Raises DestinationError where it holds something else, StorageError."""
         _check_ours(self.root, self._manifest)
         with storage_errors("create", self.root / WORK):
+            work = (self.root / WORK).absolute()
+            self._made = [path for path in (work, *work.parents) if not path.exists()]
             (self.root / WORK).mkdir(parents=True, exist_ok=True)
             write_file(self.root / WORK / _MARK, self._manifest.model_id.encode())
 
@@ -83,6 +89,16 @@ class Assembly:
             LOCAL.fsync_dir(self.root)
             shutil.rmtree(self.root / WORK)
             LOCAL.fsync_dir(self.root)
+
+    def leave(self) -> None:
+        """Where nothing has come, leave no directory behind that `begin` made; else all stays, to be gone on with."""
+        if not self._made or not (self.root / WORK).exists():
+            return
+        with suppress(OSError, StorageError):
+            if not any((*self._places(), *self.store.partials(), *self.store.objects())):
+                shutil.rmtree(self.root / WORK)
+                for directory in self._made[1:]:
+                    directory.rmdir()
 
     # --- parts ----------------------------------------------------------------------------------------------------
 

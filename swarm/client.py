@@ -72,6 +72,10 @@ def join(
     converted from, as directories or as "hub:REPO@REVISION". Raises TicketError, ConfigError; entering raises
     PeerUnreachable when no peer of the ticket answers, TransportError.
     """
+    if isinstance(seeds, str):  # a sequence, too: of its characters
+        raise ConfigError(f"seeds={seeds!r} is one name; write seeds=[{seeds!r}]")
+    if disk < 0:
+        raise ConfigError(f"disk={disk} is no budget; give a number of bytes from 0 up")
     parsed = ticket if isinstance(ticket, Ticket) else Ticket.parse(ticket)
     paths = Paths.of(os.environ)
     if cache is not None:
@@ -148,7 +152,8 @@ class Swarm:
 
         Waits up to `timeout` seconds for a peer that has the model. Raises ModelUnavailable, ShardUnavailable,
         ManifestError, StorageError, TransportError, BudgetTooSmall; ConfigError for a `model` that is neither, for a
-        `device` that is not here, for `vram` without `ram`, for another `ram` than before, or when not joined.
+        `device` that is not here, for `vram` without `ram` and `device`, for another `ram`, `device` or `vram` than
+        before, or when not joined.
         """
         from .loading import open_local
         from .model.device import accelerator_for
@@ -160,6 +165,8 @@ class Swarm:
         accelerator = accelerator_for(device, vram)
         directory, manifest = self._skeleton(model, timeout, observer)
         opened = self._open_portal.call(self._open_model, manifest, ram)
+        if device is not None:
+            opened.check_device(accelerator, vram)
         if opened.resident is not None and expect_tokens is not None:
             opened.resident.expect(expect_tokens)
         backend = opened.backend(answers)

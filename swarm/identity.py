@@ -55,6 +55,8 @@ class Identity:
             return cls._load(path)
         except FileNotFoundError:
             pass
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise ConfigError(f"the identity {path} is no file: {error.strerror}") from error
         except OSError as error:
             raise StorageError(f"cannot read the identity {path}: {error.strerror}") from error
         try:
@@ -86,13 +88,15 @@ class Identity:
     def _load(cls, path: Path) -> Identity:
         with path.open("rb") as file:
             # Of the open file, not of the path: nobody can exchange it between the check and the read.
-            if os.fstat(file.fileno()).st_mode & 0o077:
-                raise ConfigError(f"the identity {path} is readable by other users; run: chmod 600 {path}")
+            mode = os.fstat(file.fileno()).st_mode
             data = file.read(_PRIVATE_KEY_BYTES + 1)
         try:
-            return cls.from_libp2p(data)
+            identity = cls.from_libp2p(data)
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}; move the file away to get a new identity") from error
+            raise ConfigError(f"{path}: {error}; name another file, or move it away to get a new identity") from error
+        if mode & 0o077:
+            raise ConfigError(f"the identity {path} is readable by other users; run: chmod 600 {path}")
+        return identity
 
 
 def _create_exclusively(path: Path, data: bytes) -> None:

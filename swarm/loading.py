@@ -85,11 +85,15 @@ def open_local(
     `prefetch` says whether local experts are loaded before they are needed, where not all of them fit into memory and
     the processor computes; a file that `moehive trace fit` wrote makes for better guesses than the model's own routers.
 
-    Raises ManifestError, StorageError, CorruptShard, UnsupportedModel, ConfigError; BudgetTooSmall where `ram` or
-    `vram` does not hold what one token needs; TraceError for another model's `prefetch`.
+    Raises ManifestError, StorageError, CorruptShard, UnsupportedModel; ConfigError for a `device` that is not here and
+    for `vram` without one; BudgetTooSmall where `ram` or `vram` does not hold what one token needs; TraceError for
+    another model's `prefetch` or none.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .model.device import accelerator_for, use_device
+
+    accelerator = accelerator_for(device, vram)
     manifest = ConvertedDirectory(Path(directory)).manifest
     # The quantizer verifies all that is loaded, but transformers parses config.json before it asks for a quantizer.
     verify_files(Path(directory), manifest.of_type(ShardType.ASSET))
@@ -99,10 +103,8 @@ def open_local(
     finally:
         BACKEND.reset(chosen)
     check_active(model)
-    if device is not None or vram is not None:
-        from .model.device import use_device
-
-        use_device(model, torch.device(device or "cpu"), vram)
+    if accelerator is not None:
+        use_device(model, accelerator, vram)
     if kv != "full":
         from .model.kv.default import use_kv
 

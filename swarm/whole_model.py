@@ -112,10 +112,13 @@ class ModelFetch:
         await self._fetch(fetcher, manifest, missing)
 
     async def _into_directory(self, assembly: Assembly, manifest: Manifest, shards: Sequence[ShardEntry]) -> None:
-        await to_its_end(assembly.begin)
-        missing = await to_its_end(assembly.find, shards, self._cache, self._add)
-        await self._fetch(ModelFetcher(self._member, assembly.store, self._seeds), manifest, missing)
-        await to_its_end(assembly.finish, shards)
+        try:
+            await to_its_end(assembly.begin)
+            missing = await to_its_end(assembly.find, shards, self._cache, self._add)
+            await self._fetch(ModelFetcher(self._member, assembly.store, self._seeds), manifest, missing)
+            await to_its_end(assembly.finish, shards)
+        finally:
+            await to_its_end(assembly.leave)
 
     async def _fetch(self, fetcher: ModelFetcher, manifest: Manifest, missing: Sequence[ShardEntry]) -> None:
         failures = await fetcher.fetch(manifest, missing, timeout=self._timeout, observer=self._watcher.transfer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from moehive.protocol.units import format_size, parse_rate, parse_size
 from moehive.swarm.policy.upload import MIN_RATE
 
 _MAX_PORT = 65535
+_THREADS_PER_CORE = 4  # far more than ever gain anything
 _IPV6_PORT = re.compile(r"\[([^\[\]]+)\]:([0-9]{1,5})")
 _HOST_PORT = re.compile(r"([^\[\]:]+):([0-9]{1,5})")
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?")
@@ -61,6 +63,13 @@ def _addresses_or_names(kind: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
     return tuple(multiaddr(token.value, names=True) for token in tokens)
 
 
+def _check_threads(kind: Any, threads: int | None) -> None:
+    cores = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= _THREADS_PER_CORE * cores:
+        most = f"{_THREADS_PER_CORE * cores}, {_THREADS_PER_CORE} for each of the {cores} cores of this machine"
+        raise ValueError(f"{threads} threads would only wait for each other: give 1 to {most}")
+
+
 Size = Annotated[int, Parameter(converter=_size, metavar="SIZE")]
 Rate = Annotated[int, Parameter(converter=_rate, metavar="RATE")]
 SizeWithDefault = Annotated[Size, Parameter(show_default=format_size)]
@@ -71,6 +80,7 @@ ListenAddresses = Annotated[tuple[str, ...], _ADDRESSES, Parameter(converter=_ad
 AnnounceAddresses = Annotated[tuple[str, ...], _ADDRESSES, Parameter(converter=_addresses_or_names)]
 Port = Annotated[int, Parameter(validator=validators.Number(gte=0, lte=_MAX_PORT), metavar="PORT")]
 Positive = Annotated[int, Parameter(validator=validators.Number(gte=1), metavar="N")]
+Threads = Annotated[int, Parameter(validator=_check_threads, metavar="N")]
 NotNegative = Annotated[float, Parameter(validator=validators.Number(gte=0), metavar="X")]
 DeviceName = Annotated[str, Parameter(metavar="cpu|cuda|cuda:N")]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]

@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 from moehive.protocol.errors import ConfigError
 from moehive.protocol.units import format_size
 
-from .arguments import Flag, Positive
+from .arguments import Flag, Positive, Threads
 from .output import note, say, table
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def kernels(
     tokens: _Numbers = (),
     format: Format = "model",  # noqa: A002  the option's name
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    threads: Positive | None = None,
+    threads: Threads | None = None,
     quick: Flag = False,
     json: Path | None = None,
 ) -> None:

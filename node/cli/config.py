@@ -37,6 +37,8 @@ def _read(path: Path, commands: Collection[str]) -> dict[str, Any]:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"the configuration file {path} does not exist") from error
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise ConfigError(f"the configuration file {path} is no file: {error.strerror}") from error
     except OSError as error:
         raise StorageError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -21,7 +21,7 @@ from moehive.protocol.units import format_size
 from .arguments import Flag, Positive
 from .errors import FAILED
 from .generate import quiet_libraries
-from .output import progress_bar, say, table
+from .output import counted, progress_bar, say, table
 
 if TYPE_CHECKING:
     from moehive.protocol.manifest import Manifest
@@ -180,7 +180,7 @@ def _report(
 
 def _verdict(same: bool, result: Generated, reference: Generated) -> str:
     speed = (
-        f"  {len(result.tokens)} tokens in {result.seconds:.1f} s: {result.tokens_per_second:.1f} tokens/s "
+        f"  {counted(len(result.tokens), 'token')} in {result.seconds:.1f} s: {result.tokens_per_second:.1f} tokens/s "
         f"(transformers alone, nothing sent: {reference.tokens_per_second:.1f})"
     )
     equal = sum(1 for ours, theirs in zip(result.tokens, reference.tokens, strict=False) if ours == theirs)

@@ -19,11 +19,11 @@ from moehive.protocol.ticket import Ticket
 from moehive.swarm.prefetch.report import usefulness_json, usefulness_lines
 from moehive.swarm.telemetry.report import device_lines, tier_json, tier_lines
 
-from .arguments import DeviceName, Flag, NotNegative, Positive, Size, TicketText, check_device
+from .arguments import DeviceName, Flag, NotNegative, Positive, Size, Threads, TicketText, check_device
 from .drafting import check_draft, drafting
 from .kv import KvFlags, kv_json, kv_lines
 from .node import check_converted
-from .output import note, progress_bar, say, say_json, table
+from .output import counted, note, progress_bar, say, say_json, table
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,13 @@ class GenerateOptions:
     top_k: Positive | None = None
     """Choose among this many likeliest tokens. By default what the model recommends."""
 
+    top_p: Annotated[float | None, Parameter(validator=validators.Number(gt=0, lte=1), metavar="P")] = None
+    """Choose among the likeliest tokens that together have this probability, above 0 and at most 1. By default what the
+    model recommends."""
+
+    stop: Annotated[tuple[str, ...], Parameter(metavar="TEXT", negative="", show_default=False)] = ()
+    """End after this text, which is then the last that is printed; may be repeated."""
+
     seed: Annotated[int | None, Parameter(validator=validators.Number(gte=0, lte=_MAX_SEED))] = None
     """Makes a choice repeatable. By default a new one each time, which the summary names."""
 
@@ -100,7 +107,7 @@ class GenerateOptions:
     """Experts that are read from disk before they are needed, where not all of them fit into memory: as the model's own
     routers guess them, or as a predictor does that `moehive trace fit` wrote to FILE. Only without --join."""
 
-    threads: Positive | None = None
+    threads: Threads | None = None
     """Threads that compute here. By default one for each core."""
 
     draft: Annotated[str | None, Parameter(metavar="lookup|DIR")] = None
@@ -139,11 +146,11 @@ def generate(
     quiet_libraries()
     from .generation import Sampling, continue_text
 
-    sampling = Sampling(options.max_tokens, seed, options.temperature, options.top_k)
+    sampling = Sampling(options.max_tokens, seed, options.temperature, options.top_k, options.top_p, options.stop)
     sampling.arguments()  # a contradiction is refused before anything is loaded
     _set_threads(options.threads)
     with _loaded(options) as loaded:
-        write = _silent if json else _write
+        write = _silent if json else _Line()
         try:
             drafts = drafting(loaded.model, options.draft, options.draft_tokens)
             result = continue_text(
@@ -158,7 +165,8 @@ def generate(
             )
             tier = loaded.tier()
         finally:
-            write("\n")  # also before an error message
+            if isinstance(write, _Line):
+                write.end()  # also before an error message
     if json:
         say_json(result_json(result, seed, loaded.stats, tier))
     elif not quiet:
@@ -174,6 +182,8 @@ def _read_prompt() -> str:
 def check_options(options: GenerateOptions) -> None:
     """Raise ConfigError, TicketError for what can be seen to be wrong without loading anything."""
     check_draft(options.draft)
+    if options.draft is not None and options.stop:
+        raise ConfigError("--stop is looked for after each token; with --draft several come at once: leave one out")
     options.kv.options  # noqa: B018  # made and dropped: it checks itself
     _check_device(options)
     _check_prefetch(options)
@@ -187,8 +197,12 @@ def check_options(options: GenerateOptions) -> None:
 
 
 def _check_prefetch(options: GenerateOptions) -> None:
-    if options.join is not None and options.prefetch not in ("auto", "off"):
+    if options.prefetch in ("auto", "off"):
+        return
+    if options.join is not None:
         raise ConfigError("--prefetch FILE is for experts that are read from disk: leave it out with --join")
+    if not Path(options.prefetch).is_file():
+        raise ConfigError(f"--prefetch {options.prefetch} is neither auto, off nor a file of `moehive trace fit`")
 
 
 def _check_device(options: GenerateOptions) -> None:
@@ -203,7 +217,7 @@ def _check_device(options: GenerateOptions) -> None:
 def summary(result: Generated, seed: int, stats: DispatchStats | None, tier: Tiers | None = None) -> str:
     """For people."""
     lines = [
-        f"{len(result.tokens)} tokens in {result.seconds:.1f} s ({result.tokens_per_second:.1f} tokens/s), "
+        f"{counted(len(result.tokens), 'token')} in {result.seconds:.1f} s ({result.tokens_per_second:.1f} tokens/s), "
         f"the first after {result.first_token_seconds:.2f} s; seed {seed}"
     ]
     if stats is not None:
@@ -275,8 +289,20 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
-def _write(text: str) -> None:
-    say(text, end="")
+class _Line:
+    """Text that appears on stdout in pieces."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, text: str) -> None:
+        self._begun = True
+        say(text, end="")
+
+    def end(self) -> None:
+        """What is said next is on a line of its own."""
+        if self._begun:
+            say()
 
 
 def _silent(text: str) -> None:

@@ -37,18 +37,29 @@ class Sampling:
     seed: int
     temperature: float | None = None  # 0 is greedy
     top_k: int | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()  # texts after any of which it ends
 
     def arguments(self) -> dict[str, Any]:
         """In the terms of transformers' `generate`. Raises ConfigError for a contradiction."""
         chosen: dict[str, Any] = {"max_new_tokens": self.max_tokens}
+        if not all(self.stop):
+            raise ConfigError("--stop needs a text that is not empty")
+        if self.stop:
+            chosen["stop_strings"] = list(self.stop)
         if self.temperature == 0:
-            if self.top_k is not None:
-                raise ConfigError("--top-k means nothing with --temperature 0, which always takes the likeliest token")
+            for option, value in (("--top-k", self.top_k), ("--top-p", self.top_p)):
+                if value is not None:
+                    raise ConfigError(
+                        f"{option} means nothing with --temperature 0: it always takes the likeliest token"
+                    )
             return chosen | {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         if self.temperature is not None:
             chosen |= {"do_sample": True, "temperature": self.temperature}
         if self.top_k is not None:
             chosen |= {"do_sample": True, "top_k": self.top_k}
+        if self.top_p is not None:
+            chosen |= {"do_sample": True, "top_p": self.top_p}
         return chosen
 
 
@@ -97,7 +108,7 @@ def continue_text(
     streamer = _Streamer(tokenizer, write, clock)
     torch.manual_seed(sampling.seed)
     started = clock()
-    output = model.generate(**inputs, **arguments, **drafts, streamer=streamer)  # type: ignore[operator]
+    output = model.generate(**inputs, **arguments, **drafts, tokenizer=tokenizer, streamer=streamer)  # type: ignore[operator]
     seconds = clock() - started
     tokens = tuple(output[0, length:].tolist())
     return Generated(

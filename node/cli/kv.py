@@ -11,6 +11,7 @@ from moehive.protocol.units import format_size
 from moehive.swarm.model.kv.options import KvMode, KvOptions
 
 from .arguments import Positive, Size
+from .output import counted
 
 if TYPE_CHECKING:
     from moehive.swarm.model.kv.fidelity import LogitError
@@ -58,7 +59,8 @@ def kv_lines(kv: KvStats, error: LogitError | None) -> list[str]:
     if kv.layers == 0:
         return [f"KV cache ({kv.mode}): no layer of this model keeps every token, so there was nothing to spill"]
     lines = [
-        f"KV cache ({kv.mode}): {kv.tokens} tokens in {kv.layers} layers, {format_size(kv.full_bytes)} in full; "
+        f"KV cache ({kv.mode}): {counted(kv.tokens, 'token')} in {counted(kv.layers, 'layer')}, "
+        f"{format_size(kv.full_bytes)} in full; "
         f"at most {format_size(kv.memory_peak)} in memory, {format_size(kv.disk_peak)} on disk"
     ]
     if kv.reloaded_bytes:

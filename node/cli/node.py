@@ -35,6 +35,7 @@ from .arguments import (
     Rate,
     SeedNames,
     Size,
+    Threads,
     TicketText,
     check_device,
 )
@@ -111,7 +112,7 @@ class NodeOptions:
     skeleton: bool = True
     """Also hold the dense part and the tokenizer, so that clients can get them here."""
 
-    threads: Positive | None = None
+    threads: Threads | None = None
     """Threads that compute. By default one for each core; divide the cores among several nodes of one machine."""
 
     log_format: LogFormat = "auto"

@@ -44,6 +44,11 @@ def say_json(value: Any, *, indent: int | None = None) -> None:
     say(json.dumps(value, indent=indent, ensure_ascii=False))
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: "1 token", "1,000 tokens"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Aligned columns, indented by two; the first column to the left, numbers to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]

@@ -19,7 +19,7 @@ from moehive.swarm.paths import Paths
 
 from .arguments import Flag, Size, TicketText
 from .errors import FAILED
-from .output import note, progress_bar, say, say_json
+from .output import counted, note, progress_bar, say, say_json
 from .store_report import catalogue_json, describe, describe_plan, plan_json
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def verify(*models: str, json: Flag = False) -> int | None:
     if json:
         say_json({"objects": len(wanted), "bytes": size, "damaged": damaged}, indent=2)
     else:
-        say(f"{len(wanted)} objects, {format_size(size)}: {f'{len(damaged)} damaged' if damaged else 'all intact'}")
+        found = f"{len(damaged)} damaged" if damaged else "all intact"
+        say(f"{counted(len(wanted), 'object')}, {format_size(size)}: {found}")
         for key, reason in damaged.items():
             say(f"  {catalogue.name_of(key)}: {reason}")
     return FAILED if damaged else None

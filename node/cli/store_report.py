@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moehive.protocol.ids import ModelId, ShardHash
 from moehive.protocol.units import format_size
 
-from .output import table
+from .output import counted, table
 
 if TYPE_CHECKING:
     from moehive.protocol.manifest import Manifest
@@ -47,16 +47,18 @@ def describe(catalogue: Catalogue, *, objects: bool = False, now: float | None =
     if objects:
         lines.append(table(("object", "size", "last used", "file"), _object_rows(catalogue, now)))
     total = sum(catalogue.objects.values()) + sum(catalogue.partials.values())
-    return "\n\n".join((*lines, f"  {len(catalogue.objects)} objects, {format_size(total)}"))
+    return "\n\n".join((*lines, f"  {counted(len(catalogue.objects), 'object')}, {format_size(total)}"))
 
 
 def describe_plan(plan: PrunePlan, freed: int, *, dry_run: bool) -> str:
     """What was deleted and what was not, for people."""
-    lines = [f"{'would delete' if dry_run else 'deleted'} {len(plan.victims)} objects, {format_size(freed)}"]
+    lines = [f"{'would delete' if dry_run else 'deleted'} {counted(len(plan.victims), 'object')}, {format_size(freed)}"]
     if freed < plan.freed:
         lines.append("  the store changed meanwhile and some was left alone: run it again")
     for reason, facts in plan.kept.items():
-        lines.append(f"  kept {len(facts)} objects, {format_size(sum(one.size for one in facts))}: {reason.value}")
+        lines.append(
+            f"  kept {counted(len(facts), 'object')}, {format_size(sum(one.size for one in facts))}: {reason.value}"
+        )
     return "\n".join(lines)
 
 

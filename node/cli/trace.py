@@ -13,7 +13,7 @@ from moehive.protocol.manifest import MANIFEST_NAME
 
 from .arguments import Flag, NotNegative, Positive
 from .generate import quiet_libraries
-from .output import say, say_json, table
+from .output import counted, say, say_json, table
 from .trace_fit import fit
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ def _experts(trace: RoutingTrace) -> int:
 
 def _describe(trace: RoutingTrace) -> str:
     return (
-        f"{trace.model}: {trace.count:,} tokens in {int(trace.starts.sum())} sessions, {len(trace.layers)} layers of "
+        f"{trace.model}: {counted(trace.count, 'token')} in {counted(int(trace.starts.sum()), 'session')}, "
+        f"{counted(len(trace.layers), 'layer')} of "
         f"{trace.num_experts} experts, {trace.top_k} used per token"
     )
 

@@ -14,8 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Interrupts:
     """Let the first Ctrl-C, SIGTERM or SIGHUP end what is being done, and no later one what is being cleaned up.
 
-    A context manager. While `held()` lasts the end is put off: between the start of a process and the moment when
-    somebody is responsible for stopping it.
+    A context manager; an error that leaves it after a signal is what the signal led to, and becomes that end. While
+    `held()` lasts the end is put off: between the start of a process and the moment when somebody is responsible for
+    stopping it.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,9 @@ class Interrupts:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        # Imports of large libraries swallow what is raised in them, and fail later for want of what was not imported.
+        if self._arrived is not None and isinstance(error, Exception):
+            _end(self._arrived)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -47,9 +51,9 @@ class Interrupts:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         for other in SIGNALS:
             signal.signal(other, signal.SIG_IGN)
+        self._arrived = number
         if not self._held:
             _end(number)
-        self._arrived = number
 
 
 def _end(number: int) -> NoReturn:

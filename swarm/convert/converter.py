@@ -18,6 +18,7 @@ from typing import TypeVar
 from moehive.protocol.errors import DestinationError, DiskFull
 from moehive.protocol.ids import ShardHash
 from moehive.protocol.manifest import MANIFEST_NAME, REPORT_NAME, Manifest
+from moehive.protocol.units import format_size
 
 from .destination import JOURNAL_NAME, Existing, is_finished, journal_head, journal_line, survey, tables
 from .layout import ConversionPlan, PlannedFile
@@ -118,7 +119,8 @@ class Converter:
         free = self._disk.free(place) + sum(path.lstat().st_size for path in existing.leftovers)
         if missing and needed > free:
             raise DiskFull(
-                f"{self._destination}: {needed} bytes are needed, {free} are free; make room or choose another disk"
+                f"{self._destination}: {format_size(needed)} are needed, {format_size(free)} are free; "
+                "make room or choose another disk"
             )
 
     def _begin(

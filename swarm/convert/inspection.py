@@ -124,6 +124,8 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_MANIFEST_BYTES + 1)
+    except NotADirectoryError as error:
+        raise ManifestError(f"{path.parent} is no directory; name one that `moehive convert` wrote") from error
     except FileNotFoundError as error:
         hint = "the directory is not a converted model, or its conversion is not finished"
         raise ManifestError(f"{path} is missing: {hint}") from error

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moehive.protocol.chunks import CHUNK_SIZE, ChunkList, chunk_hash
 from moehive.protocol.errors import DiskFull, StorageError
+from moehive.protocol.units import format_size
 
 PARTIAL = ".partial-"
 BLOCK_SIZE = CHUNK_SIZE  # bytes read, hashed and written at a time: one chunk of the hash, which stays in the cache
@@ -125,7 +126,7 @@ def storage_errors(path: Path, disk: Disk) -> Iterator[None]:
             raise StorageError(f"{path} cannot be accessed: {error}") from error
         free = disk.free(path.parent)
         raise DiskFull(
-            f"{path}: the disk is full ({free} bytes are free); make room and run the same command again"
+            f"{path}: the disk is full ({format_size(free)} are free); make room and run the same command again"
         ) from error
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moehive.protocol.errors import BudgetTooSmall
+from moehive.protocol.errors import BudgetTooSmall, ConfigError
 from moehive.protocol.manifest import Manifest, ShardEntry
 from moehive.swarm.memory import default_vram_budget
 from moehive.swarm.model.device import DeviceExperts
@@ -46,6 +46,7 @@ class SwarmModel:
         self._loop = asyncio.get_running_loop()
         self._member = member
         self.ram = ram
+        self._name = manifest.model.name
         self._directory = member.directory(manifest.model_id)
         self._num_experts = manifest.model.num_experts
         loader = self._loader = ExpertLoader(manifest, source)
@@ -59,6 +60,7 @@ class SwarmModel:
             last_resort=self.weights.compute,
         )
         self.resident: ResidentExperts | None = None
+        self._kept_on: tuple[str, int] | None = None  # and in how many bytes of it
         if ram:
             largest = max(shard.size for shard in manifest.experts.values())
             if ram < largest:  # what is not kept is computed by peers: one is enough
@@ -76,6 +78,20 @@ class SwarmModel:
             if self.resident is not None:
                 self.resident.close()
 
+    def check_device(self, accelerator: Accelerator | None, vram: int | None) -> None:
+        """Raise ConfigError where experts are kept on another device already (None: the processor), or in other than
+        `vram` bytes of it.
+        """
+        if self._kept_on is None:
+            return
+        device, budget = self._kept_on
+        asked = "cpu" if accelerator is None else str(accelerator.device)
+        if asked != device or vram not in (None, budget):
+            raise ConfigError(
+                f"experts of {self._name} are kept with device={device!r} and vram={budget} already, not {asked!r} and "
+                f"{vram}: all loads of a model in one swarm share that memory; leave device and vram out, or join anew"
+            )
+
     def keep_on(self, accelerator: Accelerator, dtype: torch.dtype, vram: int | None) -> None:
         """Keep experts that are kept here on a device, too, in `vram` bytes (None: what is free there).
 
@@ -86,6 +102,7 @@ class SwarmModel:
             # Rows of each expert go back to be added to those of peers, so torch's products compute them one by one.
             experts = DeviceExperts(self._loader, self.resident.tier, accelerator, dtype, budget, kernels=False)
             self.resident.use_device(experts)
+            self._kept_on = str(accelerator.device), budget
 
     def backend(self, form: str) -> SwarmExperts:
         """What computes the routed experts of a transformers model, on other threads."""

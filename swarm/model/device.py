@@ -22,7 +22,7 @@ from moehive.kernels.combine import add_token_row, combine_rows
 from moehive.kernels.expert_ffn import ExpertWeights, expert_ffn
 from moehive.kernels.formats import ExpertMatrices
 from moehive.kernels.routing import Assignment, group_by_expert, order_of_token
-from moehive.protocol.errors import BudgetTooSmall, MemoryExhausted
+from moehive.protocol.errors import BudgetTooSmall, ConfigError, MemoryExhausted
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.log import get_logger
 from moehive.swarm.memory import default_vram_budget
@@ -327,22 +327,26 @@ def grouped_experts(loader: ExpertLoader, layout: SlotLayout, device: torch.devi
 def accelerator_for(device: torch.device | str | None, vram: int | None) -> Accelerator | None:
     """Where experts are kept beyond RAM; None where the processor computes, without `vram` to stand for a device's.
 
-    Raises ConfigError for a device that is not here.
+    Raises ConfigError for a device that is not here, and for `vram` without a device.
     """
-    found = TorchAccelerator.named(str(device or "cpu"))
+    if device is None:
+        if vram is not None:
+            raise ConfigError('vram is memory of a device: say of which, such as device="cuda"')
+        return None
+    found = TorchAccelerator.named(str(device))
     return None if found.device.type == "cpu" and vram is None else found
 
 
-def use_device(model: PreTrainedModel, device: torch.device, vram: int | None) -> None:
-    """Move a model to `device`, with `vram` bytes there for the experts that it reads from local files.
+def use_device(model: PreTrainedModel, accelerator: Accelerator, vram: int | None) -> None:
+    """Move a model to a device, with `vram` bytes there for the experts that it reads from local files.
 
-    `vram` None: what is free there, once the rest of the model is; on the processor, nothing. Raises BudgetTooSmall.
+    `vram` None: what is free there, once the rest of the model is. Raises BudgetTooSmall.
     """
-    model.to(device)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
-    local, placed = backend_of(model), next(model.parameters()).device  # with its index
-    if not isinstance(local, LocalExperts) or (placed.type == "cpu" and vram is None):
+    model.to(accelerator.device)  # type: ignore[arg-type]  # a decorator of transformers hides the signature
+    local = backend_of(model)
+    if not isinstance(local, LocalExperts):
         return
-    budget = default_vram_budget(placed) if vram is None else vram
-    experts = DeviceExperts(local.loader, local.tier, TorchAccelerator(placed), model.dtype, budget)
+    budget = default_vram_budget(accelerator.device) if vram is None else vram
+    experts = DeviceExperts(local.loader, local.tier, accelerator, model.dtype, budget)
     local.tier.hold_stored(model.dtype, len(local.loader.manifest.experts), uploads=experts.takes_stored)
     attach_backend(model, experts)

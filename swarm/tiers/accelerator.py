@@ -66,6 +66,8 @@ class TorchAccelerator:
             device = torch.empty(0, device=name).device  # with its index
         except (RuntimeError, AssertionError) as error:  # so does torch say that it has none, or not that many
             raise ConfigError(f"torch finds no device {name!r} here; `moehive doctor` shows what there is") from error
+        if device.type == "meta":
+            raise ConfigError("torch's device 'meta' has no memory and computes nothing; choose another")
         return cls(device)
 
     def allocate(self, nbytes: int) -> Tensor:

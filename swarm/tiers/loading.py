@@ -14,6 +14,7 @@ from traceback import clear_frames
 from typing import Final, Generic, TypeVar
 
 from moehive.protocol.errors import MemoryExhausted
+from moehive.protocol.units import format_size
 
 from .leases import Claim, Flight
 from .policy import Lru, Policy
@@ -163,8 +164,8 @@ class Loading(Generic[K, V]):
             if not self._out_of_memory(error):
                 raise
             raise MemoryExhausted(
-                f"{self.name} tier, {flight.key}: the machine has no memory for {flight.reserved} bytes, although the "
-                f"budget was lowered to {self.budget_bytes}"
+                f"{self.name} tier, {flight.key}: the machine has no memory for {format_size(flight.reserved)}, "
+                f"although the budget was lowered to {format_size(self.budget_bytes)}"
             ) from error
 
     def _shrink(self, flight: Flight[K, V]) -> None:

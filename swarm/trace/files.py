@@ -105,10 +105,12 @@ def unpack(data: bytes, kind: str, version: str, name: str, remedy: str = "") ->
 
 
 def read_bounded(path: Path) -> bytes:
-    """A whole file of at most MAX_FILE_BYTES. Raises TraceError for a larger one, StorageError."""
+    """A whole file of at most MAX_FILE_BYTES. Raises TraceError for a larger one or none, StorageError."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise TraceError(f"cannot read {path}: {error.strerror}") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
     if len(data) > MAX_FILE_BYTES:

@@ -111,6 +111,8 @@ def test_what_a_caller_may_act_on_is_an_attribute() -> None:
     assert str(experts) == "layer 3: no live peer for expert(s) 1, 2 (timeout)"
     budget = BudgetTooSmall("cache", budget=1, needed=2)
     assert (budget.budget, budget.needed) == (1, 2)
+    least = str(BudgetTooSmall("cache", budget=1024, needed=788800))
+    assert least == "cache: the budget is 1.0 KiB; raise it to at least 770.4KiB (788800 bytes)"
     assert (ShardUnavailable("ab").name, ModelUnavailable("cd").model_id) == ("ab", "cd")
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moehive.protocol.errors import ConfigError
-from moehive.protocol.units import format_size, parse_rate, parse_size
+from moehive.protocol.units import format_enough, format_size, parse_rate, parse_size
 
 
 @pytest.mark.parametrize(("text", "rate"), [("50MB/s", 50 * 10**6), (" 1.5 MiB/s ", 3 << 19), ("4096", 4096)])
@@ -72,3 +72,25 @@ def test_sizes_are_written(size: int, text: str) -> None:
 def test_what_is_written_reads_back_within_its_precision(size: int) -> None:
     assert abs(parse_size(format_size(size)) - size) <= 0.05 * size + 1
     assert not format_size(size).startswith("1024.0")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0B"),
+        (1023, "1023B"),
+        (1024, "1.0KiB"),
+        (1025, "1.1KiB"),
+        (788800, "770.4KiB"),
+        ((1 << 20) - 1, "1.0MiB"),
+        (7 << 29, "3.5GiB"),
+    ],
+)
+def test_sizes_to_type_back_are_written(size: int, text: str) -> None:
+    assert format_enough(size) == text
+
+
+@given(st.integers(0, 1 << 55))
+def test_what_is_typed_back_is_enough_and_hardly_more(size: int) -> None:
+    assert size <= parse_size(format_enough(size)) <= 1.1 * size
+    assert not format_enough(size).startswith("1024.0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,23 @@ import pytest
 
 from moehive.protocol.errors import DestinationError, DiskFull
 from moehive.protocol.ids import ExpertKey
-from moehive.protocol.manifest import MANIFEST_NAME, ShardEntry
+from moehive.protocol.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from moehive.swarm.assembly import WORK, Assembly
 from moehive.swarm.convert import inspect
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.store.directory import ConvertedDirectory
+from moehive.swarm.transfer.progress import TransferProgress
+from moehive.swarm.whole_model import ModelFetch
+
+
+class Silent:
+    """A watcher that is not interested."""
+
+    def begin(self, manifest: Manifest, total: int) -> None: ...
+
+    def found(self, size: int) -> None: ...
+
+    def transfer(self, progress: TransferProgress) -> None: ...
 
 
 @pytest.fixture
@@ -183,10 +196,36 @@ def test_a_disk_without_room_is_said_before_anything_is_fetched(
         f_bavail, f_frsize = 1, 4096
 
     monkeypatch.setattr(os, "statvfs", lambda path: Small)
-    assembly = Assembly(tmp_path / "model", mixtral.manifest)
-    assembly.begin()
+    (tmp_path / "models").mkdir()
+    assembly = Assembly(tmp_path / "models" / "deep" / "model", mixtral.manifest)
+    fetch = ModelFetch(None, cache, lambda manifest: shards, Silent())  # type: ignore[arg-type]  # no member is asked
     with pytest.raises(DiskFull, match="are needed"):
-        assembly.find(shards, cache, lambda size: None)
+        asyncio.run(fetch._into_directory(assembly, mixtral.manifest, shards))
+    assert list((tmp_path / "models").iterdir()) == [], "it has begun nothing"
+
+
+def test_what_has_come_stays_and_so_does_what_was_there_before(
+    mixtral: ConvertedDirectory, tmp_path: Path, shards: list[ShardEntry], cache: ContentStore
+) -> None:
+    cache.put(mixtral.root / shards[0].file)
+    for name, source, fetched in (("placed", cache, None), ("fetched", ContentStore(tmp_path / "no", 1), shards[1])):
+        assembly = Assembly(tmp_path / name, mixtral.manifest)
+        assembly.begin()
+        assembly.find(shards, source, lambda size: None)
+        if fetched is not None:
+            assembly.store.put(mixtral.root / fetched.file, expected=fetched.hash)
+        assembly.leave()
+        assert (tmp_path / name / WORK).exists()
+    (tmp_path / "mine").mkdir()
+    mine = Assembly(tmp_path / "mine", mixtral.manifest)
+    mine.begin()
+    mine.leave()
+    assert list((tmp_path / "mine").iterdir()) == []
+    refused = Assembly(mixtral.root / "config.json", mixtral.manifest)
+    with pytest.raises(DestinationError):
+        refused.begin()
+    refused.leave()
+    assert (mixtral.root / "config.json").is_file()
 
 
 def test_two_files_of_the_same_bytes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from moehive.protocol.ticket import Ticket
 from moehive.swarm import client as module
 from moehive.swarm.client import Swarm, join
 from moehive.swarm.model.seats import backend_of
+from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
 
@@ -43,6 +45,15 @@ def test_a_device_that_cannot_be_used_is_refused_before_anything_is_fetched(swar
         swarm.load(MODEL, vram=1 << 30)
     with pytest.raises(ConfigError, match="torch finds no device 'cuda:9' here"):
         swarm.load(MODEL, ram=1 << 30, device="cuda:9")
+    with pytest.raises(ConfigError, match="vram is memory of a device: say of which"):
+        swarm.load(MODEL, ram=1 << 30, vram=1 << 30)
+
+
+def test_budgets_and_seeds_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="disk=-1 is no budget"):
+        join(Ticket(SECRET, ()), cache=tmp_path, disk=-1)
+    with pytest.raises(ConfigError, match=r"write seeds=\['hub:a/b'\]"):
+        join(Ticket(SECRET, ()), cache=tmp_path, seeds="hub:a/b")
 
 
 def test_after_a_join_that_failed_nothing_is_joined(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +88,22 @@ def test_another_budget_for_a_model_that_is_loaded_is_refused(swarm: Swarm, chec
         swarm.load(directory, ram=1 << 20)
         swarm.load(directory)  # the same budget, unsaid
         swarm.load(directory, ram=1 << 20)
+
+
+def test_another_device_for_a_model_that_is_loaded_is_refused(swarm: Swarm, checkpoints: Checkpoints) -> None:
+    """The processor stands for a device."""
+    directory, budget = checkpoints.converted("demo"), 64 << 20
+    with swarm:
+        swarm.load(directory, ram=budget)
+        swarm.load(directory, ram=budget, device="cpu", vram=budget)  # nothing was kept on a device yet
+        swarm.load(directory, ram=budget, device="cpu", vram=budget)
+        swarm.load(directory, ram=budget, device="cpu")
+        swarm.load(directory)
+        with pytest.raises(ConfigError, match=rf"device='cpu' and vram={budget} already, not 'cpu' and 1024"):
+            swarm.load(directory, ram=budget, device="cpu", vram=1024)
+        opened = swarm._loaded(ConvertedDirectory(directory).model_id)
+        with pytest.raises(ConfigError, match="not 'cuda:0' and None"):
+            opened.check_device(SimpleNamespace(device="cuda:0"), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings(

@@ -91,12 +91,26 @@ def test_broken_file_is_named_and_kept(tmp_path: Path) -> None:
     assert path.read_bytes() == b"not a key"
 
 
-def test_unusable_place_is_a_storage_error(tmp_path: Path) -> None:
+def test_what_is_no_key_is_not_to_be_made_private(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("# Everybody is to read this")
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="not an Ed25519 libp2p private key") as refused:
+        Identity.load_or_create(path)
+    assert "chmod" not in str(refused.value)
+
+
+def test_what_can_be_no_file_is_the_callers_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError):
-        Identity.load_or_create(tmp_path / "file" / "identity.key")
-    with pytest.raises(StorageError):
-        Identity.load_or_create(tmp_path)
+    for path in (tmp_path / "file" / "identity.key", tmp_path):
+        with pytest.raises(ConfigError, match="is no file"):
+            Identity.load_or_create(path)
+
+
+def test_unusable_place_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "key")
+    with pytest.raises(StorageError, match=r"cannot (read|write) the identity"):
+        Identity.load_or_create(tmp_path / "gone")
 
 
 def test_agrees_with_py_libp2p() -> None:

@@ -85,7 +85,7 @@ def test_experts_that_pay_are_kept_and_outlive_the_swarm(
     first, second = nodes.swarm(checkpoints.converted(FAMILY), "*:0-3", "*:4-7")
     model_id = str(first.ready()["modelId"])
     with join(first.ticket, cache=cache) as joined:
-        model, _ = joined.load(model_id, dtype=torch.float32, ram=64 << 20, vram=vram)
+        model, _ = joined.load(model_id, dtype=torch.float32, ram=64 << 20, device="cpu", vram=vram)
 
         def all_here() -> bool:
             before = trips_of(joined, model_id)

@@ -233,8 +233,8 @@ class BlockStore:
         """Append to the layer's file. The caller takes the block from where it was."""
         if self._disk.used + shelf.nbytes > self._disk.limit:
             raise DiskFull(
-                f"the KV cache's disk budget of {format_size(self._disk.limit)} is full; raise it, or the budgets of "
-                "memory above it"
+                f"the KV cache's disk budget of {format_size(self._disk.limit)} is full; raise it (--kv-disk), or the "
+                "budgets of memory above it"
             )
         if shelf.file is None:
             shelf.file = ScratchFile(self._directory)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moehive.protocol.errors import BudgetTooSmall, ConfigError, DiskFull, StorageError, UnsupportedModel
-from moehive.protocol.units import format_size
+from moehive.protocol.units import format_enough, format_size
 
 from .assembly import Assembly
 from .blocks import BlockStore
@@ -206,9 +206,10 @@ class KvEngine:
         """Refuse what would fail later, when the length that will be reached is known."""
         missing = missing_on_disk(facts, plan, self.block_tokens, self.host.limit + self.disk.limit)
         if missing:
+            needed = self.disk.limit + missing
             raise DiskFull(
                 f"a KV cache of {facts.tokens} tokens needs {format_size(missing)} more than its budgets; raise that "
-                f"of the disk to {self.disk.limit + missing} bytes"
+                f"of the disk (--kv-disk) to {format_enough(needed)} ({needed} bytes)"
             )
 
     def _add(self, index: int, layout: KvLayout, keys: Tensor, values: Tensor) -> None:

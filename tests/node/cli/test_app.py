@@ -54,6 +54,7 @@ def test_version(moehive):
         (("node", "m", "--bulk-port", "65536"), "--bulk-port"),
         (("node", "m", "--disk", "4G"), "4GiB"),
         (("node", "m", "--threads", "0"), "--threads"),
+        (("node", "m", "--threads", "99999"), "would only wait for each other: give 1 to"),
         (("node", "m", "--log-format", "xml"), "console"),
         (("node", "m", "--listen", "localhost"), "0.0.0.0:4001"),
         (("generate", "hello"), "--model"),

@@ -124,6 +124,15 @@ def test_a_file_that_was_named_must_exist(moehive, tmp_path, converted):
     assert "none.toml does not exist" in outcome.err
 
 
+@pytest.mark.parametrize("name", ["", "file/below"])
+def test_what_was_named_must_be_a_file(moehive, tmp_path, converted, name):
+    (tmp_path / "file").touch()
+    outcome = moehive("--config", tmp_path / name, "node", converted)
+
+    assert outcome.code == 2
+    assert "is no file" in outcome.err
+
+
 def test_variables_of_others_are_left_alone(options, monkeypatch):
     monkeypatch.setenv("MOEHIVE_NODE_SERVICE_HOST", "10.0.0.1")  # Kubernetes, for a service called moehive-node
 

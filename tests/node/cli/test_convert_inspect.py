@@ -43,6 +43,18 @@ def test_a_source_that_is_no_checkpoint_is_refused(moehive, tmp_path):
     assert "config.json" in outcome.err
 
 
+def test_a_full_disk_is_no_matter_of_a_budget_that_the_command_does_not_have(
+    moehive, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("moehive.swarm.convert.converter.Disk.free", lambda *_: 2048)
+
+    outcome = moehive("convert", checkpoint, tmp_path / "out")
+
+    assert outcome.code == 1
+    assert "2.0 KiB are free; make room" in outcome.err
+    assert "--disk" not in outcome.err
+
+
 def test_a_dense_model_is_refused(moehive, checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "src")
     (tmp_path / "src" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
@@ -86,6 +98,15 @@ def test_a_flipped_byte_is_found_named_and_fails(moehive, converted, tmp_path, f
     assert outcome.code == 1
     assert victim.name in outcome.out
     assert moehive("inspect", tmp_path / "model", "--no-verify", *form).code == 0
+
+
+def test_inspecting_what_is_no_directory_says_so(moehive, tmp_path):
+    (tmp_path / "README.md").touch()
+    file, nothing = moehive("inspect", tmp_path / "README.md"), moehive("inspect", tmp_path / "nothing")
+
+    assert (file.code, nothing.code) == (2, 2)
+    assert f"{tmp_path / 'README.md'} is no directory" in file.err
+    assert "Errno" not in file.err + nothing.err
 
 
 def test_inspecting_something_else_says_so(moehive, checkpoint):

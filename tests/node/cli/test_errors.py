@@ -71,7 +71,13 @@ def test_experts_without_a_holder_come_with_the_command_that_helps():
 
 
 def test_every_error_that_is_not_the_callers_says_what_to_do_next():
-    silent = {"MoehiveError", "LocalError", "StorageError", "SwarmError"}  # raised with messages that say it
+    silent = {
+        "MoehiveError",
+        "LocalError",
+        "StorageError",
+        "DiskFull",
+        "SwarmError",
+    }  # raised with messages that say it
     kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, MoehiveError)]
 
     for kind in kinds:

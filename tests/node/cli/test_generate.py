@@ -31,6 +31,7 @@ def _logs_as_they_were():
         (("--model", "ab" * 32, "--join", "moehive1"), "join ticket"),
         (("--model", "ab" * 32, "--draft", "nothing-here"), "neither 'lookup'"),
         (("--model", "ab" * 32, "--join", "moehive1", "--prefetch", "a"), "read from disk: leave it out with --join"),
+        (("--model", "nothing-here", "--prefetch", "none"), "--prefetch none is neither auto, off nor a file"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_loaded(moehive, arguments, said):
@@ -47,6 +48,14 @@ def test_text_on_stdout_and_the_summary_on_stderr(moehive, converted):
     assert outcome.out.strip()
     assert outcome.out.endswith("\n")
     assert "8 tokens in" in outcome.err
+
+
+def test_one_token_is_one_token(moehive, converted):
+    outcome = moehive(
+        "generate", "ROMEO:", "--model", converted, "--max-tokens", 1, "--temperature", 0, "--kv", "spill"
+    )
+
+    assert outcome.err.startswith("1 token in")
 
 
 def test_json_holds_the_same_text_and_a_seed_repeats_it(moehive, converted, monkeypatch):
@@ -97,12 +106,13 @@ def test_what_prefetch_was_worth_is_told_where_there_was_any(moehive, converted)
 def test_too_little_memory_for_a_token_is_refused_with_the_least_that_works(moehive, converted):
     arguments = ("generate", "ROMEO:", "--model", converted, "--max-tokens", 2)
     outcome = moehive(*arguments, "--ram", "1000")
-    found = re.search(r"at least (\d+)", outcome.err)
+    found = re.search(r"at least (\S+) \((\d+) bytes\)", outcome.err)
 
     assert outcome.code == 1
     assert found is not None
     assert moehive(*arguments, "--ram", found[1]).code == 0
-    assert moehive(*arguments, "--ram", int(found[1]) - 1).code == 1
+    assert moehive(*arguments, "--ram", found[2]).code == 0
+    assert moehive(*arguments, "--ram", int(found[2]) - 1).code == 1
 
 
 @pytest.mark.parametrize("draft", ["lookup", "the model itself"])
@@ -129,9 +139,37 @@ def test_a_draft_of_another_vocabulary_is_refused(moehive, converted, tmp_path):
 def test_what_cannot_be_generated_from_is_refused(moehive, converted):
     arguments = ("--model", converted, "--max-tokens", 1)
 
-    assert "the prompt is empty" in moehive("generate", "", *arguments).err
+    empty = moehive("generate", "", *arguments)
+    assert "the prompt is empty" in empty.err
+    assert empty.out == "", "no blank line"
     assert "no chat template" in moehive("generate", "x", *arguments, "--chat").err
     assert moehive("generate", "x", *arguments, "--temperature", 0, "--top-k", 3).code == 2
+    assert moehive("generate", "x", *arguments, "--temperature", 0, "--top-p", 0.5).code == 2
+    assert moehive("generate", "x", *arguments, "--top-p", 1.5).code == 2
+    assert "a text that is not empty" in moehive("generate", "x", *arguments, "--stop", "").err
+    assert "leave one out" in moehive("generate", "x", *arguments, "--stop", "a", "--draft", "lookup").err
+
+
+def test_a_text_to_stop_at_is_the_last_of_what_is_made(moehive, converted):
+    arguments = ("generate", "ROMEO:", "--model", converted, "--max-tokens", 24, "--temperature", 0, "--json")
+    whole = json.loads(moehive(*arguments).out)["text"]
+    word = next(word for word in whole.split() if len(word) > 3)
+    stopped = json.loads(moehive(*arguments, "--stop", "not in it at all", "--stop", word).out)["text"]
+
+    assert whole.startswith(stopped)
+    assert len(stopped) < len(whole)
+    assert word in stopped
+    assert word not in stopped[: -len(word) - 8], "a token may end a little after the word"
+
+
+def test_hardly_any_probability_leaves_only_the_likeliest_token(moehive, converted):
+    arguments = ("generate", "ROMEO:", "--model", converted, "--max-tokens", 8, "--dtype", "float32", "--json")
+    likeliest, chosen = (
+        json.loads(moehive(*arguments, *how).out)["tokens"]
+        for how in (("--temperature", 0), ("--temperature", 5, "--top-p", 1e-6, "--top-k", 100))
+    )
+
+    assert chosen == likeliest
 
 
 def test_what_the_options_for_sampling_mean():
@@ -141,6 +179,8 @@ def test_what_the_options_for_sampling_mean():
     assert Sampling(5, 0, temperature=0).arguments()["do_sample"] is False
     assert Sampling(5, 0, temperature=0.5).arguments() == {"max_new_tokens": 5, "do_sample": True, "temperature": 0.5}
     assert Sampling(5, 0, top_k=3).arguments() == {"max_new_tokens": 5, "do_sample": True, "top_k": 3}
+    assert Sampling(5, 0, top_p=0.9).arguments() == {"max_new_tokens": 5, "do_sample": True, "top_p": 0.9}
+    assert Sampling(5, 0, stop=("a", "b")).arguments() == {"max_new_tokens": 5, "stop_strings": ["a", "b"]}
     with pytest.raises(ConfigError, match="--top-k"):
         Sampling(5, 0, temperature=0, top_k=3).arguments()
 

@@ -83,7 +83,7 @@ def test_long_prompts_are_read_in_chunks():
 
 def test_what_the_summary_says():
     assert kv_lines(STATS, None) == [
-        "KV cache (spill): 1000 tokens in 6 layers, 1.5 MiB in full; at most 512.0 KiB in memory, 3.0 MiB on disk",
+        "KV cache (spill): 1,000 tokens in 6 layers, 1.5 MiB in full; at most 512.0 KiB in memory, 3.0 MiB on disk",
         "  read back 10.0 MiB at 5.0 MiB/s; waited for 0.50 s of 2.00 s",
     ]
     assert len(kv_lines(replace(STATS, reloaded_bytes=0), None)) == 1

@@ -55,7 +55,8 @@ def test_a_replay_in_json(moehive: Moehive) -> None:
     [
         (("record", "nowhere", "out", "a prompt"), 2, "neither a converted directory nor a checkpoint"),
         (("record", "nowhere", "out"), 2, "there is no prompt"),
-        (("replay", "missing"), 1, "cannot read"),
+        (("replay", "missing"), 2, "cannot read missing: No such file"),
+        (("fit", "missing", "model", "out"), 2, "cannot read missing: No such file"),
         (("replay", "missing", "--resident", "0"), 2, "--resident"),
         (("replay", "missing", "--empty-resident"), 2, "--empty-resident"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 
 import pytest
 
@@ -28,6 +29,24 @@ def test_an_interrupt_raises_once_and_then_lets_us_clean_up():
 
     assert cleaned_up
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_an_error_that_a_swallowed_interrupt_led_to_is_that_interrupt():
+    """So fail imports of transformers, whose parts swallow what is raised in them."""
+
+    def work(number: int | None) -> None:
+        with Interrupts():
+            if number is not None:
+                with suppress(BaseException):
+                    signal.raise_signal(number)
+            raise ModuleNotFoundError("half imported")
+
+    with pytest.raises(KeyboardInterrupt):
+        work(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        work(signal.SIGTERM)
+    with pytest.raises(ModuleNotFoundError):
+        work(None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

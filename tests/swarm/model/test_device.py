@@ -12,7 +12,7 @@ from support.fake_accelerator import FakeAccelerator
 from support.mixed_loader import MixedLoader
 from torch import Tensor
 
-from moehive.protocol.errors import BudgetTooSmall
+from moehive.protocol.errors import BudgetTooSmall, ConfigError
 from moehive.swarm import open_local
 from moehive.swarm.model import device
 from moehive.swarm.model.device import DeviceExperts, ExpertLayout
@@ -124,5 +124,20 @@ def test_a_device_without_memory_leaves_all_to_the_processor(converted: Path, pr
 def test_a_budget_below_the_floor_names_the_least_that_works(converted: Path) -> None:
     least = (2 * ConvertedDirectory(converted).manifest.model.top_k + 1) * slot_bytes(converted)
     with pytest.raises(BudgetTooSmall) as caught:
-        open_local(converted, vram=least - 1)
+        open_local(converted, device="cpu", vram=least - 1)
     assert (caught.value.budget, caught.value.needed) == (least - 1, least)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"vram": 1 << 30}, "vram is memory of a device: say of which"),
+        ({"device": "meta"}, "'meta' has no memory"),
+        ({"device": "nonsense"}, "torch finds no device 'nonsense' here"),
+    ],
+)
+def test_what_is_no_place_for_experts_is_refused_before_anything_is_loaded(
+    options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        open_local(tmp_path / "not looked for", **options)

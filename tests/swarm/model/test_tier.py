@@ -86,12 +86,12 @@ def test_the_least_memory_that_is_named_works(checkpoints: Any, family: str, pro
     with pytest.raises(BudgetTooSmall) as ram:
         open_local(converted, ram=1)
     with pytest.raises(BudgetTooSmall) as both:
-        open_local(converted, ram=ram.value.needed, vram=1)
+        open_local(converted, ram=ram.value.needed, device="cpu", vram=1)
     for refused in ({"ram": ram.value.needed - 1}, {"ram": ram.value.needed, "vram": both.value.needed - 1}):
         with pytest.raises(BudgetTooSmall):
-            open_local(converted, **refused)
+            open_local(converted, device="cpu", **refused)
     for least in ({"ram": ram.value.needed}, {"ram": ram.value.needed, "vram": both.value.needed}):
-        tight = open_local(converted, **least)[0]
+        tight = open_local(converted, device="cpu", **least)[0]
         with torch.inference_mode():
             assert torch.equal(tight(input_ids=prompt).logits, wanted(input_ids=prompt).logits)
         assert torch.equal(generate(tight, prompt[:1]), generate(wanted, prompt[:1]))

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moehive.protocol.errors import StorageError, TraceError
+from moehive.protocol.errors import TraceError
 from moehive.swarm.prefetch.attending import HEADS, MIXED, SIZE, WIDTH, Asker, Reader
 from moehive.swarm.prefetch.files import fingerprint, read_predictor, write_predictor
 from moehive.swarm.prefetch.fitting import Router
@@ -66,7 +66,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "it").write_bytes(b"nothing of the kind")
     with pytest.raises(TraceError):
         read_predictor(tmp_path / "it", routers())
-    with pytest.raises(StorageError):
+    with pytest.raises(TraceError, match="cannot read"):
         read_predictor(tmp_path / "none", routers())
 
 

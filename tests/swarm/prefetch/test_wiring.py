@@ -12,7 +12,7 @@ from support.checkpoints import Checkpoints
 from support.waiting import until
 from torch import Tensor
 
-from moehive.protocol.errors import StorageError
+from moehive.protocol.errors import StorageError, TraceError
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm import open_local
 from moehive.swarm.model.backend import LocalExperts
@@ -96,7 +96,7 @@ def test_where_all_experts_fit_there_is_nothing_to_do(converted: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_predictor_that_cannot_be_read_is_said_so_whether_it_is_needed_or_not(converted: Path, share: float) -> None:
-    with pytest.raises(StorageError, match="cannot read no/predictor"):
+    with pytest.raises(TraceError, match="cannot read no/predictor"):
         opened(converted, share, prefetch="no/predictor")
 
 

@@ -63,8 +63,13 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(StorageError, match="cannot write"):
         write_trace(make(), tmp_path / "nowhere" / "trace")
-    with pytest.raises(StorageError, match="cannot read"):
-        read_trace(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("name", ["missing", "", "trace/below"])
+def test_a_path_that_is_no_file_is_the_callers_mistake(name: str, tmp_path: Path) -> None:
+    write_trace(make(), tmp_path / "trace")
+    with pytest.raises(TraceError, match="cannot read"):
+        read_trace(tmp_path / name)
 
 
 @given(st.data())

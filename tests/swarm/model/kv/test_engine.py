@@ -194,9 +194,11 @@ def test_a_budget_that_stops_working_is_refused_before_anything_changes() -> Non
 def test_a_length_that_is_known_is_refused_at_the_first_token() -> None:
     with pytest.raises(BudgetTooSmall, match="KV cache of 1000 tokens"):
         run(make(device=1200, max_tokens=1000), 1)
-    with pytest.raises(DiskFull, match=r"1000 tokens needs .* raise that of the disk to (\d+) bytes") as caught:
+    with pytest.raises(
+        DiskFull, match=r"1000 tokens needs .* raise that of .* \(--kv-disk\) to \S+ \((\d+) bytes\)"
+    ) as caught:
         run(make(device=50000, disk=10, max_tokens=1000), 1)
-    least = int(str(caught.value).split(" to ")[-1].removesuffix(" bytes"))
+    least = int(str(caught.value).split("(")[-1].removesuffix(" bytes)"))
     run(make(device=50000, disk=least, max_tokens=1000), 1)
     with pytest.raises(DiskFull):
         run(make(device=50000, disk=least - 1, max_tokens=1000), 1)
