@@ -56,6 +56,8 @@ def _piece(name: str, tensors: Mapping[str, SourceTensor], scheme: Scheme) -> Pi
         parts.append((TensorSpec(kind, found.dtype, found.shape), Span(tensor.file, found.offset, found.size)))
     dtype = next(spec.dtype for spec, _ in parts if spec.name in ("weight_scale", "scales"))
     spec = TensorSpec(_sibling(name, "weight"), dtype, shape)
+    if spec.name in tensors:
+        raise CheckpointError(f"{spec.name}: the checkpoint holds this weight and, in {name}, the same in 4 bits")
     return Piece(spec, parts[0][1], PackedWeight(scheme.quantization, tuple(parts)))
 
 
