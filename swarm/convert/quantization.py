@@ -87,12 +87,16 @@ def stored_weight(shape: tuple[int, int], scheme: Scheme | None, *, transposed: 
 def _stored_int4(shape: tuple[int, int], scheme: Scheme, grid: tuple[int, ...]) -> dict[str, Stored]:
     (rows, columns), method = shape, scheme.quantization.method
     if method is not QuantMethod.INT4_PACKED:  # the other way round
-        words, indices = (columns, -(-rows // _PER_WORD)), {}
+        if rows % _PER_WORD or columns % _PER_WORD:
+            raise UnsupportedModel(
+                f"weights {list(shape)} in 4 bits of {method} are not supported: both sides have to be multiples of 8"
+            )
+        words, indices = (columns, rows // _PER_WORD), {}
         if method is not QuantMethod.INT4_AWQ:
-            words, indices = (-(-columns // _PER_WORD), rows), {"g_idx": Stored((columns,), ("I32",))}
+            words, indices = (columns // _PER_WORD, rows), {"g_idx": Stored((columns,), ("I32",))}
         return {
             "qweight": Stored(words, ("I32",)),
-            "qzeros": Stored((grid[1], -(-rows // _PER_WORD)), ("I32",)),
+            "qzeros": Stored((grid[1], rows // _PER_WORD), ("I32",)),
             "scales": Stored(grid[::-1], FLOATS),
             **indices,
         }
