@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from torch import Tensor
 from moehive.kernels.cpu import packed
 from moehive.kernels.cpu.packed import can_pack, is_packed, plain_weights
 from moehive.kernels.expert_ffn import ExpertWeights
-from moehive.protocol.errors import BudgetTooSmall, CorruptShard, ManifestError
+from moehive.protocol.errors import BudgetTooSmall, CorruptShard
 from moehive.protocol.ids import ExpertKey
-from moehive.protocol.manifest import Manifest
 from moehive.swarm import open_local
 from moehive.swarm.model import buffers
 from moehive.swarm.model.backend import LocalExperts
@@ -397,19 +395,3 @@ def test_the_most_that_packing_takes(rows: int, columns: int) -> None:
     sizes = [packed.packed_bytes(one) if one.is_mkldnn else one.nbytes for one in made.tensors]
     assert sizes[0] <= packed.most_packed_bytes(2 * rows, columns)
     assert sizes[1] <= packed.most_packed_bytes(columns, rows)
-
-
-def test_indices_for_more_inputs_than_an_expert_has_are_refused_before_they_are_made(checkpoints: Any) -> None:
-    """A manifest may say that there are 4 Gi of them: a plan of its experts' forms would take 32 GiB for each."""
-    directory = ConvertedDirectory(checkpoints.converted("mixtral_gptq"))
-    manifest = directory.manifest
-    name = next(name for name in manifest.tensors if name.endswith("w1.g_idx"))
-    entry = manifest.tensors[name]
-    shard = replace(manifest.shards[entry.shard], size=1 << 20)
-    changed = replace(
-        manifest,
-        shards=(*manifest.shards[: entry.shard], shard, *manifest.shards[entry.shard + 1 :]),
-        tensors={**manifest.tensors, name: replace(entry, shape=(1000,), size=4000)},
-    )
-    with pytest.raises(ManifestError, match=r"w1.g_idx \(1000,\) has more inputs than any matrix"):
-        _ = ExpertLoader(Manifest.from_bytes(changed.to_bytes()), directory).forms
