@@ -133,17 +133,24 @@ class _Source:
 def _projection(source: _Source, name: str) -> WeightMatrix:
     """One projection [out, in] by the hub's name for it."""
     if source.has(f"{name}.weight_packed"):
-        rows, columns = source.take(f"{name}.weight_shape").tolist()
+        rows, columns = _sides(source.take(f"{name}.weight_shape"), name)
         height, width = source.block("packed 4-bit weights")
         packed, scale = source.take(f"{name}.weight_packed"), source.take(f"{name}.weight_scale")
         zero = source.take_optional(f"{name}.weight_zero_point")
-        if packed.shape[0] != rows or height != 1:
+        if packed.ndim != 2 or packed.shape[0] != rows or height != 1:
             raise ValueError(f"{name}.weight_packed {tuple(packed.shape)} of a weight [{rows}, {columns}]")
         return compressed_tensors_matrix(packed, scale, columns, width, zero)
     weight, scale_inv = source.take(f"{name}.weight"), source.take_optional(f"{name}.weight_scale_inv")
     if scale_inv is None:
         return _plain(weight)
     return fp8_block_matrix(weight, scale_inv, source.block("FP8 block scales"))
+
+
+def _sides(shape: Tensor, name: str) -> tuple[int, int]:
+    if shape.shape != (2,) or shape.is_floating_point():
+        raise ValueError(f"{name}.weight_shape is {shape.dtype} {tuple(shape.shape)}, not two integers")
+    rows, columns = shape.tolist()
+    return rows, columns
 
 
 def _plain(weight: Tensor) -> WeightMatrix:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .formats import MXFP4_GROUP, WeightFormat, WeightMatrix, unpack_nibbles
 
-_PER_WORD: Final = 8  # values of 4 bits in an int32
+PER_WORD: Final = 8  # values of 4 bits in an int32
 _BAND: Final = 1 << 17  # words turned at a time: 512 KiB
 _AWQ_ORDER: Final = (0, 4, 1, 5, 2, 6, 3, 7)  # where AWQ's interleaved columns 0, 2, 4, 6, 1, 3, 5, 7 have to go
 
@@ -49,7 +49,9 @@ def compressed_tensors_matrix(
     Raises ValueError where they do not fit each other, and for an odd K.
     """
     _check_words(weight_packed, "weight_packed")
-    if columns % 2 or -(-columns // _PER_WORD) != weight_packed.shape[1]:
+    if zero_point is not None:
+        _check_words(zero_point, "weight_zero_point")
+    if columns % 2 or -(-columns // PER_WORD) != weight_packed.shape[1]:
         raise ValueError(f"weight_packed {tuple(weight_packed.shape)} for {columns} columns")
     data = weight_packed.contiguous().view(torch.uint8)[:, : columns // 2]  # little endian: low bits are low columns
     zero = None if zero_point is None else _turned(_unpack(zero_point.t(), data.shape[0]))  # [N, G]
@@ -83,10 +85,9 @@ def gptq_matrix(
     another order than their groups (desc_act): those need the expert's input permuted, which no kernel here does.
     """
     _check_turned(qweight, scales)
-    columns = qweight.shape[0] * _PER_WORD
-    order = torch.arange(columns, dtype=torch.int32) // (group or columns)
-    if g_idx is not None and not torch.equal(g_idx.int().cpu(), order):
-        raise ValueError("GPTQ with desc_act (inputs ordered by activation) is not supported: quantise without it")
+    columns = qweight.shape[0] * PER_WORD
+    if g_idx is not None:
+        _check_order(g_idx, columns, min(group or columns, columns))
     zeros = _unpack(qzeros, scales.shape[-1])  # [K / g, N]
     if zeros_minus_one:
         zeros = (zeros + 1) & 0xF
@@ -103,6 +104,13 @@ def _check_words(words: Tensor, name: str) -> None:
         raise ValueError(f"{name} is {words.dtype} {tuple(words.shape)}, not an int32 matrix")
 
 
+def _check_order(g_idx: Tensor, columns: int, group: int) -> None:
+    if g_idx.shape != (columns,):
+        raise ValueError(f"g_idx {tuple(g_idx.shape)} for {columns} inputs")
+    if not torch.equal(g_idx.int().cpu(), torch.arange(columns, dtype=torch.int32) // group):
+        raise ValueError("GPTQ with desc_act (inputs ordered by activation) is not supported: quantise without it")
+
+
 def _check_turned(qweight: Tensor, scales: Tensor) -> None:
     _check_words(qweight, "qweight")
     if scales.ndim != 2 or not qweight.numel():
@@ -113,7 +121,7 @@ def _unpack(words: Tensor, columns: int | None = None) -> Tensor:
     """int32 [R, C] as uint8 [R, 8 C], low bits first; the first `columns` of them."""
     _check_words(words, "a packed tensor")
     codes = unpack_nibbles(_own(words).view(torch.uint8))  # [R, 8 C]
-    if columns is not None and not columns <= codes.shape[1] < columns + _PER_WORD:
+    if columns is not None and not columns <= codes.shape[1] < columns + PER_WORD:
         raise ValueError(f"{tuple(words.shape)} words for {columns} columns")
     return codes if columns is None else codes[:, :columns]
 
@@ -123,7 +131,7 @@ def _awq_data(qweight: Tensor) -> Tensor:
     columns, words = qweight.shape
     if columns % 2:
         raise ValueError(f"{columns} columns of 4 bits do not fill bytes")
-    data = torch.empty(words, _PER_WORD, columns // 2, dtype=torch.uint8, device=qweight.device)
+    data = torch.empty(words, PER_WORD, columns // 2, dtype=torch.uint8, device=qweight.device)
     step = max(_BAND // columns, 1)
     for first in range(0, words, step):
         pairs = _turned(qweight[:, first : first + step]).view(torch.int64)  # [step, K / 2]
@@ -145,5 +153,5 @@ def _own(matrix: Tensor) -> Tensor:
 
 def _awq_columns(words: Tensor) -> Tensor:
     """For each column of the matrix its place among the unpacked ones."""
-    word = torch.arange(words.shape[1], device=words.device)[:, None] * _PER_WORD
+    word = torch.arange(words.shape[1], device=words.device)[:, None] * PER_WORD
     return (word + torch.tensor(_AWQ_ORDER, device=words.device)).flatten()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .formats import WeightMatrix, pack_nibbles
-from .packings import awq_matrix, gptq_matrix
+from .packings import PER_WORD, awq_matrix, gptq_matrix
 
 _WEIGHT: Final = ".qweight"
 
@@ -31,7 +31,7 @@ def repacked(tensors: Mapping[str, Tensor], packing: TurnedPacking, group: int) 
     """`tensors` with `weight_packed`, `weight_scale`, `weight_shape` and `weight_zero_point` for each `qweight`.
 
     `qweight`, `qzeros`, `scales` and `g_idx` of one matrix have one name before their last part. Other tensors stay as
-    they are. Raises ValueError for ones that are missing or do not fit each other.
+    they are. Raises ValueError for ones that are missing or do not fit each other, and for a side that fills no words.
     """
     rest, out = dict(tensors), {}
     for name in tensors:
@@ -42,6 +42,8 @@ def repacked(tensors: Mapping[str, Tensor], packing: TurnedPacking, group: int) 
         matrix = _matrix(stem, parts, packing, group)
         assert matrix.scale is not None
         assert matrix.zero is not None
+        if any(side % PER_WORD for side in matrix.shape):
+            raise ValueError(f"{stem} is a weight {matrix.shape}, whose sides are no multiples of {PER_WORD}")
         out[f"{stem}.weight_packed"] = matrix.data.view(torch.int32)
         out[f"{stem}.weight_scale"] = matrix.scale
         out[f"{stem}.weight_shape"] = torch.tensor(matrix.shape)

@@ -9,7 +9,7 @@ from moehive.protocol.manifest import QuantMethod
 from moehive.protocol.safetensors_header import TensorSpec
 
 from .layout import PackedWeight, Piece, Span
-from .quantization import INT4, Scheme, stored_weight
+from .quantization import INT4, PER_WORD, Scheme, stored_weight
 from .source import SourceTensor
 
 _HEADS = ("weight_packed", "qweight")  # the tensors that hold the values
@@ -17,7 +17,6 @@ _TAILS = {
     "weight_packed": ("weight_scale", "weight_shape", "weight_zero_point"),
     "qweight": ("qzeros", "scales", "g_idx"),
 }
-_PER_WORD = 8  # values of 4 bits in an int32
 
 
 def plan_packed(tensors: Mapping[str, SourceTensor], scheme: Scheme | None) -> tuple[dict[str, Piece], set[str]]:
@@ -56,6 +55,8 @@ def _piece(name: str, tensors: Mapping[str, SourceTensor], scheme: Scheme) -> Pi
         parts.append((TensorSpec(kind, found.dtype, found.shape), Span(tensor.file, found.offset, found.size)))
     dtype = next(spec.dtype for spec, _ in parts if spec.name in ("weight_scale", "scales"))
     spec = TensorSpec(_sibling(name, "weight"), dtype, shape)
+    if spec.name in tensors:
+        raise CheckpointError(f"{spec.name}: the checkpoint holds this weight and, in {name}, the same in 4 bits")
     return Piece(spec, parts[0][1], PackedWeight(scheme.quantization, tuple(parts)))
 
 
@@ -65,10 +66,10 @@ def _shape(name: str, words: tuple[int, ...], method: QuantMethod) -> tuple[int,
     if len(words) != 2 or not all(words) or name.rpartition(".")[2] != head:
         raise CheckpointError(f"{name}: a matrix {head} is expected, not {list(words)}")
     if method is QuantMethod.INT4_PACKED:
-        return words[0], words[1] * _PER_WORD
+        return words[0], words[1] * PER_WORD
     if method is QuantMethod.INT4_AWQ:
-        return words[1] * _PER_WORD, words[0]
-    return words[1], words[0] * _PER_WORD
+        return words[1] * PER_WORD, words[0]
+    return words[1], words[0] * PER_WORD
 
 
 def _sibling(name: str, kind: str) -> str:

@@ -15,7 +15,7 @@ from moehive.protocol.manifest import Quantization, QuantMethod
 FLOATS = ("BF16", "F16", "F32")
 _INTEGERS = ("I32", "I64")
 _MXFP4_GROUP = 32  # values that share a scale; two to a byte
-_PER_WORD = 8  # values of 4 bits in an int32
+PER_WORD = 8  # values of 4 bits in an int32
 _READ = "bf16, fp16, fp32, fp8 in blocks, mxfp4, and 4 bits in groups of compressed-tensors, AWQ and GPTQ"
 _ELSE = "quantise it so, or convert the checkpoint that it was made of"
 INT4 = (QuantMethod.INT4_PACKED, QuantMethod.INT4_AWQ, QuantMethod.INT4_GPTQ, QuantMethod.INT4_GPTQ_V2)
@@ -87,22 +87,26 @@ def stored_weight(shape: tuple[int, int], scheme: Scheme | None, *, transposed: 
 def _stored_int4(shape: tuple[int, int], scheme: Scheme, grid: tuple[int, ...]) -> dict[str, Stored]:
     (rows, columns), method = shape, scheme.quantization.method
     if method is not QuantMethod.INT4_PACKED:  # the other way round
-        words, indices = (columns, -(-rows // _PER_WORD)), {}
+        if rows % PER_WORD or columns % PER_WORD:
+            raise UnsupportedModel(
+                f"weights {list(shape)} in 4 bits of {method} are not supported: both sides have to be multiples of 8"
+            )
+        words, indices = (columns, rows // PER_WORD), {}
         if method is not QuantMethod.INT4_AWQ:
-            words, indices = (-(-columns // _PER_WORD), rows), {"g_idx": Stored((columns,), ("I32",))}
+            words, indices = (columns // PER_WORD, rows), {"g_idx": Stored((columns,), ("I32",))}
         return {
             "qweight": Stored(words, ("I32",)),
-            "qzeros": Stored((grid[1], -(-rows // _PER_WORD)), ("I32",)),
+            "qzeros": Stored((grid[1], rows // PER_WORD), ("I32",)),
             "scales": Stored(grid[::-1], FLOATS),
             **indices,
         }
     stored = {
-        "weight_packed": Stored((rows, -(-columns // _PER_WORD)), ("I32",)),
+        "weight_packed": Stored((rows, -(-columns // PER_WORD)), ("I32",)),
         "weight_scale": Stored(grid, FLOATS),
         "weight_shape": Stored((2,), _INTEGERS),
     }
     if scheme.zero_points:
-        stored["weight_zero_point"] = Stored((-(-rows // _PER_WORD), grid[1]), ("I32",))
+        stored["weight_zero_point"] = Stored((-(-rows // PER_WORD), grid[1]), ("I32",))
     return stored
 
 

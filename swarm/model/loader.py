@@ -154,17 +154,20 @@ class ExpertLoader:
             table = tensor_table(self._manifest, shard)
             kinds = tuple((short_name(name), entry.dtype, tuple(entry.shape)) for name, entry in table.items())
             if kinds not in found:
-                blank = {name: self._blank(name, dtype, shape) for name, dtype, shape in kinds}
+                with self._explained(key):
+                    blank = {name: self._blank(name, dtype, shape) for name, dtype, shape in kinds}
                 found[kinds] = self.matrices(key, self._turn(key, blank))
             forms[key] = found[kinds]
         return forms
 
     def _blank(self, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of an expert without its values, but for those that are shapes or indices."""
+        """A tensor of an expert without its values, but for those that are shapes or indices. Raises ValueError."""
+        sides = self._manifest.model.intermediate_size, self._manifest.model.hidden_size
         if name.endswith(".g_idx") and self._block is not None:
+            if prod(shape) > max(sides):  # this one is made, before a byte of the expert has come
+                raise ValueError(f"{name} {shape} has more inputs than any matrix of the model's experts")
             return torch.arange(prod(shape)) // self._block[1]
         if name.endswith(".weight_shape"):
-            sides = self._manifest.model.intermediate_size, self._manifest.model.hidden_size
             return torch.tensor(sides[::-1] if name.startswith(("down_proj", "w2")) else sides)
         return torch.empty(shape, dtype=TORCH_DTYPE[dtype], device="meta")
 

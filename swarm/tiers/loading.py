@@ -25,6 +25,7 @@ V = TypeVar("V")
 
 LOADERS: Final = 2  # threads that load ahead of the one that computes
 _SMOOTHING: Final = 0.1
+_LOOK: Final = 1.0  # seconds after which who waits for room looks for itself
 _WAIT: Final = 60.0  # seconds a miss waits for others to release, before it reports what budget would have done
 
 
@@ -238,24 +239,21 @@ class Loading(Generic[K, V]):
         if self._residency.reserve(key, size):
             return
         claim = Claim(key, size)
-        self._claims.append(claim)
         deadline = time.monotonic() + self._wait
         try:
+            self._claims.append(claim)
             while not claim.granted:
                 left = deadline - time.monotonic()
                 if left <= 0 or size > self._residency.budget:
                     raise self._residency.refusal(f"{self.name} tier, {what}", size)
-                self._room.wait(left)
+                if not self._room.wait(min(left, _LOOK)):
+                    self._notify()  # who released something may have been interrupted before it said so
         except BaseException:
-            self._withdraw(claim)
+            if claim.granted:
+                self._residency.cancel(claim.size)
+                self._notify()
             raise
-
-    def _withdraw(self, claim: Claim[K]) -> None:
-        """Inside the lock: who waited was refused, or interrupted."""
-        if claim.granted:
-            self._residency.cancel(claim.size)
-            self._notify()
-        else:
+        finally:
             self._claims.remove(claim)
 
     def _notify(self) -> None:
@@ -268,6 +266,6 @@ class Loading(Generic[K, V]):
         if not self._claims:
             return
         for claim in self._claims:
-            claim.granted = self._residency.reserve(claim.key, claim.size)
-        self._claims = [claim for claim in self._claims if not claim.granted]
+            if not claim.granted:  # those go when they have woken up
+                claim.granted = self._residency.reserve(claim.key, claim.size)
         self._room.notify_all()

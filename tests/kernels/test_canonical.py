@@ -231,3 +231,18 @@ def test_4_bit_tensors_that_do_not_fit_are_refused() -> None:
     tensors["gate_proj.weight_shape"] = torch.tensor([INNER + 1, HIDDEN])
     with pytest.raises(ValueError, match=r"of a weight \[17, 32\]"):
         stored_matrices(tensors, PLAIN, block=(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "message"),
+    [
+        ("shape", torch.tensor(16), "not two integers"),
+        ("shape", torch.tensor([16]), "not two integers"),
+        ("shape", torch.tensor([16.0, 32.0]), "not two integers"),
+        ("packed", torch.tensor(0, dtype=torch.int32), r"weight_packed \(\) of a weight"),
+    ],
+)
+def test_parts_of_a_4_bit_weight_that_are_no_such_parts_are_refused(kind: str, part: Tensor, message: str) -> None:
+    tensors = int4_expert(8) | {f"up_proj.weight_{kind}": part}
+    with pytest.raises(ValueError, match=message):
+        stored_matrices(tensors, PLAIN, block=(1, 8))

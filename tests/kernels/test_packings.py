@@ -120,6 +120,7 @@ WORDS = torch.zeros(8, 2, dtype=torch.int32)
         (lambda: compressed_tensors_matrix(WORDS.long(), torch.ones(8, 1), 16, None), "not an int32 matrix"),
         (lambda: compressed_tensors_matrix(WORDS, torch.ones(8, 1), 16, 8), r"need scales \(8, 2\)"),
         (lambda: compressed_tensors_matrix(WORDS, torch.ones(8, 1), 16, None, WORDS[:2, :1]), "words for 8 columns"),
+        (lambda: compressed_tensors_matrix(WORDS, torch.ones(8, 1), 16, None, WORDS[None]), "weight_zero_point is"),
         (lambda: awq_matrix(WORDS, WORDS[:2], torch.ones(1, 16), 8), r"zeros \(16, 2\)"),
         (lambda: gptq_matrix(WORDS, WORDS[:1], torch.ones(1, 2), None), "words for 2 columns"),
         (

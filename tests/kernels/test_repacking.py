@@ -77,6 +77,8 @@ def test_gptq_without_group_indices_is_in_order() -> None:
         (lambda parts: parts.update(qweight=parts["qweight"][:0]), "no matrices"),
         (lambda parts: parts.update(qzeros=parts["qzeros"].flatten()), "int32 matrix"),
         (lambda parts: parts.update(qzeros=parts["qzeros"][:1]), "zeros"),
+        (lambda parts: parts.update(g_idx=parts["g_idx"][:-1]), "for 64 inputs"),
+        (lambda parts: parts.update({kind: parts[kind][:, :4] for kind in ("qweight", "scales")}), "multiples of 8"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change, message: str) -> None:
@@ -84,3 +86,16 @@ def test_tensors_that_do_not_fit_are_refused(change, message: str) -> None:
     change(parts)
     with pytest.raises(ValueError, match=message):
         repacked({f"w1.{kind}": part for kind, part in parts.items()}, GPTQ, 32)
+
+
+def test_inputs_that_fill_no_words_are_refused() -> None:
+    parts = int4.awq(*numbers(8, 32, 0))
+    parts["qweight"] = parts["qweight"][:12]
+    with pytest.raises(ValueError, match=r"\(8, 12\), whose sides are no multiples of 8"):
+        repacked({f"w1.{kind}": part for kind, part in parts.items()}, AWQ, 32)
+
+
+@pytest.mark.parametrize("group", [1 << 32, 1 << 40, 1 << 62])
+def test_a_group_wider_than_any_matrix_is_no_overflow(group: int) -> None:
+    parts = int4.gptq(*numbers(8, 32, 0))
+    assert "w1.weight_packed" in repacked({f"w1.{kind}": part for kind, part in parts.items()}, GPTQ, group)

@@ -90,6 +90,7 @@ SMALL = {"num_experts": 2, "num_hidden_layers": 1}
 EXTRA_PART = TensorSpec("model.layers.0.mlp.experts.0.gate_proj.weight_g_idx", "I32", (32,))
 PACKED = TensorSpec("model.layers.0.mlp.experts.0.gate_proj.weight_packed", "I32", (16, 4))
 ORPHANED = TensorSpec("model.layers.0.self_attn.q_proj.weight_scale", "BF16", (32, 1))
+WIDE = TensorSpec("model.layers.0.self_attn.q_proj.weight", "BF16", (32, 32))
 NARROW = TensorSpec("model.layers.0.self_attn.q_proj.weight", "BF16", (16, 32))
 EMPTY = TensorSpec("model.layers.0.self_attn.q_proj.weight_packed", "I32", (32, 0))
 DENSE_QWEIGHT = TensorSpec("model.layers.0.self_attn.q_proj.qweight", "I32", (4, 32))
@@ -127,6 +128,10 @@ UNSUPPORTED: list[tuple[Change, str]] = [
     (compressed(dynamic=True), "dynamic"),
     (compressed(actorder="group"), "actorder 'group'"),
     (compressed(inputs={"num_bits": 8}), "quantised input_activations"),
+    (
+        single(*experts(packed=True), **SMALL, moe_intermediate_size=12, quantization_config=int4.AWQ_CONFIG),
+        r"\[12, 32\] in 4 bits of int4-awq .* multiples of 8",
+    ),
     (single(*experts(packed=True), **GPT_OSS, **SMALL, **packed_config()), "transposed"),
     (configured(quantization_config={"quant_method": "moehive"}), "a moehive conversion already"),
     (single(DENSE, model_type="llama", num_hidden_layers=1), "llama.*no expert tensors.*dense"),
@@ -168,6 +173,7 @@ INCONSISTENT: list[tuple[Change, str]] = [
     (single(*experts(packed=True), **SMALL, **packed_config(symmetric=False)), "weight_zero_point of gate is missing"),
     (single(*experts(), DENSE_PACKED, **SMALL), "q_proj.weight_packed holds packed values, but config.json"),
     (single(*experts(packed=True), DENSE_PACKED, **SMALL, **packed_config()), "q_proj.weight_scale is missing"),
+    (single(*experts(packed=True), *as_packed(WIDE), WIDE, **SMALL, **packed_config()), "q_proj.weight: .* in 4 bits"),
     (single(*experts(packed=True), ORPHANED, **SMALL, **packed_config()), "weight_scale belongs to a packed weight"),
     (
         single(*experts(packed=True), *as_packed(NARROW)[1:], DENSE_PACKED, **SMALL, **packed_config()),
