@@ -124,6 +124,6 @@ def test_memory_that_stays_exhausted_is_an_error_that_says_so() -> None:
         raise MemoryError
 
     tier = make(100, load)
-    with pytest.raises(MemoryExhausted, match="no memory for 10 bytes"):
+    with pytest.raises(MemoryExhausted, match="no memory for 10 B,"):
         take(tier, "a")
     assert (tier.resident_bytes, tier.stats.reserved_bytes) == (0, 0)
