@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -64,10 +63,12 @@ def _addresses_or_names(kind: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
 
 
 def _check_threads(kind: Any, threads: int | None) -> None:
-    cores = os.cpu_count() or 1
-    if threads is not None and not 1 <= threads <= _THREADS_PER_CORE * cores:
-        most = f"{_THREADS_PER_CORE * cores}, {_THREADS_PER_CORE} for each of the {cores} cores of this machine"
-        raise ValueError(f"{threads} threads would only wait for each other: give 1 to {most}")
+    from moehive.node.health import usable_cores
+
+    most = max(1, int(_THREADS_PER_CORE * usable_cores()))
+    if threads is not None and not 1 <= threads <= most:
+        of = f"{_THREADS_PER_CORE} for each core that this process may use"
+        raise ValueError(f"{threads} threads would only wait for each other: give 1 to {most}, {of}")
 
 
 Size = Annotated[int, Parameter(converter=_size, metavar="SIZE")]

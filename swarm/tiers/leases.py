@@ -60,6 +60,12 @@ class Flight(Generic[K, V]):
         self.entry: Entry[K, V] | None = None
         self.error: BaseException | None = None
 
+    def end(self) -> None:
+        """Tell all who wait what came of it. Not inside the lock: those that are called may take it."""
+        self.done.set()
+        if self.ended is not None:
+            self.ended()
+
 
 class Lease(Generic[K, V]):
     """One use of one entry, as a context manager that gives the value. Not to be entered twice at a time."""

@@ -129,9 +129,7 @@ class Loading(Generic[K, V]):
                 self._abort(flight, error)
             raise
         finally:
-            flight.done.set()
-            if flight.ended is not None:
-                flight.ended()
+            flight.end()
         if self._arrive is not None and coming is not None:
             self._arrive(coming)
             with self._lock:

@@ -298,14 +298,16 @@ class RamTier(Loading[K, V]):
     def _leave(self, flight: Flight[K, V], error: BaseException) -> None:
         """This thread was on a flight when it failed, or was interrupted (Ctrl-C): let nobody wait for it in vain."""
         with self._lock:
+            flies = flight.pilot == get_ident() or (flight.future is not None and flight.future.cancelled())
             if flight.entry is not None:
                 self._residency.release(flight.entry)
                 self._notify()
-            elif flight.pilot == get_ident() or (flight.future is not None and flight.future.cancelled()):
+            elif flies:
                 self._abort(flight, error)
-                flight.done.set()
             else:
                 flight.users -= 1
+        if flies and not flight.done.is_set():  # it was not begun
+            flight.end()
 
     def _count_stall(self, key: K, seconds: float, speculation: Speculation | None) -> None:
         with self._lock:

@@ -87,20 +87,13 @@ class Residency(Generic[K, V]):
 
         Where something is absent, with `want` all of it is spared, where anything else can leave, until it was used.
         """
-        self.policy.step(uses)
         layer, entries = uses.layer, self.entries
         if layer in self._noted:
             self._unwant(self._noted.pop(layer))
         missing = [key for key in uses.rows if key not in entries]
-        counts = self.counts(layer)
-        counts.steps += 1
-        counts.hits += len(uses.rows) - len(missing)
-        if missing:
-            counts.misses += len(missing)
-            if want:
-                self.want(layer, uses.rows)
-        else:
-            counts.clean_steps += 1
+        counts = self._count(uses, len(missing))
+        if missing and want:
+            self.want(layer, uses.rows)
         if self.speculation.pending:
             self._settle_hits(uses, counts)
         return missing
@@ -253,9 +246,7 @@ class Residency(Generic[K, V]):
 
     def counts(self, group: int) -> Counts:
         """The counters of a group."""
-        if self._clean:
-            self._tell()
-        counts = self._groups.get(group)
+        counts = self.groups.get(group)
         if counts is None:
             counts = self._groups[group] = Counts()
         return counts
@@ -279,12 +270,17 @@ class Residency(Generic[K, V]):
         """Tell counts and policy of the calls that found everything."""
         clean, self._clean = self._clean, []
         for layer, keys in clean:
-            uses = Uses(layer, dict.fromkeys(keys, 1))
-            self._policy.step(uses)
-            counts = self.counts(layer)
-            counts.steps += 1
-            counts.clean_steps += 1
-            counts.hits += len(uses.rows)
+            self._count(Uses(layer, dict.fromkeys(keys, 1)), 0)
+
+    def _count(self, uses: Uses[K], missing: int) -> Counts:
+        """Tell counts and policy of a call, of whose entries so many were absent; the counts of its layer."""
+        self.policy.step(uses)
+        counts = self.counts(uses.layer)
+        counts.steps += 1
+        counts.hits += len(uses.rows) - missing
+        counts.misses += missing
+        counts.clean_steps += not missing
+        return counts
 
     def _settle_hits(self, uses: Uses[K], counts: Counts) -> None:
         """Of what a call uses, see what was loaded for it on suspicion."""
@@ -323,7 +319,7 @@ class Residency(Generic[K, V]):
 
     def _drop(self, key: K) -> None:
         entry = self.entries[key]
-        self.policy.evicted(key)  # the only call, and first: Ctrl-C comes before all that follows, or after it
+        self.policy.evicted(key)  # first: then what is removed next goes at a time, without a place for Ctrl-C
         del self.entries[key], self.sizes[key]
         self.resident -= entry.size
         self.evictions += 1

@@ -140,9 +140,9 @@ def test_an_error_of_a_load_on_a_guess_is_nobodys_and_who_waits_tries_again() ->
     assert load.calls == ["a", "a"]
 
 
-def test_an_error_of_a_load_ahead_is_told_to_who_needs_the_entry() -> None:
-    """It may say more than a second try would: a file that was found corrupt is gone by then."""
-    errors = [StorageError("corrupt")]
+def with_failed_load_ahead(error: Exception) -> RamTier[str, str]:
+    """A call of "a" and "b" was noted, and the first load of "b" has failed."""
+    errors = [error]
 
     def load(key: str) -> str:
         if key == "b" and errors:
@@ -152,6 +152,12 @@ def test_an_error_of_a_load_ahead_is_told_to_who_needs_the_entry() -> None:
     tier = make(40, load, loaders=1)
     tier.note(uses("ab"))
     wait_until(lambda: not errors and not tier._flights)
+    return tier
+
+
+def test_an_error_of_a_load_ahead_is_told_to_who_needs_the_entry() -> None:
+    """It may say more than a second try would: a file that was found corrupt is gone by then."""
+    tier = with_failed_load_ahead(StorageError("corrupt"))
     assert leased(tier, "a") == "value a"
     with pytest.raises(StorageError, match="corrupt"):
         leased(tier, "b")
@@ -160,16 +166,7 @@ def test_an_error_of_a_load_ahead_is_told_to_who_needs_the_entry() -> None:
 
 def test_an_error_of_a_load_ahead_that_nobody_asked_for_is_forgotten_at_the_next_call() -> None:
     """It is told to the call that it was loaded for. Later the cause may be gone."""
-    errors = [StorageError("busy")]
-
-    def load(key: str) -> str:
-        if key == "b" and errors:
-            raise errors.pop()
-        return value_of(key)
-
-    tier = make(40, load, loaders=1)
-    tier.note(uses("ab"))  # and abandoned
-    wait_until(lambda: not errors and not tier._flights)
+    tier = with_failed_load_ahead(StorageError("busy"))  # of a call that was abandoned
     assert call(tier, "b") == ["value b"]
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from support.bulk import (
+    CHUNKS,
     PATIENCE,
     Collected,
     FakeShelf,
@@ -26,19 +27,6 @@ from moehive.protocol.ids import ShardHash
 from moehive.swarm.store.base import WrongBytes
 from moehive.swarm.transfer.tls.channel import TlsChannel
 from moehive.swarm.transfer.tls.server import BulkServer
-
-CHUNKS = 12  # and a short one
-
-
-@pytest.fixture
-def shelf() -> FakeShelf:
-    return FakeShelf(data_of(CHUNKS))
-
-
-@pytest.fixture
-async def server(shelf: FakeShelf) -> AsyncIterator[BulkServer]:
-    async with serving(shelf) as running:
-        yield running
 
 
 @pytest.fixture

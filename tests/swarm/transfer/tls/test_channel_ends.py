@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
-from support.bulk import PATIENCE, Collected, FakeShelf, Gate, channel_to, data_of, get, serving, soon
+from support.bulk import CHUNKS, PATIENCE, Collected, FakeShelf, Gate, channel_to, get, serving, soon
 
 from moehive.protocol.errors import PeerUnreachable
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.transfer.tls.server import BulkServer
 from moehive.swarm.transfer.uploads import Uploads
-
-CHUNKS = 12  # and a short one
-
-
-@pytest.fixture
-def shelf() -> FakeShelf:
-    return FakeShelf(data_of(CHUNKS))
-
-
-@pytest.fixture
-async def server(shelf: FakeShelf) -> AsyncIterator[BulkServer]:
-    async with serving(shelf) as running:
-        yield running
 
 
 async def test_a_connection_that_is_lost_fails_everything_and_stays_broken(shelf: FakeShelf) -> None:

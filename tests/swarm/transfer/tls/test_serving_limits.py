@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 from support.bulk import (
+    CHUNKS,
     PATIENCE,
     Collected,
     FakeShelf,
     Gate,
     channel_to,
-    data_of,
     get,
     serving,
     soon,
@@ -21,13 +21,6 @@ from moehive.protocol.errors import PeerRefused, PeerTimeout, RefusalCode
 from moehive.protocol.ids import PeerId
 from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.transfer.uploads import Uploads
-
-CHUNKS = 12  # and a short one
-
-
-@pytest.fixture
-def shelf() -> FakeShelf:
-    return FakeShelf(data_of(CHUNKS))
 
 
 async def test_the_server_sends_no_sooner_than_the_rate_allows(shelf: FakeShelf) -> None:
