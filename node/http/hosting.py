@@ -1,0 +1,97 @@
+"""An ASGI application at an address of this machine, as a part of an event loop that has other things to do.
+
+uvicorn reads and writes HTTP. It takes no signals here (the command line's own handling ends everything together), logs
+nothing of its own, and is bounded: connections, headers, and the time that requests get to end in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import uvicorn
+
+from moehive.protocol.errors import TransportError
+
+MAX_CONNECTIONS: Final = 256
+_MAX_HEADERS: Final = 64 << 10  # bytes of one request's
+_KEEP_ALIVE: Final = 15  # seconds that an idle connection stays
+_BACKLOG: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAddress:
+    """Where to listen, or where it is listened: an IP address and a port (0: the system's choice)."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Without a path."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        return ipaddress.ip_address(self.host).is_loopback
+
+
+@asynccontextmanager
+async def hosted(app: Any, address: HttpAddress, *, grace: float = 5.0) -> AsyncIterator[HttpAddress]:
+    """Serve the ASGI application `app` until the block ends; yields the address with the port that it got.
+
+    At the end new connections are refused, and requests in progress get `grace` seconds. Raises TransportError where
+    the address cannot be listened at.
+    """
+    with _listening(address) as listener:
+        server = _Server(_config(app, grace))
+        running = asyncio.create_task(server.serve([listener]), name="http")
+        try:
+            yield HttpAddress(address.host, listener.getsockname()[1])
+        finally:
+            server.should_exit = True
+            await running
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """None: signals belong to whoever hosts."""
+        yield
+
+
+def _config(app: Any, grace: float) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=_MAX_HEADERS,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=max(1, round(grace)),
+    )
+
+
+@contextmanager
+def _listening(address: HttpAddress) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart does not wait for old connections
+        try:
+            listener.bind((address.host, address.port))
+        except OSError as error:
+            raise TransportError(f"{address.url} cannot be listened at: {error.strerror}") from error
+        listener.listen(_BACKLOG)
+        yield listener
