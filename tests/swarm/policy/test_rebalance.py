@@ -151,6 +151,16 @@ def test_room_for_what_is_lost_is_made_of_what_others_hold_enough_of() -> None:
     assert not changes({ONE, TWO}, {ONE: (A,), TWO: (A,)}, full)
 
 
+def test_where_there_is_room_nothing_makes_way() -> None:
+    assert set(changes({ONE}, {ONE: (A, B, C), TWO: (A, B)}, Place(2, 2))) == {Change((THREE,))}
+
+
+def test_what_one_peer_still_holds_is_not_worth_the_slower_form() -> None:
+    seen = view({ONE, TWO}, {ONE: (A,), TWO: (A,), THREE: (A,)})
+    assert not rebalance(replace(seen, lacking={THREE: 5}), Place(2, 3))
+    assert rebalance(replace(seen, lacking={THREE: 5}), Place(3, 3)).take == (THREE,)
+
+
 def test_what_is_lost_is_taken_as_it_is_stored_and_makes_way_later() -> None:
     place, held = Place(2, 3), {ONE, TWO}
     assert rebalance(view(held, {ONE: (A,), TWO: (A,)}), place) == Change((THREE,))
