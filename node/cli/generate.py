@@ -9,7 +9,7 @@ from moehive.protocol.errors import ConfigError
 from moehive.swarm.prefetch.report import usefulness_json, usefulness_lines
 from moehive.swarm.telemetry.report import device_lines, tier_json, tier_lines
 
-from .arguments import Flag
+from .arguments import Flag, Positive
 from .kv import kv_json, kv_lines
 from .loading import LoadOptions, Tiers, loaded_model, quiet_libraries
 from .output import Line, counted, note, say_json, table
@@ -27,6 +27,7 @@ def generate(
     /,
     *,
     loading: LoadOptions,
+    max_tokens: Positive = 128,
     choice: SamplingOptions = _DEFAULTS,
     chat: Flag = False,
     quiet: Flag = False,
@@ -41,6 +42,8 @@ def generate(
     ----------
     prompt:
         The text to continue. Without it, stdin is read to its end.
+    max_tokens:
+        Most tokens to generate.
     chat:
         Put the prompt through the model's chat template, as one message of a user.
     quiet:
@@ -49,7 +52,7 @@ def generate(
         Print one JSON object at the end instead of text and summary.
     """
     loading.check()
-    sampling = choice.chosen()  # a contradiction is refused before anything is loaded
+    sampling = choice.chosen(max_tokens)  # a contradiction is refused before anything is loaded
     prompt = _read_prompt() if prompt is None else prompt
     quiet_libraries()
     from moehive.node.text.generation import continue_text

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 from typing import Annotated
 
 from cyclopts import Parameter, validators
 
-from moehive.node.text.sampling import MAX_SEED, Sampling
+from moehive.node.text.sampling import MAX_SEED, Sampling, new_seed
 
 from .arguments import NotNegative, Positive
 
@@ -17,9 +16,6 @@ from .arguments import NotNegative, Positive
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How tokens are chosen, and when the text ends."""
-
-    max_tokens: Positive = 128
-    """Most tokens to generate."""
 
     temperature: NotNegative | None = None
     """0 always takes the likeliest token; higher values vary more. By default what the model recommends in its
@@ -38,14 +34,9 @@ class SamplingOptions:
     seed: Annotated[int | None, Parameter(validator=validators.Number(gte=0, lte=MAX_SEED))] = None
     """Makes a choice repeatable. By default a new one each time, which the summary of `moehive generate` names."""
 
-    def chosen(self) -> Sampling:
+    def chosen(self, max_tokens: int) -> Sampling:
         """With a seed. Raises ConfigError for a contradiction."""
         seed = new_seed() if self.seed is None else self.seed
-        sampling = Sampling(self.max_tokens, seed, self.temperature, self.top_k, self.top_p, self.stop)
+        sampling = Sampling(max_tokens, seed, self.temperature, self.top_k, self.top_p, self.stop)
         sampling.arguments()  # checks itself
         return sampling
-
-
-def new_seed() -> int:
-    """One that nobody can guess and that a summary can name."""
-    return secrets.randbelow(MAX_SEED + 1)

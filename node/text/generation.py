@@ -8,12 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from moehive.protocol.errors import ConfigError
 from moehive.swarm.model.kv.cache import SpilledCache, kv_cache
@@ -21,6 +21,7 @@ from moehive.swarm.model.kv.fidelity import LogitError, logit_error
 from moehive.swarm.model.kv.options import KvOptions
 from moehive.swarm.model.kv.stats import KvStats
 
+from .halting import Halted, halting
 from .pieces import StopSearch, TextDecoder
 from .prompts import encode_chat, encode_text, need_tokenizer
 from .reuse import KeptPrefix
@@ -72,7 +73,10 @@ def continue_text(
 ) -> Generated:
     """Continue `prompt`, or with `chat` answer it as the chat template puts it; otherwise as `continue_tokens`."""
     tokenizer = need_tokenizer(tokenizer)
-    tokens = encode_chat(tokenizer, [{"role": "user", "content": prompt}]) if chat else encode_text(tokenizer, prompt)
+    if chat:
+        tokens = encode_chat(tokenizer, [{"role": "user", "content": prompt}], otherwise="leave --chat out")
+    else:
+        tokens = encode_text(tokenizer, prompt)
     return continue_tokens(model, tokenizer, tokens, sampling, write, drafts=drafts, kv=kv, clock=clock)
 
 
@@ -86,48 +90,79 @@ def continue_tokens(
     drafts: Mapping[str, Any] = _NO_DRAFTS,
     kv: KvOptions | None = None,
     kept: KeptPrefix | None = None,
-    halted: Callable[[], bool] = lambda: False,
+    halted: Callable[[], bool] | None = None,
+    measured: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> Generated:
-    """Continue tokens; `write` gets the text in pieces, and after each token it ends where `halted` says so.
+    """Continue tokens; `write` gets the text in pieces. Where `halted` says so it ends: after any token, and while the
+    prompt is read after any layer.
 
     `drafts` is what drafting.drafting gives. Equal arguments and an equal model give equal text. With an approximate
-    `kv` the beginning of the text is then read again, to measure what it changed. `kept` serves this prompt and keeps
-    what the next one may need; drafts, and a KV cache that is not transformers' own, do without it. Raises ConfigError
-    for a prompt without tokens, and what the model's experts and its KV cache raise.
+    `kv` the beginning of the text is then read again, to measure what it changed, unless `measured` is false. `kept`
+    serves this prompt and keeps what the next one may need; drafts, and a KV cache that is not transformers' own, do
+    without it. Raises ConfigError for a prompt without tokens, and what the model's experts and its KV cache raise.
     """
     if not prompt:
         raise ConfigError("the prompt is empty: give at least one character")
-    inputs = torch.tensor([list(prompt)], device=model.device)  # [1, T]
     arguments = sampling.arguments() | {"pad_token_id": _padding(model, tokenizer)}
+    _check_one_sequence(model)
     cache = _own_cache(model, kv or KvOptions(), len(prompt), arguments)
-    if drafts or cache is not None or arguments.get("prefill_chunk_size"):
+    if drafts or not _plain_cache(model, arguments):
         kept = None
     reused = _reuse(kept, prompt, arguments)
-    streamer = _Streamer(tokenizer, sampling, write, clock)
+    said = _Text(tokenizer, len(prompt), sampling, write, halted, clock)
     torch.manual_seed(sampling.seed)
     started = clock()
-    output: Any = model.generate(  # type: ignore[operator]
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        **arguments,
-        **drafts,
-        streamer=streamer,
-        stopping_criteria=StoppingCriteriaList([_Ended(lambda: streamer.stopped or halted())]),
-    )
+    output = _generate(model, tokenizer, prompt, arguments | dict(drafts), said, halted)
+    said.end()
     seconds = clock() - started
-    if kept is not None:
+    if kept is not None and output is not None:
         kept.put(output.sequences[0].tolist(), output.past_key_values)
     return Generated(
-        text=streamer.text,
-        tokens=tuple(streamer.tokens),
+        text=said.text,
+        tokens=tuple(said.tokens),
         prompt_tokens=len(prompt),
-        first_token_seconds=(streamer.first_token or started) - started,
+        first_token_seconds=(said.first_token or started) - started,
         seconds=seconds,
-        finish=_finish(model, streamer, sampling),
+        finish=_finish(model, said, sampling),
         reused_tokens=reused,
-        **_report(model, output, cache),
+        **_report(model, output if measured else None, cache),
     )
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    arguments: Mapping[str, Any],
+    said: _Text,
+    halted: Callable[[], bool] | None,
+) -> Any:
+    """What transformers' `generate` returns; None where it was halted while the prompt was read."""
+    inputs = torch.tensor([list(prompt)], device=model.device)  # [1, T]
+    call: Any = model.generate
+    generate = partial(
+        call,
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        tokenizer=tokenizer,  # where the model's own generation_config.json has texts to stop at
+        **arguments,
+        stopping_criteria=StoppingCriteriaList([said]),
+    )
+    if halted is None:
+        return generate()
+    try:
+        with halting(model, halted) as said.on_first_token:
+            return generate()
+    except Halted:
+        said.was_halted = True
+        return None
+
+
+def _plain_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> bool:
+    """Whether the cache is the one that transformers makes where nobody says anything."""
+    unsaid = "past_key_values" not in arguments and "prefill_chunk_size" not in arguments
+    return unsaid and getattr(model.generation_config, "cache_implementation", None) is None
 
 
 def _reuse(kept: KeptPrefix | None, prompt: Sequence[int], arguments: dict[str, Any]) -> int:
@@ -153,12 +188,12 @@ def _own_cache(model: PreTrainedModel, kv: KvOptions, length: int, arguments: di
 
 
 def _report(model: PreTrainedModel, output: Any, cache: SpilledCache | None) -> dict[str, Any]:
-    """What a KV cache of ours has to say about `output` [1, T]. It is closed."""
+    """What a KV cache of ours has to say, measured on `output` [1, T] where it is approximate. It is closed."""
     if cache is None:
         return {}
     stats = cache.stats()
     cache.close()
-    if cache.options.lossless:
+    if cache.options.lossless or output is None:
         return {"kv": stats}
     checked = output[:, : max(_CHECKED, 2 * stats.block_tokens)]
     return {"kv": stats, "kv_error": logit_error(model, checked, cache.options)}
@@ -171,34 +206,34 @@ def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     return next(int(token) for token in candidates if isinstance(token, int))
 
 
-def _finish(model: PreTrainedModel, streamer: _Streamer, sampling: Sampling) -> Finish:
+def _check_one_sequence(model: PreTrainedModel) -> None:
+    """Raise ConfigError for a model that would write several texts at once."""
+    for name in ("num_beams", "num_return_sequences"):
+        if (getattr(model.generation_config, name, None) or 1) > 1:
+            raise ConfigError(f"the model's generation_config.json asks for {name}: one text at a time is made here")
+
+
+def _finish(model: PreTrainedModel, said: _Text, sampling: Sampling) -> Finish:
     ends = model.generation_config.eos_token_id
-    if streamer.stopped or (streamer.tokens and streamer.tokens[-1] in (ends if isinstance(ends, list) else [ends])):
+    if said.stopped or (said.tokens and said.tokens[-1] in (ends if isinstance(ends, list) else [ends])):
         return "stop"
-    return "length" if len(streamer.tokens) >= sampling.max_tokens else "halted"
+    if len(said.tokens) >= sampling.max_tokens:
+        return "length"
+    return "halted" if said.was_halted else "stop"  # by something else that its generation_config.json says
 
 
-class _Ended(StoppingCriteria):
-    """Asked after each token."""
-
-    def __init__(self, ended: Callable[[], bool]) -> None:
-        self._ended = ended
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Whether each sequence of input_ids [B, T] ends: [B]."""
-        return torch.full((input_ids.shape[0],), self._ended(), device=input_ids.device)
-
-
-class _Streamer(BaseStreamer):
-    """Text as soon as it can be decoded, without the prompt and what comes after a text to stop at; remembers when the
-    first token came.
+class _Text(StoppingCriteria):
+    """Looks at the tokens after each step: text as soon as it can be decoded, the time of the first token, and whether
+    that was all. A streamer would see them a step later.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        prompt_tokens: int,
         sampling: Sampling,
         write: Callable[[str], None],
+        halted: Callable[[], bool] | None,
         clock: Callable[[], float],
     ) -> None:
         # What tidies up spaces would change text that was passed on already.
@@ -208,12 +243,15 @@ class _Streamer(BaseStreamer):
             )
         )
         self._search = StopSearch(sampling.stop, with_stop=sampling.with_stop)
+        self._seen = prompt_tokens
         self._write = write
+        self._halted = halted or (lambda: False)
         self._clock = clock
-        self._prompt_seen = False
         self._pieces: list[str] = []
         self.tokens: list[int] = []
         self.first_token: float | None = None
+        self.was_halted = False
+        self.on_first_token: Callable[[], None] = lambda: None
 
     @property
     def stopped(self) -> bool:
@@ -225,18 +263,17 @@ class _Streamer(BaseStreamer):
         """All that was passed on."""
         return "".join(self._pieces)
 
-    def put(self, value: Tensor) -> None:
-        """Take the prompt [1, T] first, then each token [1], or several [1, n] where there are drafts."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        if self.stopped:
-            return
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether the sequence input_ids [1, T] ends here: [1]. One token is new, or several where there are drafts."""
         if self.first_token is None:
             self.first_token = self._clock()
-        tokens = value.flatten().tolist()
-        self.tokens += tokens
-        self._pass_on(self._search.feed(self._decoder.feed(tokens)))
+            self.on_first_token()
+        new = input_ids[0, self._seen :].tolist()
+        self._seen += len(new)
+        self.tokens += new
+        self._pass_on(self._search.feed(self._decoder.feed(new)))
+        self.was_halted = self._halted()
+        return torch.full((1,), self.stopped or self.was_halted, device=input_ids.device)
 
     def end(self) -> None:
         """Nothing more comes: what was held back is text after all."""

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]  # "role" and "content"
 
-NO_TEMPLATE: Final = "this model's tokenizer has no chat template"
 _NO_TOKENIZER: Final = "this model has no tokenizer: use it from Python, where generate takes token ids"
 
 
@@ -33,14 +32,15 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text)["input_ids"])
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, otherwise: str) -> list[int]:
     """The tokens of a conversation that the model is to answer. Raises ConfigError for a conversation that the template
-    refuses, such as one with two users' messages in a row, and where there is no template.
+    refuses, such as one with two users' messages in a row, and where there is no template; `otherwise` says what to do
+    then.
     """
     from jinja2 import TemplateError
 
     if not has_template(tokenizer):
-        raise ConfigError(NO_TEMPLATE)
+        raise ConfigError(f"this model's tokenizer has no chat template: {otherwise}")
     conversation: Any = [dict(message) for message in messages]
     try:
         encoded: Any = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -43,3 +44,8 @@ class Sampling:
         if self.top_p is not None:
             chosen |= {"do_sample": True, "top_p": self.top_p}
         return chosen
+
+
+def new_seed() -> int:
+    """One that nobody can guess."""
+    return secrets.randbelow(MAX_SEED + 1)

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import re
 
 import pytest
-import structlog
 
 from moehive.protocol.errors import ConfigError
-
-
-@pytest.fixture(autouse=True)
-def _logs_as_they_were():
-    root, ours = logging.getLogger(), logging.getLogger("moehive")
-    before = root.handlers, root.level, ours.level
-    yield
-    root.handlers, root.level, ours.level = before
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
 
 
 @pytest.mark.parametrize(
@@ -142,7 +130,7 @@ def test_what_cannot_be_generated_from_is_refused(moehive, converted):
     empty = moehive("generate", "", *arguments)
     assert "the prompt is empty" in empty.err
     assert empty.out == "", "no blank line"
-    assert "no chat template" in moehive("generate", "x", *arguments, "--chat").err
+    assert "no chat template: leave --chat out" in moehive("generate", "x", *arguments, "--chat").err
     assert moehive("generate", "x", *arguments, "--temperature", 0, "--top-k", 3).code == 2
     assert moehive("generate", "x", *arguments, "--temperature", 0, "--top-p", 0.5).code == 2
     assert moehive("generate", "x", *arguments, "--top-p", 1.5).code == 2
