@@ -108,7 +108,9 @@ class SwarmModel:
     def missing(self) -> int:
         """How many experts no peer announces now, neither to compute with nor to fetch."""
         holders = self._directory.holders
-        return sum(1 for shard in self._experts.values() if not holders.suppliers(shard))
+        if any(inventory.complete for inventory in holders.inventories.values()):
+            return 0
+        return sum(1 for key in self._experts if not holders.of(key))
 
     def backend(self, form: str) -> SwarmExperts:
         """What computes the routed experts of a transformers model, on other threads."""
