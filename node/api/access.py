@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from starlette.datastructures import Headers
 
+from moehive.node.http.access import token_in
+
 from .errors import ApiError
 from .replies import error_reply
 
@@ -35,8 +37,7 @@ class Access:
             return ApiError(403, f"this server answers to {', '.join(sorted(self.hosts))} only", code="wrong_host")
         if self.key is None or path == _OPEN or path.startswith(f"{_OPEN}/"):
             return None
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
+        if not hmac.compare_digest(token_in(headers.get("authorization", "")), self.key.encode()):
             return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
         return None
 

@@ -38,6 +38,7 @@ from .arguments import (
     check_device,
 )
 from .foreground import until_signal
+from .http import AUTO, HttpPlace, TokenFile, http_settings
 from .output import facts, say, say_json
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class NodeOptions:
     """The options of `moehive node`."""
 
     experts: Annotated[str, Parameter(metavar="SPEC")] = "auto"
-    """Which experts to hold: all, none, auto (fill the memory, rarest in the swarm first), or ranges of
-    layers:experts such as 0-3:0-7,5:*."""
+    """Which experts to hold: all, none, auto (fill the memory, rarest in the swarm first, and follow as others come
+    and go), or ranges of layers:experts such as 0-3:0-7,5:*."""
 
     join: TicketText | None = None
     """Join ticket of a swarm, as another node printed it. Without it this node founds a swarm of its own."""
@@ -108,6 +109,14 @@ class NodeOptions:
 
     threads: Threads | None = None
     """Threads that compute. By default one for each core; divide the cores among several nodes of one machine."""
+
+    http: HttpPlace = AUTO
+    """Where this node shows its dashboard, Prometheus metrics (/metrics), health and status; off for nowhere. auto is a
+    port of 127.0.0.1, the same at every start."""
+
+    http_token: TokenFile | None = None
+    """File with the token that all of this then needs, except for the health; an address that other machines reach
+    needs one. Browsers ask for it as a password."""
 
     log_format: LogFormat = "auto"
     """Form of the log on stderr; auto is console on a terminal and json elsewhere."""
@@ -169,6 +178,7 @@ def settings_of(model: str, options: NodeOptions, environment: Mapping[str, str]
         skeleton=options.skeleton,
         threads=options.threads,
         status=paths.nodes,
+        http=http_settings(options.http, options.http_token),
     )
 
 
@@ -219,6 +229,7 @@ def describe_ready(ready: NodeReady) -> str:
         ("model", f"{ready.model_name}, id {ready.model}"),
         ("holds", f"{ready.held} of {ready.experts} experts ({format_size(ready.held_bytes)}){dense}"),
         *(("address", address) for address in ready.addresses),
+        *([("dashboard", ready.http)] if ready.http is not None else []),
     ]
     lines = ["ready", facts(known), f"ticket: {ready.ticket}"]
     if all("/127." in address or "/::1/" in address for address in ready.addresses):
@@ -240,6 +251,7 @@ def ready_json(ready: NodeReady) -> dict[str, Any]:
         "bytesSupplied": ready.supplied_bytes,
         "skeleton": ready.skeleton,
         "addresses": list(ready.addresses),
+        "http": ready.http,
         "ticket": str(ready.ticket),
     }
 

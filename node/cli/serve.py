@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import Parameter
 
 from moehive.node.logs import LogFormat, LogLevel, configure_logs
-from moehive.protocol.errors import ConfigError, StorageError
+from moehive.protocol.errors import ConfigError
 
 from .arguments import Flag, Port, Positive
 from .foreground import until_signal
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from moehive.node.http.hosting import HttpAddress
 
 KEY_VARIABLE: Final = "MOEHIVE_SERVE_API_KEY"
-_SHORTEST_KEY: Final = 16  # characters
-_LOCAL_NAMES: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 @Parameter(name="*")
@@ -106,9 +104,10 @@ def serve(*, loading: LoadOptions, options: ServeOptions = _DEFAULTS, json: Flag
 
 
 def rules_of(options: ServeOptions, environment: Mapping[str, str]) -> tuple[HttpAddress, Rules]:
-    """Where to listen, and who may ask. Raises ConfigError, StorageError."""
+    """Where to listen, and who may ask. Raises ConfigError."""
     from moehive.node.api.access import Access
     from moehive.node.api.app import Rules
+    from moehive.node.http.access import own_names
     from moehive.node.http.hosting import HttpAddress
 
     host = "127.0.0.1" if options.host == "localhost" else options.host
@@ -125,36 +124,24 @@ def rules_of(options: ServeOptions, environment: Mapping[str, str]) -> tuple[Htt
         )
     if key is None and "*" in options.cors_origin:
         raise ConfigError("--cors-origin '*' lets every web page use this model: set a key too, with --api-key-file")
-    names = _LOCAL_NAMES | {f"[{host}]" if ":" in host else host} if address.is_loopback else None
-    return address, Rules(Access(key, names), options.cors_origin)
+    names = own_names(address)
+    return address, Rules(Access(key, None if names is None else frozenset(names)), options.cors_origin)
 
 
 def _key(file: Path | None, environment: Mapping[str, str]) -> str | None:
+    from moehive.node.http.access import MIN_TOKEN, is_token, read_token
+
     given = environment.get(KEY_VARIABLE)
-    if file is None and given is None:
-        return None
     if file is not None and given is not None:
         raise ConfigError(f"--api-key-file and {KEY_VARIABLE} both give a key: leave one out")
-    key = _read_key(file) if file is not None else str(given)
-    if len(key) < _SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+    if file is not None:
+        return read_token(file)
+    if given is not None and not is_token(given):
         raise ConfigError(
-            f"the API key must have at least {_SHORTEST_KEY} printable characters; "
+            f"{KEY_VARIABLE} is no key: one word of at least {MIN_TOKEN} letters and digits; "
             "this makes one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
         )
-    return key
-
-
-def _read_key(file: Path) -> str:
-    try:
-        if file.stat().st_mode & 0o077:
-            raise ConfigError(f"others can read the API key in {file}: chmod 600 {file}")
-        return file.read_text(encoding="utf-8").strip()
-    except FileNotFoundError as error:
-        raise ConfigError(f"the API key file {file} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the API key file {file} is not text") from error
-    except OSError as error:
-        raise StorageError(f"cannot read the API key file {file}: {error.strerror}") from error
+    return given
 
 
 async def _run(

@@ -12,7 +12,7 @@ from support.generation import TOKENS, generate, reference_tokens
 from support.processes import NodeProcess, Nodes, eventually
 
 from moehive.protocol.errors import ExpertUnavailable
-from moehive.protocol.ids import PeerId
+from moehive.protocol.ids import ExpertKey, PeerId
 from moehive.swarm.client import Swarm, join
 from moehive.swarm.dispatch.caller import CallSettings
 from moehive.swarm.store.directory import ConvertedDirectory
@@ -106,6 +106,7 @@ def test_a_node_that_leaves_is_not_missed(
     with join(first.ticket, cache=cache) as swarm:
         model = model_of(swarm, first)
         assert set(swarm.holders(model_id)) == {first.peer, second.peer, third.peer}
+        assert set(swarm.coverage(model_id)[ExpertKey(0, 4)]) == {first.peer, second.peer}
         assert generate(model, at_token=5, action=second.interrupt) == wanted
         second.expect_clean_end()
         assert eventually(lambda: set(swarm.holders(model_id)) == {first.peer, third.peer}, timeout=5)

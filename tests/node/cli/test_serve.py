@@ -47,10 +47,10 @@ def test_a_key_that_others_could_know_is_refused(key_file, tmp_path):
     key_file.chmod(0o640)
     with pytest.raises(ConfigError, match=f"chmod 600 {key_file}"):
         rules_of(ServeOptions(api_key_file=key_file), {})
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match="cannot be read from"):
         rules_of(ServeOptions(api_key_file=tmp_path / "none"), {})
     for key in ("", "short", "with a space in it", "mit-Umlauten-ä-ö-ü-ß"):
-        with pytest.raises(ConfigError, match="at least 16 printable characters"):
+        with pytest.raises(ConfigError, match="at least 16 letters"):
             rules_of(ServeOptions(), {"MOEHIVE_SERVE_API_KEY": key})
     with pytest.raises(ConfigError, match="leave one out"):
         rules_of(ServeOptions(api_key_file=key_file), {"MOEHIVE_SERVE_API_KEY": KEY})
