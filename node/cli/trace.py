@@ -12,7 +12,7 @@ from moehive.protocol.errors import ConfigError
 from moehive.protocol.manifest import MANIFEST_NAME
 
 from .arguments import Flag, NotNegative, Positive
-from .generate import quiet_libraries
+from .loading import quiet_libraries
 from .output import counted, say, say_json, table
 from .trace_fit import fit
 
@@ -75,10 +75,10 @@ def record(
     quiet_libraries()
     import torch
 
+    from moehive.node.text.generation import continue_text
+    from moehive.node.text.sampling import Sampling
     from moehive.swarm.trace.files import write_trace
     from moehive.swarm.trace.recording import Recorder
-
-    from .generation import Sampling, continue_text
 
     sampling = Sampling(max_tokens, seed, temperature)
     loaded, tokenizer = load_model(model)
