@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import wrapt
 
 if TYPE_CHECKING:
+    from .async_client import AsyncSwarm as AsyncSwarm
+    from .async_client import join_async as join_async
     from .client import Swarm as Swarm
     from .client import join as join
     from .loading import load_expert as load_expert
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 
 # name -> module below this package; imported when first used
 _EXPORTS: Final = {
+    "AsyncSwarm": "async_client",
     "KvOptions": "model.kv.options",
     "Swarm": "client",
     "join": "client",
+    "join_async": "async_client",
     "kv_cache": "model.kv.cache",
     "load_expert": "loading",
     "logit_error": "model.kv.fidelity",
@@ -40,10 +44,12 @@ _EXPORTS: Final = {
 }
 
 __all__ = [
+    "AsyncSwarm",
     "KvOptions",
     "Optimized",
     "Swarm",
     "join",
+    "join_async",
     "kv_cache",
     "load_expert",
     "logit_error",

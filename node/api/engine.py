@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
-from moehive.node.text.sampling import Sampling
 from moehive.protocol.errors import MoehiveError
 from moehive.swarm.log import get_logger
+from moehive.swarm.text.sampling import Sampling
 
 from .errors import ApiError, of_failure
 from .events import Usage

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from moehive.node.text.sampling import Sampling, new_seed
+from moehive.swarm.text.sampling import Sampling, new_seed
 
 from .errors import ApiError, bad_request
 from .schema import Wishes

@@ -7,10 +7,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moehive.node.text.generation import continue_tokens
-from moehive.node.text.prompts import context_of, encode_chat, encode_text, has_template, need_tokenizer
-from moehive.node.text.reuse import KeptPrefix
 from moehive.swarm.model.kv.options import KvOptions
+from moehive.swarm.text.generation import continue_tokens
+from moehive.swarm.text.prompts import context_of, encode_chat, encode_text, has_template, need_tokenizer
+from moehive.swarm.text.reuse import KeptPrefix
 
 from .engine import Outcome, Work
 from .events import Usage

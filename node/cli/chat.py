@@ -17,8 +17,8 @@ from .output import Line, note
 from .sampling import SamplingOptions
 
 if TYPE_CHECKING:
-    from moehive.node.text.reuse import KeptPrefix
-    from moehive.node.text.sampling import Sampling
+    from moehive.swarm.text.reuse import KeptPrefix
+    from moehive.swarm.text.sampling import Sampling
 
 _PROMPT: Final = ">>> "
 _HELP: Final = "/reset begins anew, /exit leaves; Ctrl-C stops an answer, Ctrl-D leaves"
@@ -48,8 +48,8 @@ def chat(
     loading.check()
     choice.chosen(max_tokens)  # a contradiction is refused before anything is loaded
     quiet_libraries()
-    from moehive.node.text.prompts import encode_chat, need_tokenizer
-    from moehive.node.text.reuse import KeptPrefix
+    from moehive.swarm.text.prompts import encode_chat, need_tokenizer
+    from moehive.swarm.text.reuse import KeptPrefix
 
     with loaded_model(loading) as loaded:
         conversation = Conversation(loaded, loading, choice, max_tokens, KeptPrefix(), system)
@@ -82,8 +82,8 @@ class Conversation:
         """One turn. Where it fails or is interrupted, nothing of it is remembered; where `halted` ends it, what was
         said until then is. Raises ConfigError where the conversation has become too long.
         """
-        from moehive.node.text.generation import continue_tokens
-        from moehive.node.text.prompts import encode_chat, need_tokenizer
+        from moehive.swarm.text.generation import continue_tokens
+        from moehive.swarm.text.prompts import encode_chat, need_tokenizer
 
         tokenizer = need_tokenizer(self.loaded.tokenizer)
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -104,7 +104,7 @@ class Conversation:
 
     def _sampling(self, prompt: int) -> Sampling:
         """For a prompt of so many tokens, within the model's context."""
-        from moehive.node.text.prompts import context_of
+        from moehive.swarm.text.prompts import context_of
 
         sampling, context = self.choice.chosen(self.max_tokens), context_of(self.loaded.model)
         if context is None:

@@ -16,8 +16,8 @@ from .output import Line, counted, note, say_json, table
 from .sampling import SamplingOptions
 
 if TYPE_CHECKING:
-    from moehive.node.text.generation import Generated
     from moehive.swarm.dispatch.stats import DispatchStats
+    from moehive.swarm.text.generation import Generated
 
 _DEFAULTS = SamplingOptions()
 
@@ -55,7 +55,7 @@ def generate(
     sampling = choice.chosen(max_tokens)  # a contradiction is refused before anything is loaded
     prompt = _read_prompt() if prompt is None else prompt
     quiet_libraries()
-    from moehive.node.text.generation import continue_text
+    from moehive.swarm.text.generation import continue_text
 
     with loaded_model(loading) as loaded:
         write = _silent if json else Line()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter, validators
 
-from moehive.node.text.sampling import MAX_SEED, Sampling, new_seed
+from moehive.swarm.text.sampling import MAX_SEED, Sampling, new_seed
 
 from .arguments import NotNegative, Positive
 

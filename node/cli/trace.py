@@ -75,8 +75,8 @@ def record(
     quiet_libraries()
     import torch
 
-    from moehive.node.text.generation import continue_text
-    from moehive.node.text.sampling import Sampling
+    from moehive.swarm.text.generation import continue_text
+    from moehive.swarm.text.sampling import Sampling
     from moehive.swarm.trace.files import write_trace
     from moehive.swarm.trace.recording import Recorder
 

@@ -30,12 +30,12 @@ from transformers.utils import logging
 from moehive.node.demo import bundled_checkpoint
 from moehive.node.demo.processes import NodeGroup
 from moehive.node.demo.shares import share_experts, spec_of
-from moehive.node.text.generation import Generated, continue_text
-from moehive.node.text.sampling import Sampling
 from moehive.swarm import join, open_local
 from moehive.swarm.client import Swarm
 from moehive.swarm.convert import convert
 from moehive.swarm.store.directory import ConvertedDirectory
+from moehive.swarm.text.generation import Generated, continue_text
+from moehive.swarm.text.sampling import Sampling
 
 PROMPT = "ROMEO:\nWhat light is this"
 NODES = 3

@@ -14,9 +14,9 @@ from openai import OpenAI
 from support.checkpoints import Checkpoints
 from support.processes import NodeProcess, Nodes, eventually
 
-from moehive.node.text.generation import Generated, continue_text
-from moehive.node.text.sampling import Sampling
 from moehive.swarm import open_local
+from moehive.swarm.text.generation import Generated, continue_text
+from moehive.swarm.text.sampling import Sampling
 
 pytestmark = pytest.mark.swarm
 

@@ -12,8 +12,8 @@ from support.fake_model import TIMEOUT, FakeModel
 from moehive.node.api import engine as module
 from moehive.node.api.engine import Engine, Job, Outcome, Work
 from moehive.node.api.errors import ApiError
-from moehive.node.text.sampling import Sampling
 from moehive.protocol.errors import ExpertUnavailable
+from moehive.swarm.text.sampling import Sampling
 
 
 @asynccontextmanager

@@ -167,7 +167,7 @@ def test_hardly_any_probability_leaves_only_the_likeliest_token(moehive, convert
 
 
 def test_what_the_options_for_sampling_mean():
-    from moehive.node.text.sampling import Sampling
+    from moehive.swarm.text.sampling import Sampling
 
     assert Sampling(5, 0).arguments() == {"max_new_tokens": 5}
     assert Sampling(5, 0, temperature=0).arguments()["do_sample"] is False

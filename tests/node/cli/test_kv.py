@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from moehive.node.cli.kv import kv_lines
-from moehive.node.text.generation import _own_cache
 from moehive.swarm.model.kv.fidelity import LogitError
 from moehive.swarm.model.kv.options import KvOptions
 from moehive.swarm.model.kv.stats import KvStats
+from moehive.swarm.text.generation import _own_cache
 
 ARGUMENTS = ("--max-tokens", 140, "--temperature", 0, "--json")
 STATS = KvStats(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moehive.node.text.pieces import StopSearch, TextDecoder
+from moehive.swarm.text.pieces import StopSearch, TextDecoder
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 

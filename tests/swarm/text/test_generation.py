@@ -10,12 +10,12 @@ import torch
 from support.checkpoints import Checkpoints
 from transformers.utils import logging
 
-from moehive.node.text.generation import continue_tokens
-from moehive.node.text.prompts import encode_chat, encode_text
-from moehive.node.text.reuse import KeptPrefix
-from moehive.node.text.sampling import Sampling
 from moehive.protocol.errors import ConfigError
 from moehive.swarm import open_local
+from moehive.swarm.text.generation import continue_tokens
+from moehive.swarm.text.prompts import encode_chat, encode_text
+from moehive.swarm.text.reuse import KeptPrefix
+from moehive.swarm.text.sampling import Sampling
 
 
 @pytest.fixture(scope="module")

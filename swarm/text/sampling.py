@@ -29,13 +29,11 @@ class Sampling:
         """
         chosen: dict[str, Any] = {"max_new_tokens": self.max_tokens}
         if not all(self.stop):
-            raise ConfigError("--stop needs a text that is not empty")
+            raise ConfigError("a text to stop at (--stop) has to have at least one character")
         if self.temperature == 0:
-            for option, value in (("--top-k", self.top_k), ("--top-p", self.top_p)):
+            for option, value in (("top-k", self.top_k), ("top-p", self.top_p)):
                 if value is not None:
-                    raise ConfigError(
-                        f"{option} means nothing with --temperature 0: it always takes the likeliest token"
-                    )
+                    raise ConfigError(f"{option} means nothing with temperature 0: it always takes the likeliest token")
             return chosen | {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         if self.temperature is not None:
             chosen |= {"do_sample": True, "temperature": self.temperature}

@@ -9,11 +9,11 @@ import torch
 from support.checkpoints import Checkpoints
 from transformers.utils import logging
 
-from moehive.node.text.generation import Generated, continue_tokens
-from moehive.node.text.prompts import encode_chat, encode_text
-from moehive.node.text.reuse import KeptPrefix, reusable
-from moehive.node.text.sampling import Sampling
 from moehive.swarm import open_local
+from moehive.swarm.text.generation import Generated, continue_tokens
+from moehive.swarm.text.prompts import encode_chat, encode_text
+from moehive.swarm.text.reuse import KeptPrefix, reusable
+from moehive.swarm.text.sampling import Sampling
 
 GREEDY = Sampling(12, 0, temperature=0)
 
