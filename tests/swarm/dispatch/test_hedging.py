@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from support.swarm_fakes import Clock
 from support.toy_experts import FIRST, SECOND, THIRD, Layer, World, honest, never, refusing, toy_world
 
 from moehive.protocol.codec import Message
@@ -15,6 +14,8 @@ from moehive.protocol.ids import PeerId
 from moehive.swarm.dispatch.caller import Outcome, _first_good
 from moehive.swarm.policy.hedging import HedgeSettings
 from moehive.swarm.rpc.server import Refusal, Reply
+
+pytestmark = pytest.mark.virtual_time
 
 SOON = HedgeSettings(unknown=0.02, burst=4.0)
 
@@ -142,17 +143,12 @@ async def test_giving_up_a_layer_withdraws_both(world: World) -> None:
         assert all(one.in_flight == 0 for one in caller.stats.peers.values())
 
 
-async def test_a_suspected_peer_is_asked_only_where_nobody_else_can() -> None:
-    clock = Clock()
+async def test_a_suspected_peer_is_asked_only_where_nobody_else_can(world: World) -> None:
     once_broken = refusing(RefusalCode.INTERNAL, times=1)
-    async with (
-        toy_world(clock) as world,
-        world.peer(SECOND, honest, range(8)) as other,
-        world.peer(FIRST, once_broken, range(8)) as once,
-    ):
+    async with world.peer(SECOND, honest, range(8)) as other, world.peer(FIRST, once_broken, range(8)) as once:
         layer, caller = Layer(), world.caller()
         await layer.check(caller)
-        clock.now += 1.0  # its pause has passed
+        await asyncio.sleep(1.0)  # its pause has passed
         assert world.standings.usable([once]) == [once]
         await layer.check(caller)
         assert (caller.stats.of(once).requests, caller.stats.of(other).requests) == (0, 2)
