@@ -1,4 +1,4 @@
-"""Tests marked `virtual_time` run on an event loop with a clock of its own: no deadline of theirs depends on the machine."""
+"""Tests marked `virtual_time` run on a clock of their own: no deadline of theirs depends on the machine."""
 
 from __future__ import annotations
 
