@@ -147,7 +147,7 @@ def test_the_hub_stands_in_for_experts_that_no_peer_holds(
         }
         command = [sys.executable, "-P", "-m", "moehive.node.cli", "fetch", peer.ready()["modelId"], "--json"]
         options = ["--join", peer.ticket, "--seed", "hub:org/mixtral", "--to", str(tmp_path / "model")]
-        done = subprocess.run([*command, *options], env=environment, capture_output=True, check=False, timeout=110)
+        done = subprocess.run([*command, *options], env=environment, capture_output=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr.decode()
     assert json.loads(done.stdout)["experts"] == len(ConvertedDirectory(converted).manifest.experts)
     assert inspect(tmp_path / "model").ok
