@@ -303,7 +303,7 @@ async def test_a_handshake_that_failed_is_freed_at_once(
                         await reader.read()
                 writer.close()
             await until(lambda: not here.direct._unadmitted)
-            await until(lambda: tls_connections() == before, timeout=5.0)
+            await until(lambda: tls_connections() == before)
 
 
 async def speaks_plainly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -327,6 +327,6 @@ async def test_a_direct_connection_that_could_not_be_made_is_freed_at_once() -> 
                 refused = replace(offer, fingerprint=fingerprint, addresses=addresses)
                 with pytest.raises(PeerUnreachable):
                     await module._first(connection, refused, "client")
-            await until(lambda: tls_connections() == before, timeout=5.0)
+            await until(lambda: tls_connections() == before)
         plain.close()
         await plain.wait_closed()
