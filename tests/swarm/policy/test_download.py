@@ -69,6 +69,17 @@ def test_small_objects_do_not_wait_for_the_timeout_of_a_source_that_never_sent(w
     assert outcome.wasted == 0
 
 
+@pytest.mark.parametrize("silent_after", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("rate", [0.3 * MB, 1 * MB, 5 * MB])
+def test_a_slow_source_that_falls_silent_is_never_worse_than_none(rate: float, silent_after: float) -> None:
+    """Four of its chunk times would be 14 s. What it owes is asked of the other one once it is clearly overdue."""
+    good = Script(rate=5 * MB)
+    alone = simulate({"good": good}, [24, 22])
+    outcome = simulate({"good": good, "slow": Script(rate=rate, stalls=(silent_after, NEVER))}, [24, 22])
+    assert outcome.time <= alone.time
+    assert outcome.wasted == 0
+
+
 def test_a_source_that_hangs_for_a_while_is_used_again() -> None:
     outcome = simulate({"a": CAP, "b": Script(stalls=(0.5, 3.0))}, [800])
     assert outcome.sent["b"] > 0.3 * outcome.sent["a"]
