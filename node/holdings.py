@@ -128,6 +128,12 @@ class Holdings:
         self._verified[shard.hash] = shard
         self._on_change()
 
+    def leave(self, shards: Iterable[ShardEntry]) -> None:
+        """No longer hold shards that others hold: requests that are under way still find their bytes."""
+        for shard in shards:
+            self._verified.pop(shard.hash, None)
+        self._on_change()
+
     def drop(self, object_hash: ShardHash) -> None:
         """No longer hold an object: it was found corrupt or is gone."""
         shard = self._verified.pop(object_hash, None)

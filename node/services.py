@@ -13,6 +13,7 @@ from moehive.protocol.ids import PeerId
 from moehive.protocol.messages import (
     BulkOffer,
     ExpertsDone,
+    GetDemand,
     GetInventory,
     GetLoad,
     Inventory,
@@ -26,6 +27,7 @@ from moehive.swarm.transfer.supply import Shelf, answers
 from moehive.swarm.transfer.uploads import Uploads
 
 from .compute import Work
+from .demand import DemandMeter
 from .holdings import Holdings
 from .worker import ComputeWorker
 
@@ -39,10 +41,12 @@ class ExpertService:
         worker: ComputeWorker,
         uploads: Uploads | None = None,
         offer: Callable[[PeerId], BulkOffer] | None = None,
+        demand: DemandMeter | None = None,
     ) -> None:
         self._holdings = holdings
         self._worker = worker
         self._uploads = uploads or Uploads()
+        self._demand = demand or DemandMeter()
         self._offer = offer  # of a direct connection
         self._leaving = False
         self._answering = 0  # requests that were accepted and whose answer is not written yet
@@ -89,6 +93,7 @@ class ExpertService:
             work = Work.parse(message, payload)
         except ValueError as error:
             raise Refusal(RefusalCode.BAD_REQUEST, str(error)) from error
+        self._demand.asked(message.layer, message.experts, message.counts)
         result = await self._worker.submit(work, len(payload), peer)
         waited, computed = (min(seconds, limits.MAX_DEADLINE) for seconds in (result.waited, result.computed))
         done = ExpertsDone(waited=waited, computed=computed)
@@ -135,19 +140,27 @@ class PeerService:
     """/moehive/peer: what this node holds and how busy it is."""
 
     def __init__(
-        self, holdings: Holdings, worker: ComputeWorker, uploads: Uploads, record: Callable[[], bytes]
+        self,
+        holdings: Holdings,
+        worker: ComputeWorker,
+        uploads: Uploads,
+        record: Callable[[], bytes],
+        demand: DemandMeter | None = None,
     ) -> None:
         self._holdings = holdings
         self._worker = worker
         self._uploads = uploads
         self._record = record  # the signed announcement as of now
+        self._demand = demand or DemandMeter()
 
     async def __call__(self, peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
-        """Answer GetInventory or GetLoad."""
+        """Answer GetInventory, GetDemand or GetLoad."""
+        if isinstance(message, GetInventory | GetDemand) and message.model != self._holdings.manifest.model_id:
+            raise Refusal(RefusalCode.UNKNOWN_MODEL)
         if isinstance(message, GetInventory):
-            if message.model != self._holdings.manifest.model_id:
-                raise Refusal(RefusalCode.UNKNOWN_MODEL)
             await reply(Inventory(), (self._record(),))
+        elif isinstance(message, GetDemand):
+            await reply(self._demand.message())
         else:
             assert isinstance(message, GetLoad)
             await reply(self._load())

@@ -33,7 +33,9 @@ from moehive.swarm.transfer.tls.server import BulkServer, interfaces
 from moehive.swarm.transfer.uploads import Uploads
 
 from .acquisition import Acquisition
+from .demand import DemandMeter
 from .holdings import Holdings
+from .placement import Placement, Room
 from .publishing import watch_copies
 from .services import ExpertService, PeerService, ShardService
 from .settings import NodeSettings
@@ -62,14 +64,11 @@ class Serving:
         self._device = self._open_device(dtype)
         forms = forms_of(self._loader, dtype, 1)
         self._slots = 0 if self._device is None else self._device.slots
+        demand = DemandMeter()
+        ram = ram_budget + self._slots * forms.widened  # what is in device memory need not be in RAM
+        placement = Placement(settings, member, manifest, source, Room(ram, forms), demand)
         self._acquisition = Acquisition(
-            settings,
-            member,
-            source,
-            self.holdings,
-            ram_budget=ram_budget + self._slots * forms.widened,  # what is in device memory need not be in RAM
-            forms=forms,
-            on_selected=partial(self._divide_ram, dtype),
+            settings, member, source, self.holdings, placement, on_selected=partial(self._divide_ram, dtype)
         )
         self._worker = ComputeWorker(
             self._lease, self._loader.spec, settings.queue, note=self._note, device=self._device
@@ -78,7 +77,7 @@ class Serving:
         self._bulk = BulkServer(
             settings.listen, settings.bulk_port, agent=member.agent, shelf=self.holdings, uploads=self._uploads
         )
-        self._experts = ExpertService(self.holdings, self._worker, self._uploads, self._offer_direct)
+        self._experts = ExpertService(self.holdings, self._worker, self._uploads, self._offer_direct, demand)
         self._inbox = Inbox()
         hosts = () if settings.direct_port is None else interfaces(settings.listen)
         self._direct = DirectServer(
@@ -90,7 +89,7 @@ class Serving:
             gate=self._experts.gate,
         )
         self._shards = ShardService(self.holdings, self._uploads, self._offer_bulk)
-        self._peers = PeerService(self.holdings, self._worker, self._uploads, lambda: announcer.record().value)
+        self._peers = PeerService(self.holdings, self._worker, self._uploads, lambda: announcer.record().value, demand)
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         """Hold, serve, announce; leave when `stop` is set."""
@@ -122,7 +121,7 @@ class Serving:
             if (publishing := self._settings.publish) is not None:
                 watch = watch_copies(self._member, self.holdings.manifest, publishing, enough)
                 tasks.create_task(watch, name="copies")
-            tasks.create_task(self._acquisition.keep_trying(left), name="fetch the rest")
+            tasks.create_task(self._acquisition.maintain(left), name="maintain")
             tasks.create_task(self._acquisition.verify_all(), name="verify the rest")
 
     def _status(self) -> NodeFacts:

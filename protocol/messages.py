@@ -1,6 +1,7 @@
 """What peers say to each other: the messages of the three protocols, with every bound.
 
-    /moehive/peer/1.0.0     who holds what, how busy         GetInventory -> Inventory, GetLoad -> Load
+    /moehive/peer/1.0.0     who holds what, how busy         GetInventory -> Inventory, GetLoad -> Load,
+                                                             GetDemand -> Demand
     /moehive/shard/1.0.0    bytes of stored objects          GetChunkList -> ChunkHashes, GetChunks -> Chunk...,
                                                              GetHave -> Have, OpenBulk -> BulkOffer
     /moehive/expert/1.0.0   run experts on rows of tensors   RunExperts -> ExpertsDone,
@@ -18,10 +19,11 @@ from typing import ClassVar
 from . import limits
 from .codec import Message, blob, boolean, hash_text, integer, integers, number, one_of, text, texts, wire
 from .errors import ProtocolViolation
-from .ids import ModelId, ShardHash
+from .ids import ExpertKey, ModelId, ShardHash
 from .manifest import ITEM_SIZE
 
 MAX_EXPERTS = 1024  # experts of one layer in one request
+MAX_DEMAND = 1024  # experts in one answer about what is asked for
 MAX_ROWS = 1 << 20  # tokens in one request; the payload limit is reached long before
 PROOF_BYTES = 32
 FINGERPRINT_BYTES = 32  # SHA-256 of a certificate's DER form
@@ -100,6 +102,31 @@ class Load(Message):
     expected_wait: float = wire(number(0.0, limits.MAX_DEADLINE))  # seconds
     rows_done: int = wire(integer(0, 1 << 62))  # (token, expert) rows
     bytes_sent: int = wire(integer(0, 1 << 62))  # of shards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetDemand(Message):
+    """Ask which of its experts the peer is asked for most."""
+
+    KIND: ClassVar[int] = 20
+    model: ModelId = wire(hash_text)  # noqa: RUF009 - `wire` declares a field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand(Message):
+    """What the peer was asked for lately, the most first: entry by entry a layer, an expert, its rows in an hour."""
+
+    KIND: ClassVar[int] = 21
+    layers: tuple[int, ...] = wire(integers(0, 1 << 16, MAX_DEMAND))
+    experts: tuple[int, ...] = wire(integers(0, 1 << 16, MAX_DEMAND))
+    hourly: tuple[int, ...] = wire(integers(0, 1 << 40, MAX_DEMAND))
+
+    def rates(self) -> dict[ExpertKey, float]:
+        """Rows per second of each expert. Raises ProtocolViolation where the lists do not fit together."""
+        if not len(self.layers) == len(self.experts) == len(self.hourly):
+            raise ProtocolViolation("Demand: as many layers, experts and rates are expected")
+        keys = map(ExpertKey, self.layers, self.experts)
+        return {key: rows / 3600 for key, rows in zip(keys, self.hourly, strict=True)}
 
 
 # --- /moehive/shard -----------------------------------------------------------------------------------------------
@@ -269,7 +296,12 @@ class ProtocolSpec:
     max_reply_payload: int
 
 
-PEER = ProtocolSpec("/moehive/peer/1.0.0", {GetInventory: Inventory, GetLoad: Load}, 0, limits.MAX_RECORD_BYTES)
+PEER = ProtocolSpec(
+    "/moehive/peer/1.0.0",
+    {GetInventory: Inventory, GetLoad: Load, GetDemand: Demand},
+    0,
+    limits.MAX_RECORD_BYTES,
+)
 SHARD = ProtocolSpec(
     "/moehive/shard/1.0.0",
     {GetChunkList: ChunkHashes, GetChunks: Chunk, GetHave: Have, OpenBulk: BulkOffer},

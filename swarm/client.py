@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Literal, Self, get_args
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from moehive.protocol.errors import ConfigError, CorruptShard
-from moehive.protocol.ids import ModelId, PeerId, is_hash, parse_model_id
+from moehive.protocol.ids import ExpertKey, ModelId, PeerId, is_hash, parse_model_id
 from moehive.protocol.manifest import Manifest, ShardEntry
 from moehive.protocol.ticket import Ticket
 
+from .directory import Holders
 from .dispatch.caller import CallSettings
 from .dispatch.spot_checks import CheckCounts, LiarReport
 from .dispatch.stats import DispatchStats
@@ -235,11 +236,17 @@ class Swarm:
         """The peers that announce a model now, and how many experts each. Raises ModelUnavailable after 10 seconds;
         ConfigError for what is no model id, or when not joined.
         """
-        member, model = self._joined, parse_model_id(model_id)
-        directory = self._open_portal.call(partial(member.wait_for_peers, model, timeout=10.0))
-        return {peer: len(inventory.held) for peer, inventory in directory.holders.inventories.items()}
+        return {peer: len(inventory.held) for peer, inventory in self._known_holders(model_id).inventories.items()}
+
+    def coverage(self, model_id: str) -> Mapping[ExpertKey, tuple[PeerId, ...]]:
+        """The peers that announce each expert now; one that nobody announces is absent. Raises as `holders`."""
+        return self._known_holders(model_id).by_expert
 
     # --- parts ----------------------------------------------------------------------------------------------------
+
+    def _known_holders(self, model_id: str) -> Holders:
+        member, model = self._joined, parse_model_id(model_id)
+        return self._open_portal.call(partial(member.wait_for_peers, model, timeout=10.0)).holders
 
     @property
     def _open_portal(self) -> BlockingPortal:

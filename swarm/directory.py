@@ -29,7 +29,8 @@ class Holders:
     inventories: Mapping[PeerId, Inventory] = field(default_factory=dict)
 
     @cached_property
-    def _by_expert(self) -> Mapping[ExpertKey, tuple[PeerId, ...]]:
+    def by_expert(self) -> Mapping[ExpertKey, tuple[PeerId, ...]]:
+        """Peers that announce each expert that anybody announces, in a stable order."""
         by_expert: dict[ExpertKey, list[PeerId]] = {}
         for peer in sorted(self.inventories):
             for key in self.inventories[peer].held:
@@ -38,7 +39,7 @@ class Holders:
 
     def of(self, key: ExpertKey) -> tuple[PeerId, ...]:
         """Peers that announce an expert, in a stable order."""
-        return self._by_expert.get(key, ())
+        return self.by_expert.get(key, ())
 
     def suppliers(self, shard: ShardEntry) -> tuple[PeerId, ...]:
         """Peers that announce that a shard can be fetched from them: holders, and seeds of the whole model."""
@@ -57,7 +58,7 @@ class Holders:
     @property
     def replicas(self) -> Mapping[ExpertKey, int]:
         """How many peers announce each expert that anybody announces."""
-        return {key: len(peers) for key, peers in self._by_expert.items()}
+        return {key: len(peers) for key, peers in self.by_expert.items()}
 
     def addresses(self, peer: PeerId) -> tuple[str, ...]:
         """Where a peer says that it can be dialled."""

@@ -56,8 +56,8 @@ class NodeOptions:
     """The options of `moehive node`."""
 
     experts: Annotated[str, Parameter(metavar="SPEC")] = "auto"
-    """Which experts to hold: all, none, auto (fill the memory, rarest in the swarm first), or ranges of
-    layers:experts such as 0-3:0-7,5:*."""
+    """Which experts to hold: all, none, auto (fill the memory, rarest in the swarm first, and follow as others come
+    and go), or ranges of layers:experts such as 0-3:0-7,5:*."""
 
     join: TicketText | None = None
     """Join ticket of a swarm, as another node printed it. Without it this node founds a swarm of its own."""

@@ -34,6 +34,7 @@ bench scheduler --json "$out/scheduler.json"
 bench faults --json "$out/faults.json"
 bench hostile --json "$out/hostile.json"
 bench churn --json "$out/churn.json"
+bench repair --json "$out/repair.json"
 bench wan --json "$out/wan.json"
 bench transfer --json "$out/transfer.json"
 

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from shutil import copytree
 
 import pytest
 from support.checkpoints import Checkpoints
 from support.swarm_fakes import announce, identity, member, supplying
+from support.waiting import until
 
 from moehive.node import acquisition as module
 from moehive.node.acquisition import Acquisition
 from moehive.node.holdings import Holdings
+from moehive.node.placement import TURN, Placement, Room
 from moehive.node.settings import NodeSettings, Publishing
+from moehive.protocol.errors import DiskFull
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.member import Member
 from moehive.swarm.policy.budgets import ExpertForms
+from moehive.swarm.policy.rebalance import Change
 from moehive.swarm.seeds.base import parse_seed
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.store.content import ContentStore
 from moehive.swarm.store.directory import ConvertedDirectory
-from moehive.swarm.transport.memory import MemoryNetwork
+from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
 SEED = identity(1)
 RAM = 1 << 30
@@ -40,14 +47,18 @@ class Node:
         model: ConvertedDirectory,
         source: ObjectSource,
         *,
+        ram: int = RAM,
         forms: ExpertForms = FORMS,
         **settings: object,
     ) -> None:
         self.settings = NodeSettings(model.model_id, Path(), **settings)  # type: ignore[arg-type]
         self.holdings = Holdings(model.manifest, source, on_change=lambda: None)
         self.selected: list[int] = []  # how many experts it was told are to be held
+        turns = partial(next, count(0.0, TURN))  # every look is in a turn of its own
+        room = Room(ram, forms)
+        placement = Placement(self.settings, us, model.manifest, source, room, wall_clock=turns)
         self.acquisition = Acquisition(
-            self.settings, us, source, self.holdings, ram_budget=RAM, forms=forms, on_selected=self.selected.append
+            self.settings, us, source, self.holdings, placement, on_selected=self.selected.append
         )
 
 
@@ -184,3 +195,74 @@ async def test_a_seed_makes_experts_obtainable_that_no_peer_has(
         node = Node(us, mixtral, store, experts="auto")
         assert await node.acquisition.first_pass() == []
     assert node.holdings.experts == mixtral.manifest.experts.keys()
+
+
+@asynccontextmanager
+async def maintained(node: Node, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """A node that looks at once, again and again, while the context lasts."""
+    monkeypatch.setattr(module, "LOOK_EVERY", 0.01)
+    task = asyncio.create_task(node.acquisition.maintain(await node.acquisition.first_pass()))
+    yield
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    node.acquisition.close()
+
+
+async def test_what_the_swarm_lost_is_fetched_and_what_is_not_needed_may_be_evicted(
+    mixtral: ConvertedDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, store, everything = MemoryNetwork(), ContentStore(tmp_path, RAM), set(mixtral.manifest.experts)
+    others = [identity(number) for number in range(3, 7)]
+    async with seed(network, mixtral, everything), member(network, 2) as us, AsyncExitStack() as stack:
+        peers = [await stack.enter_async_context(MemoryTransport(network, other)) for other in others]
+        for transport, other in zip(peers, others, strict=True):
+            await announce(transport, other, everything, model=mixtral.model_id)
+        node = Node(us, mixtral, store, experts="auto", ram=4)
+        node.selected.clear()
+        async with maintained(node, monkeypatch):
+            before = node.holdings.experts
+            assert len(before) == 4
+            lost = everything - before
+            for transport, other in zip(peers, others, strict=True):  # they keep what this node holds
+                await announce(transport, other, before, model=mixtral.model_id)
+            await announce(us.transport, SEED, skeleton=True, complete=True, model=mixtral.model_id)
+            await until(lambda: not node.holdings.experts & before)
+            assert node.holdings.experts <= lost
+            await until(lambda: len(node.holdings.experts) == 4)
+            used = store.keeping.now().in_use
+            assert all(mixtral.manifest.experts[key].hash in used for key in node.holdings.experts)
+            assert all(mixtral.manifest.experts[key].hash not in used for key in before)
+        assert set(node.selected) == {4}
+
+
+async def test_a_full_disk_does_not_end_the_looking(
+    mixtral: ConvertedDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, store = MemoryNetwork(), ContentStore(tmp_path, RAM)
+    looks: list[frozenset[ExpertKey]] = []
+
+    async def full(self: Placement, held: frozenset[ExpertKey]) -> Change:
+        looks.append(held)
+        raise DiskFull("no room")
+
+    monkeypatch.setattr(Placement, "look", full)
+    async with seed(network, mixtral, set(mixtral.manifest.experts)), member(network, 2) as us:
+        node = Node(us, mixtral, store, experts="auto", ram=4)
+        async with maintained(node, monkeypatch):
+            await until(lambda: len(looks) > 2)
+
+
+async def test_of_a_directory_other_experts_are_held_without_fetching(
+    mixtral: ConvertedDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, everything = MemoryNetwork(), set(mixtral.manifest.experts)
+    others = [identity(number) for number in range(3, 7)]
+    async with member(network, 2) as us, AsyncExitStack() as stack:
+        node = Node(us, mixtral, mixtral, experts="auto", ram=4)
+        async with maintained(node, monkeypatch):
+            before = node.holdings.experts
+            for other in others:
+                transport = await stack.enter_async_context(MemoryTransport(network, other))
+                await announce(transport, other, before, model=mixtral.model_id)
+            await until(lambda: not node.holdings.experts & before and len(node.holdings.experts) == 4)
+            assert node.holdings.experts <= everything - before

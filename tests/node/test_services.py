@@ -12,12 +12,13 @@ from shutil import copytree
 
 import pytest
 import torch
-from support.swarm_fakes import MODEL, SECRET, identity
+from support.swarm_fakes import MODEL, SECRET, Clock, identity
 from support.waiting import until
 
 from moehive.kernels.expert_ffn import ExpertWeights, FfnSpec
 from moehive.kernels.routing import group_by_expert
 from moehive.node.compute import Work, run_batch
+from moehive.node.demand import MEMORY, DemandMeter
 from moehive.node.holdings import Holdings
 from moehive.node.scheduler import QueueFacts, QueueLimits
 from moehive.node.services import ExpertService, PeerService, ShardService
@@ -34,9 +35,11 @@ from moehive.protocol.messages import (
     BulkOffer,
     Chunk,
     ChunkHashes,
+    Demand,
     ExpertsDone,
     GetChunkList,
     GetChunks,
+    GetDemand,
     GetHave,
     GetInventory,
     GetLoad,
@@ -86,9 +89,10 @@ class Node:
         self.holdings.verify([self.shard, *self.manifest.skeleton])
         self.worker = ComputeWorker(lease, SPEC, QueueLimits())
         self.uploads = Uploads()
-        self.experts = ExpertService(self.holdings, self.worker, self.uploads)
+        demand = DemandMeter(clock=Clock())
+        self.experts = ExpertService(self.holdings, self.worker, self.uploads, demand=demand)
         self.shards = ShardService(self.holdings, self.uploads, offer)
-        self.peers = PeerService(self.holdings, self.worker, self.uploads, lambda: b"a signed record")
+        self.peers = PeerService(self.holdings, self.worker, self.uploads, lambda: b"a signed record", demand)
 
     def request(self, expert: int = KEY.expert, **changes: object) -> ExpertRequest:
         call = LayerInput(KEY.layer, torch.ones(2, 64), torch.full((2, 1), 0.5), "sum")
@@ -320,9 +324,19 @@ async def test_inventory_and_load(node: Node) -> None:
         assert load.message == Load(queued_requests=0, expected_wait=0.0, rows_done=0, bytes_sent=0)
 
 
+async def test_what_it_is_asked_for_is_told(node: Node) -> None:
+    request = node.request()
+    async with node.serving(EXPERT) as connection:
+        await connection.ask(request.message, request.payload, timeout=10)
+    async with node.serving(PEER) as connection:
+        told = await connection.ask(GetDemand(model=node.manifest.model_id), timeout=10)
+        assert told.message == Demand(layers=(KEY.layer,), experts=(KEY.expert,), hourly=(round(2 / MEMORY * 3600),))
+        assert await code_of(connection, GetDemand(model=ModelId(MODEL))) is RefusalCode.UNKNOWN_MODEL
+
+
 def test_every_kind_of_request_has_a_service() -> None:
     kinds = {kind for spec in (EXPERT, SHARD, PEER) for kind in spec.answers}
-    assert kinds == {RunExperts, GetChunkList, GetChunks, GetHave, OpenBulk, GetInventory, GetLoad}
+    assert kinds == {RunExperts, GetChunkList, GetChunks, GetHave, OpenBulk, GetInventory, GetLoad, GetDemand}
 
 
 def test_a_load_beyond_what_the_message_holds_is_cut(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

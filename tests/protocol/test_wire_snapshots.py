@@ -31,9 +31,11 @@ from moehive.protocol.messages import (
     Cancel,
     Chunk,
     ChunkHashes,
+    Demand,
     ExpertsDone,
     GetChunkList,
     GetChunks,
+    GetDemand,
     GetHave,
     GetInventory,
     GetLoad,
@@ -61,6 +63,8 @@ SAMPLES: tuple[Message, ...] = (
     InventoryReply(),
     GetLoad(),
     Load(queued_requests=1, expected_wait=0.25, rows_done=1 << 40, bytes_sent=3),
+    GetDemand(model=ModelId(MODEL)),
+    Demand(layers=(0, 60), experts=(3, 255), hourly=(7200, 90)),
     GetChunkList(hash=HASH),
     ChunkHashes(size=1 << 20),
     GetChunks(hash=HASH, first=300, count=32),
@@ -145,6 +149,14 @@ FRAMES = {
     "Load": (
         "0113000100000102000000480000000784af7175657565645f726571756573747301ad65787065637465645f77616974"
         "cb3fd0000000000000a9726f77735f646f6e65cf0000010000000000aa62797465735f73656e74037061796c6f6164"
+    ),
+    "GetDemand": (
+        "0114000100000102000000490000000781a56d6f64656cd9406162616261626162616261626162616261626162616261"
+        "62616261626162616261626162616261626162616261626162616261626162616261626162616261627061796c6f6164"
+    ),
+    "Demand": (
+        "0115000100000102000000230000000783a66c617965727392003ca7657870657274739203ccffa6686f75726c7992cd"
+        "1c205a7061796c6f6164"
     ),
     "GetChunkList": (
         "0120000100000102000000480000000781a468617368d940616261626162616261626162616261626162616261626162"

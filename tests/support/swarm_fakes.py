@@ -62,11 +62,12 @@ async def announce(
     held: Iterable[ExpertKey] = (),
     *,
     skeleton: bool = False,
+    complete: bool = False,
     loading: bool = False,
     model: ModelId = MODEL,
     clock: Callable[[], float] = time.time,
 ) -> None:
     """Store an announcement of `by`, signed by it."""
     announcer = Announcer(transport, by, SECRET, model, wall_clock=clock)
-    announcer.hold(frozenset(held), skeleton=skeleton, loading=loading)
+    announcer.hold(frozenset(held), skeleton=skeleton, complete=complete, loading=loading)
     assert await announcer.announce()

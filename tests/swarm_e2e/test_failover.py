@@ -13,6 +13,7 @@ from support.generation import TOKENS, generate, reference_tokens
 from support.processes import NodeProcess, Nodes
 
 from moehive.protocol.errors import ExpertUnavailable
+from moehive.protocol.ids import ExpertKey
 from moehive.swarm.client import Swarm, join
 from moehive.swarm.dispatch.caller import CallSettings
 from moehive.swarm.policy.hedging import HedgeSettings
@@ -115,6 +116,7 @@ def test_a_node_that_leaves_is_not_missed(
     leaving: list[NodeProcess] = []
     with join(first.ticket, cache=cache) as swarm:
         model, model_id = load(swarm, first, second, third)
+        assert set(swarm.coverage(model_id)[ExpertKey(0, 4)]) == {first.peer, second.peer}
 
         def interrupt_whom_it_asks() -> None:  # one of them, because only they hold experts 6 and 7
             leaving.append(asked_most(swarm, model_id, (second, third)))

@@ -1,0 +1,140 @@
+"""What a node chooses to hold as others come and go."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import pytest
+from support.swarm_fakes import SECRET, announce, identity, member
+
+from moehive.node.demand import DemandMeter
+from moehive.node.placement import TURN, Placement, Room
+from moehive.node.settings import NodeSettings, Publishing
+from moehive.protocol.codec import Message
+from moehive.protocol.ids import ExpertKey, PeerId
+from moehive.protocol.messages import PEER, Demand, GetDemand
+from moehive.swarm.member import Member
+from moehive.swarm.policy.budgets import ExpertForms
+from moehive.swarm.policy.rebalance import Change
+from moehive.swarm.rpc.server import Refusal, Reply, stream_handler
+from moehive.swarm.store.directory import ConvertedDirectory
+from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
+
+SIZE = 1000  # bytes of an expert in memory
+FORMS = ExpertForms(count=1, stored=SIZE, widened=SIZE, making=0, floor=5, read=1.0, widen=1.0)
+
+
+def turns() -> Callable[[], float]:
+    """A clock by which every look is in a turn of its own."""
+    return partial(next, count(0.0, TURN))
+
+
+def placement(
+    us: Member, model: ConvertedDirectory, *, room: int, demand: DemandMeter | None = None, **settings: object
+) -> Placement:
+    """Of a node with memory for `room` experts."""
+    told = NodeSettings(model.model_id, Path(), **settings)  # type: ignore[arg-type]
+    return Placement(told, us, model.manifest, model, Room(room * SIZE, FORMS), demand, wall_clock=turns())
+
+
+@asynccontextmanager
+async def holder(
+    network: MemoryNetwork, number: int, model: ConvertedDirectory, held: set[ExpertKey], demand: Demand | None = None
+) -> AsyncIterator[MemoryTransport]:
+    """A peer that announces experts, and says what it is asked for."""
+
+    async def answer(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+        assert isinstance(message, GetDemand)
+        assert message.model == model.model_id
+        if demand is None:
+            raise Refusal(7)
+        await reply(demand)
+
+    async with MemoryTransport(network, identity(number)) as transport:
+        await transport.serve(PEER.name, stream_handler(PEER, SECRET, transport.peer, "holder", answer))
+        await announce(transport, identity(number), held, skeleton=True, model=model.model_id)
+        yield transport
+
+
+async def test_what_it_announced_before_a_restart_is_chosen_again(mixtral: ConvertedDirectory) -> None:
+    network, everything = MemoryNetwork(), set(mixtral.manifest.experts)
+    first = set(sorted(everything)[:4])
+    async with holder(network, 3, mixtral, everything - first), member(network, 2) as us:
+        await announce(us.transport, identity(2), first, model=mixtral.model_id)
+        chosen = await placement(us, mixtral, room=4).first()
+    assert {shard.expert_key for shard in chosen if shard.expert_key} == first
+
+
+async def test_a_lost_peers_experts_are_taken_for_those_that_others_hold(mixtral: ConvertedDirectory) -> None:
+    network, everything = MemoryNetwork(), set(mixtral.manifest.experts)
+    lost = sorted(everything)[0]
+    held = frozenset(sorted(everything)[1:3])
+    async with (
+        holder(network, 3, mixtral, everything - {lost}),
+        holder(network, 4, mixtral, everything - {lost}),
+        member(network, 2) as us,
+    ):
+        ours = placement(us, mixtral, room=2)
+        changes = [await ours.look(held) for _ in range(20)]
+    (leaves,) = {change.leave for change in changes if change}
+    assert {change.take for change in changes if change} == {(lost,)}
+    assert len(leaves) == 1
+    assert leaves <= held
+
+
+async def test_nothing_changes_where_it_need_not(mixtral: ConvertedDirectory) -> None:
+    network, everything = MemoryNetwork(), set(mixtral.manifest.experts)
+    async with holder(network, 3, mixtral, everything), member(network, 2) as us:
+        assert not await placement(us, mixtral, room=2).look(frozenset(sorted(everything)[:2]))
+
+
+async def test_what_others_are_asked_for_most_is_held_once_more(mixtral: ConvertedDirectory) -> None:
+    network, everything = MemoryNetwork(), set(mixtral.manifest.experts)
+    hot, absent = sorted(everything)[5], ExpertKey(40, 40)
+    asked = Demand(
+        layers=(hot.layer, absent.layer), experts=(hot.expert, absent.expert), hourly=(36_000_000, 36_000_000)
+    )
+    demand = DemandMeter()
+    held = frozenset(sorted(everything)[:2])
+    for key in held:
+        demand.asked(key.layer, (key.expert,), (100,))
+    async with (
+        holder(network, 3, mixtral, everything, asked),
+        holder(network, 4, mixtral, everything),  # refuses to say
+        member(network, 2) as us,
+    ):
+        ours = placement(us, mixtral, room=2, demand=demand)
+        changes = [change for _ in range(20) if (change := await ours.look(held))]
+    assert changes
+    assert {change.take for change in changes} == {(hot,)}
+
+
+async def test_lists_that_do_not_fit_together_are_the_peers_fault(mixtral: ConvertedDirectory) -> None:
+    network, everything = MemoryNetwork(), set(mixtral.manifest.experts)
+    nonsense = Demand(layers=(0,), experts=(), hourly=())
+    async with holder(network, 3, mixtral, everything, nonsense) as transport, member(network, 2) as us:
+        assert not await placement(us, mixtral, room=2).look(frozenset(sorted(everything)[:2]))
+        assert us.standings.banned(transport.peer)
+
+
+async def test_a_swarm_that_does_not_answer_changes_nothing(
+    mixtral: ConvertedDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with member(MemoryNetwork(), 2) as us:
+
+        async def never(key: bytes) -> None:
+            raise TimeoutError
+
+        monkeypatch.setattr(us.transport, "get", never)
+        assert await placement(us, mixtral, room=2).look(frozenset()) == Change()
+
+
+async def test_only_a_choice_of_its_own_follows_the_swarm(mixtral: ConvertedDirectory) -> None:
+    async with member(MemoryNetwork(), 2) as us:
+        assert placement(us, mixtral, room=2).follows
+        assert not placement(us, mixtral, room=2, experts="all").follows
+        assert not placement(us, mixtral, room=2, publish=Publishing()).follows
