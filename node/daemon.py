@@ -29,9 +29,12 @@ from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.transport.hivemind import HivemindTransport
 
 from .holdings import Holdings
-from .own_port import is_free, own_port
+from .http.node_app import node_http
+from .notify import tell_systemd
+from .own_port import is_free, own_http_port, own_port
 from .serving import Serving
 from .settings import DEFAULT_LISTEN, NodeReady, NodeSettings
+from .state import NodeState
 
 _log = get_logger(__name__)
 _JOIN_TIMEOUT = 60.0  # seconds to find a peer with the model, when it has to be fetched
@@ -51,15 +54,18 @@ class NodeDaemon:
             torch.set_num_threads(settings.threads)
         identity = Identity.load_or_create(settings.identity) if settings.identity else Identity.ephemeral()
         secret = settings.join.secret if settings.join else founders_secret(identity)
+        state = NodeState(tell_systemd)
         async with AsyncExitStack() as stack:
+            own = own_http_port(identity) if settings.identity else 0  # a key that is not kept has no lasting port
+            await stack.enter_async_context(node_http(settings.http, own, state))  # first: it also says what takes long
             transport = await stack.enter_async_context(_transport(settings, identity))
             member = await stack.enter_async_context(Member(transport, secret))
             source, manifest = await self._open_model(member)
             announcer = Announcer(transport, identity, secret, manifest.model_id)
-            serving = Serving(settings, member, manifest, source, announcer)
-            await serving.run(stop, partial(self._ready, member, serving.holdings))
+            serving = Serving(settings, member, manifest, source, announcer, state)
+            await serving.run(stop, partial(self._ready, member, serving.holdings, state.http))
 
-    def _ready(self, member: Member, holdings: Holdings) -> None:
+    def _ready(self, member: Member, holdings: Holdings, http: str | None) -> None:
         settings, manifest = self._settings, holdings.manifest
         addresses = tuple(member.transport.addresses)
         others = settings.join.peers if settings.join else ()
@@ -75,6 +81,7 @@ class NodeDaemon:
                 skeleton=holdings.skeleton,
                 addresses=addresses,
                 ticket=Ticket(member.secret, (*addresses, *others)[: limits.MAX_TICKET_PEERS]),
+                http=http,
             )
         )
 

@@ -1,4 +1,4 @@
-"""A port of this node's own: the same one at every start, so that tickets and announcements outlive a restart."""
+"""Ports of this node's own: the same at every start, so that tickets, announcements and bookmarks outlive a restart."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from blake3 import blake3
 from moehive.swarm.identity import Identity
 
 _FIRST, _COUNT = 20_000, 12_000  # below the ports that Linux hands out by itself
+_FIRST_HTTP, _COUNT_HTTP = 12_000, 8_000  # apart from those
 _HOST = "127.0.0.1"
 
 
 def own_port(identity: Identity) -> int:
-    """The port that follows from a node's key."""
-    digest = blake3(identity.public_key, derive_key_context="moehive 2026 port of a node").digest(length=8)
-    return _FIRST + int.from_bytes(digest, "big") % _COUNT
+    """The port for peers that follows from a node's key."""
+    return _FIRST + _number(identity, "moehive 2026 port of a node") % _COUNT
+
+
+def own_http_port(identity: Identity) -> int:
+    """The port for HTTP that follows from a node's key."""
+    return _FIRST_HTTP + _number(identity, "moehive 2026 http port of a node") % _COUNT_HTTP
+
+
+def _number(identity: Identity, context: str) -> int:
+    return int.from_bytes(blake3(identity.public_key, derive_key_context=context).digest(length=8), "big")
 
 
 def is_free(port: int) -> bool:

@@ -26,6 +26,7 @@ from moehive.swarm.policy.upload import UploadLimits
 from moehive.swarm.rpc.direct import DirectServer
 from moehive.swarm.rpc.server import Inbox, open_gate, stream_handler
 from moehive.swarm.store.base import NotHeld, ObjectSource
+from moehive.swarm.store.content import ContentStore
 from moehive.swarm.tasks import task_group
 from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.transfer.pacing import paced
@@ -33,13 +34,16 @@ from moehive.swarm.transfer.tls.server import BulkServer, interfaces
 from moehive.swarm.transfer.uploads import Uploads
 
 from .acquisition import Acquisition
+from .coverage import Coverage
 from .demand import DemandMeter
+from .disk import DiskWatch
 from .holdings import Holdings
 from .placement import Placement, Room
 from .publishing import watch_copies
 from .services import ExpertService, PeerService, ShardService
 from .settings import NodeSettings
-from .status import NodeFacts, StatusFile
+from .state import NodeState, NodeView
+from .status import NodeFacts, NodeStatus, Phase, StatusFile
 from .worker import ComputeWorker
 
 _log = get_logger(__name__)
@@ -49,11 +53,18 @@ class Serving:
     """What a node does once it has joined and knows its model."""
 
     def __init__(
-        self, settings: NodeSettings, member: Member, manifest: Manifest, source: ObjectSource, announcer: Announcer
+        self,
+        settings: NodeSettings,
+        member: Member,
+        manifest: Manifest,
+        source: ObjectSource,
+        announcer: Announcer,
+        state: NodeState | None = None,
     ) -> None:
         self._settings = settings
         self._member = member
         self._announcer = announcer
+        self._state = state or NodeState()
         self.holdings = Holdings(manifest, source, on_change=self._claim, partials=member.downloads.partials)
         self._loader = ExpertLoader(manifest, source)
         ram_budget = settings.ram if settings.ram is not None else default_ram_budget()
@@ -89,11 +100,16 @@ class Serving:
             gate=self._experts.gate,
         )
         self._shards = ShardService(self.holdings, self._uploads, self._offer_bulk)
+        self._disk = DiskWatch(source) if isinstance(source, ContentStore) else None
         self._peers = PeerService(self.holdings, self._worker, self._uploads, lambda: announcer.record().value, demand)
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
         """Hold, serve, announce; leave when `stop` is set."""
+        state = self._state
+        status = NodeStatus(self._member.transport.peer, self._facts, phase=lambda: state.phase, http=state.http)
         with closing(self._acquisition), closing(self._device or self._tier):
+            state.view = NodeView(status, self._coverage)
+            state.enter(Phase.LOADING)
             await self._run(stop, on_ready)
 
     async def _run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
@@ -111,12 +127,14 @@ class Serving:
         """Get what is to be held, announcing it as it comes: what is here can be used, and supplied, from the start."""
         async with task_group() as tasks:
             tasks.create_task(self._announcer.run(), name="announce")
-            if self._settings.status is not None:
-                status = StatusFile(self._settings.status, self._member.transport.peer, self._status)
-                tasks.create_task(status.run(), name="status")
+            if self._settings.status is not None and (view := self._state.view) is not None:
+                tasks.create_task(StatusFile(self._settings.status, view.status).run(), name="status")
+            if self._disk is not None:
+                tasks.create_task(self._disk.run(), name="disk")
             left = await self._acquisition.first_pass()
             if not await self._announcer.announce():
                 _log.warning("no peer stored the first announcement; others find this node only later")
+            self._state.enter(Phase.READY)
             on_ready()
             if (publishing := self._settings.publish) is not None:
                 watch = watch_copies(self._member, self.holdings.manifest, publishing, enough)
@@ -124,7 +142,7 @@ class Serving:
             tasks.create_task(self._acquisition.maintain(left), name="maintain")
             tasks.create_task(self._acquisition.verify_all(), name="verify the rest")
 
-    def _status(self) -> NodeFacts:
+    def _facts(self) -> NodeFacts:
         holdings, member = self.holdings, self._member
         return NodeFacts(
             model=holdings.manifest.model_id,
@@ -136,13 +154,28 @@ class Serving:
             device=self._settings.device,
             device_tier=None if self._device is None else self._device.device_stats,
             queue=self._worker.facts,
+            limits=self._settings.queue,
             requests=self._worker.requests_done,
+            batches=self._worker.batches_done,
             rows=self._worker.rows_done,
             latencies=self._worker.latencies,
             uploads=self._uploads.facts,
             received=member.downloads.stats.received,
+            duplicate=member.downloads.stats.duplicate,
+            wrong=member.downloads.stats.wrong,
             sending=dict(member.downloads.sending),
             peers=len(member.directory(holdings.manifest.model_id).holders.inventories),
+            disk=None if self._disk is None else self._disk.usage,
+        )
+
+    def _coverage(self) -> Coverage:
+        manifest, member = self.holdings.manifest, self._member
+        return Coverage(
+            manifest.model_id,
+            frozenset(manifest.experts),
+            member.transport.peer,
+            self.holdings.experts,
+            member.directory(manifest.model_id).holders,
         )
 
     def _open_device(self, dtype: torch.dtype) -> DeviceExperts | None:
@@ -204,6 +237,7 @@ class Serving:
 
     async def _leave(self) -> None:
         """Accept nothing new, withdraw, drain."""
+        self._state.enter(Phase.LEAVING)
         _log.info("leaving the swarm")
         self._experts.refuse_more()
         for spec in (EXPERT, SHARD, PEER):

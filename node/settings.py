@@ -10,6 +10,7 @@ from moehive.protocol.ids import ModelId, PeerId
 from moehive.protocol.ticket import Ticket
 from moehive.swarm.seeds.base import SeedName
 
+from .http.hosting import HttpAddress
 from .scheduler import QueueLimits
 
 DEFAULT_LISTEN = "/ip4/127.0.0.1/tcp/0"
@@ -22,6 +23,14 @@ class Publishing:
     copies: int | None = None  # leave when others hold so many; None: stay
     on_verified: Callable[[int], None] = lambda size: None  # called from a thread, for every file
     on_copies: Callable[[float], None] = lambda copies: None
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSettings:
+    """Where a node shows itself over HTTP, and to whom."""
+
+    address: HttpAddress | None = None  # None: a loopback port that stays the same while the key does
+    token: str | None = None  # needed by whoever asks; None: whoever reaches the address may ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,7 @@ class NodeSettings:
     threads: int | None = None  # of torch; None: torch's own choice
     drain_timeout: float = 10.0  # seconds that requests in progress get on leaving
     status: Path | None = None  # directory for what `moehive top` reads; None: nothing is written
+    http: HttpSettings | None = None  # None: nothing is shown over HTTP
     queue: QueueLimits = field(default_factory=QueueLimits)
 
 
@@ -66,3 +76,4 @@ class NodeReady:
     skeleton: bool
     addresses: tuple[str, ...]
     ticket: Ticket
+    http: str | None = None  # the URL of what the node shows

@@ -1,18 +1,20 @@
-"""What a running node says about itself to its own machine: one small JSON file, replaced as a whole every second.
+"""What a running node says about itself to its own machine: facts, and one small JSON file of them every second.
 
-A file and not a socket: it needs nobody who listens, cannot be flooded, and is there for scripts too. Only this user
-can read it. It names the process, so that a file that a killed node has left is known for what it is.
+A file, beside what is told over HTTP: it needs nobody who listens, cannot be flooded, and is there for scripts too.
+Only this user can read it. It is replaced as a whole, and names the process, so that a file that a killed node has
+left is known for what it is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,18 +22,28 @@ import psutil
 
 from moehive.protocol.ids import ModelId, PeerId
 from moehive.swarm.log import get_logger
-from moehive.swarm.telemetry.histogram import Latencies
+from moehive.swarm.store.ledger import Usage
+from moehive.swarm.telemetry.histogram import Histogram
 from moehive.swarm.telemetry.report import latency_json, tier_json
 from moehive.swarm.tiers.stats import TierStats
 from moehive.swarm.transfer.uploads import UploadFacts
 
-from .scheduler import QueueFacts
+from .scheduler import QueueFacts, QueueLimits
 
 EVERY: Final = 1.0  # seconds between two files
-VERSION: Final = 1
+VERSION: Final = 2  # 2: `phase`, `http`
 MAX_BYTES: Final = 4 << 20  # of a file that is read: thousands of layers would fit
 _SAME_START: Final = 1.0  # seconds by which the start of one process may be told differently
 _log = get_logger(__name__)
+
+
+class Phase(enum.StrEnum):
+    """Of a node's life, in this order."""
+
+    STARTING = "starting"  # joins the swarm and opens the model
+    LOADING = "loading"  # gets and verifies what it is to hold
+    READY = "ready"
+    LEAVING = "leaving"  # finishes what was begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +58,7 @@ class NodeFacts:
     queue: QueueFacts
     requests: int  # answered since the start
     rows: int
-    latencies: Latencies  # of requests, from arrival to answer
+    latencies: Histogram  # of requests, from arrival to answer
     uploads: UploadFacts
     received: int  # bytes of objects
     sending: Mapping[PeerId, float]  # who sends objects to us now: bytes per second
@@ -54,6 +66,11 @@ class NodeFacts:
     stored: TierStats | None = None  # experts as they are stored, below `tier`
     device: str = "cpu"  # where experts are computed
     device_tier: TierStats | None = None  # in that device's memory
+    batches: int = 0  # computed since the start; requests / batches: how many were computed together
+    limits: QueueLimits = field(default_factory=QueueLimits)
+    duplicate: int = 0  # bytes of objects that somebody else had sent before
+    wrong: int = 0  # answers that did not match their hash
+    disk: Usage | None = None  # the store; None where experts lie in a converted directory
 
     def to_json(self) -> dict[str, Any]:
         """Seconds and bytes."""
@@ -69,7 +86,7 @@ class NodeFacts:
                 "expectedWait": round(self.queue.expected_wait, 6),
                 "done": self.requests,
                 "rows": self.rows,
-                "latency": latency_json(self.latencies),
+                "latency": latency_json(self.latencies.latencies),
             },
             "peers": {"known": self.peers, "asking": self.uploads.asking},
             "transfers": {
@@ -80,21 +97,47 @@ class NodeFacts:
                 "receivedBytes": self.received,
                 "downloading": {peer: round(rate) for peer, rate in self.sending.items()},
             },
+            **({} if self.disk is None else {"disk": _disk_json(self.disk)}),
         }
+
+
+def _disk_json(usage: Usage) -> dict[str, Any]:
+    return {"budgetBytes": usage.budget_bytes, "usedBytes": usage.used_bytes, "objects": usage.objects}
+
+
+class NodeStatus:
+    """All that a node says of itself, as one JSON object. `http` is where else it says it."""
+
+    def __init__(
+        self,
+        peer: PeerId,
+        facts: Callable[[], NodeFacts],
+        *,
+        phase: Callable[[], Phase] = lambda: Phase.READY,
+        http: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.peer = peer
+        self.facts = facts
+        self._phase = phase
+        self._http = http
+        self._clock = clock
+        self._started = clock()
+        self._process = {"pid": os.getpid(), "processStarted": psutil.Process().create_time()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Now."""
+        times = {"started": round(self._started, 3), "updated": round(self._clock(), 3)}
+        known = {"version": VERSION, "peer": self.peer, "phase": self._phase(), "http": self._http}
+        return {**known, **self._process, **times, **self.facts().to_json()}
 
 
 class StatusFile:
     """Writes `directory`/PEER.json. `run()` goes on until cancelled, and takes the file away."""
 
-    def __init__(
-        self, directory: Path, peer: PeerId, facts: Callable[[], NodeFacts], *, clock: Callable[[], float] = time.time
-    ) -> None:
-        self.path = directory / f"{peer}.json"
-        self._peer = peer
-        self._facts = facts
-        self._clock = clock
-        self._started = clock()
-        self._process = {"pid": os.getpid(), "processStarted": psutil.Process().create_time()}
+    def __init__(self, directory: Path, status: NodeStatus) -> None:
+        self.path = directory / f"{status.peer}.json"
+        self._status = status
 
     async def run(self) -> None:
         """Write for ever. A disk that refuses is logged once and tried again."""
@@ -114,9 +157,7 @@ class StatusFile:
                 self.path.unlink(missing_ok=True)
 
     def _content(self) -> bytes:
-        facts = self._facts().to_json()
-        times = {"started": round(self._started, 3), "updated": round(self._clock(), 3)}
-        return json.dumps({"version": VERSION, "peer": self._peer, **self._process, **times, **facts}).encode()
+        return json.dumps(self._status.to_json()).encode()
 
     def _write(self, content: bytes) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

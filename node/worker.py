@@ -21,7 +21,7 @@ from moehive.protocol.messages import RunExperts
 from moehive.swarm.log import get_logger
 from moehive.swarm.model.device import DeviceExperts
 from moehive.swarm.rpc.server import Refusal
-from moehive.swarm.telemetry.histogram import Histogram, Latencies
+from moehive.swarm.telemetry.histogram import Histogram
 
 from . import gathering
 from .compute import BatchRun, LeaseExpert, NoteUses, Work
@@ -85,9 +85,9 @@ class ComputeWorker:
         self._latency = Histogram()  # from a request's arrival to its answer
 
     @property
-    def latencies(self) -> Latencies:
-        """Of the requests that were answered, from arrival to answer, the network apart."""
-        return self._latency.latencies
+    def latencies(self) -> Histogram:
+        """Of the requests that were answered, from arrival to answer, the network apart: a snapshot."""
+        return self._latency.copy()
 
     @property
     def facts(self) -> QueueFacts:

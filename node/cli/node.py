@@ -40,6 +40,7 @@ from .arguments import (
     check_device,
 )
 from .errors import INTERRUPTED
+from .http import AUTO, HttpPlace, TokenFile, http_settings
 from .output import facts, say, say_json
 
 if TYPE_CHECKING:
@@ -115,6 +116,14 @@ class NodeOptions:
     threads: Threads | None = None
     """Threads that compute. By default one for each core; divide the cores among several nodes of one machine."""
 
+    http: HttpPlace = AUTO
+    """Where this node shows its dashboard, Prometheus metrics (/metrics), health and status; off for nowhere. auto is a
+    port of 127.0.0.1, the same at every start."""
+
+    http_token: TokenFile | None = None
+    """File with the token that all of this then needs, except for the health; an address that other machines reach
+    needs one. Browsers ask for it as a password."""
+
     log_format: LogFormat = "auto"
     """Form of the log on stderr; auto is console on a terminal and json elsewhere."""
 
@@ -175,6 +184,7 @@ def settings_of(model: str, options: NodeOptions, environment: Mapping[str, str]
         skeleton=options.skeleton,
         threads=options.threads,
         status=paths.nodes,
+        http=http_settings(options.http, options.http_token),
     )
 
 
@@ -259,6 +269,7 @@ def describe_ready(ready: NodeReady) -> str:
         ("model", f"{ready.model_name}, id {ready.model}"),
         ("holds", f"{ready.held} of {ready.experts} experts ({format_size(ready.held_bytes)}){dense}"),
         *(("address", address) for address in ready.addresses),
+        *([("dashboard", ready.http)] if ready.http is not None else []),
     ]
     lines = ["ready", facts(known), f"ticket: {ready.ticket}"]
     if all("/127." in address or "/::1/" in address for address in ready.addresses):
@@ -280,6 +291,7 @@ def ready_json(ready: NodeReady) -> dict[str, Any]:
         "bytesSupplied": ready.supplied_bytes,
         "skeleton": ready.skeleton,
         "addresses": list(ready.addresses),
+        "http": ready.http,
         "ticket": str(ready.ticket),
     }
 

@@ -17,6 +17,7 @@ from moehive.protocol.units import format_size
 from moehive.swarm.paths import Paths
 
 from .arguments import AnnounceAddresses, Flag, ListenAddresses, Port, Positive, Rate, TicketText
+from .http import AUTO, HttpPlace, TokenFile, http_settings
 from .node import check_converted, ready_json, serve, sole_use_of_identity
 from .output import facts, note, progress_bar, say, say_json
 
@@ -54,6 +55,14 @@ class PublishOptions:
 
     identity: Path | None = None
     """Key file, made on first use. Everything that runs beside it on a machine needs its own."""
+
+    http: HttpPlace = AUTO
+    """Where it shows a dashboard, Prometheus metrics (/metrics), health and status; off for nowhere. auto is a
+    port of 127.0.0.1, the same at every start."""
+
+    http_token: TokenFile | None = None
+    """File with the token that all of this then needs, except for the health; an address that other machines reach
+    needs one. Browsers ask for it as a password."""
 
     log_format: LogFormat = "auto"
     """Form of the log on stderr; auto is console on a terminal and json elsewhere."""
@@ -124,6 +133,7 @@ def settings_of(directory: Path, options: PublishOptions, publishing: Publishing
         upload_rate=options.upload_rate,
         upload_slots=options.upload_slots,
         publish=publishing,
+        http=http_settings(options.http, options.http_token),
     )
 
 
@@ -137,6 +147,7 @@ def describe_published(ready: NodeReady) -> str:
         ("model", f"{ready.model_name}, id {ready.model}"),
         ("size", f"{format_size(ready.supplied_bytes)}, every byte verified"),
         *(("address", address) for address in ready.addresses),
+        *([("dashboard", ready.http)] if ready.http is not None else []),
     ]
     fetch = f"moehive fetch {ready.model} --join TICKET --to DIRECTORY"
     return "\n".join(

@@ -91,10 +91,11 @@ def _node(status: Status, before: Status | None, now: float) -> str:
     experts, requests, transfers = status["experts"], status["requests"], status["transfers"]
     tiers = {tier["tier"]: tier for tier in experts["tiers"]}
     ram, disk = tiers["ram"], tiers["disk"]
-    silent = now - status["updated"]
+    silent, up = now - status["updated"], _duration(now - status["started"])
     rate = _Rates(status, before)
     lines: list[tuple[str, object]] = [
-        ("node", f"{status['peer']}, process {status['pid']}, up {_duration(now - status['started'])}"),
+        ("node", f"{status['peer']}, {status['phase']}, process {status['pid']}, up {up}"),
+        *([("dashboard", status["http"])] if status["http"] else []),
         ("model", f"{status['modelName']}: holds {status['expertsHeld']} of {status['expertsTotal']} experts"),
         *([(status["device"], _device(tiers["vram"], rate))] if "vram" in tiers else []),
         (

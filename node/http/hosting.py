@@ -18,6 +18,8 @@ import uvicorn
 
 from moehive.protocol.errors import TransportError
 
+from .patience import PatientProtocol
+
 MAX_CONNECTIONS: Final = 256
 _MAX_HEADERS: Final = 64 << 10  # bytes of one request's
 _KEEP_ALIVE: Final = 15  # seconds that an idle connection stays
@@ -70,10 +72,11 @@ class _Server(uvicorn.Server):
 def _config(app: Any, grace: float) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="h11",
+        http=PatientProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level="error",  # nonsense from whoever connects is not worth a line of the log for each
         access_log=False,
         server_header=False,
         proxy_headers=False,

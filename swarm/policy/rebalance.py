@@ -130,7 +130,7 @@ def _spare(view: View, floor: int) -> list[ExpertKey]:
     for key in view.held:
         holders, subject = view.holders.get(key, ()), f"{key.layer} {view.turn}"
         behind = sum(_rank(peer, subject) > _rank(view.us, subject) for peer in holders)
-        if len(holders) >= floor and behind <= len(holders) - floor:
+        if behind <= len(holders) - floor:
             spare.append(key)
     return sorted(spare, key=lambda key: (-_per_holder(view, key, 0), len(view.holders[key]), key))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import frexp
 from typing import Final
@@ -58,6 +58,14 @@ class Histogram:
             if left <= 0:
                 return min(_end_of(index), self.slowest)
         return self.slowest
+
+    def below(self, doublings: Sequence[int]) -> list[int]:
+        """How many were shorter than 1 us * 2**doubling, for each of `doublings` (0 to 30): these are exact."""
+        return [sum(self._counts[: _STEPS * doubling]) for doubling in doublings]
+
+    def copy(self) -> Histogram:
+        """One that nobody adds to."""
+        return merged([self])
 
     @property
     def latencies(self) -> Latencies:

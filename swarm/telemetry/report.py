@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from moehive.protocol.units import format_size
-from moehive.swarm.tiers.stats import TierStats
+from moehive.swarm.tiers.stats import Counts, TierStats
 
 from .histogram import Latencies
-from .meter import LayerFacts
 
 
 def tier_json(
@@ -20,7 +19,7 @@ def tier_json(
     `device` is the tier in an accelerator's memory, where there is one, whose misses are the uses of the RAM tier;
     `stored` the part of RAM that holds experts as they are stored, between the RAM tier and `source`.
     """
-    every, lowest = stats.meter.every, stored or stats
+    every, lowest = stats.total.facts, stored or stats
     return {
         "tiers": [
             *([] if device is None else [_memory_json("vram", device) | _loads_json(device)]),
@@ -31,12 +30,12 @@ def tier_json(
                 "hits": lowest.loads - lowest.failed_loads,
                 "failed": lowest.failed_loads,
                 "movedBytes": lowest.loaded_bytes,
-                "latency": latency_json(lowest.meter.every.loads),
+                "latency": latency_json(every.loads if stored is None else stored.total.facts.loads),
             },
         ],
         "layerCalls": every.calls,
         "layerCallsWithoutMiss": every.clean,
-        "layers": [_layer_json(layer, stats) for layer in sorted(stats.groups)],
+        "layers": [_layer_json(layer, stats.groups[layer]) for layer in sorted(stats.groups)],
     }
 
 
@@ -55,7 +54,7 @@ def _memory_json(name: str, stats: TierStats) -> dict[str, Any]:
 
 def _loads_json(stats: TierStats) -> dict[str, Any]:
     """Uploads: a miss that none was made for was computed by the processor."""
-    return {"movedBytes": stats.loaded_bytes, "latency": latency_json(stats.meter.every.loads)}
+    return {"movedBytes": stats.loaded_bytes, "latency": latency_json(stats.total.facts.loads)}
 
 
 def device_lines(stats: TierStats) -> list[str]:
@@ -66,8 +65,8 @@ def device_lines(stats: TierStats) -> list[str]:
     return [line, uploads]
 
 
-def _layer_json(layer: int, stats: TierStats) -> dict[str, Any]:
-    counts, facts = stats.groups[layer], stats.meter.layers.get(layer, LayerFacts())
+def _layer_json(layer: int, counts: Counts) -> dict[str, Any]:
+    facts = counts.facts
     return {
         "layer": layer,
         "hits": counts.hits,

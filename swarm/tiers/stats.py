@@ -46,7 +46,7 @@ class Counts:
 
     def copy(self) -> Counts:
         """A snapshot."""
-        return replace(self, loads=merged([self.loads]), stalls=merged([self.stalls]))
+        return replace(self, loads=self.loads.copy(), stalls=self.stalls.copy())
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(

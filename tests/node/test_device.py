@@ -118,7 +118,7 @@ async def test_a_node_says_what_its_device_holds(
     working.cancel()
     wanted = run_batch([request], node._lease, loader.spec)[0]
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
-    said = node._status().to_json()
+    said = node._facts().to_json()
     assert said["device"] == "cpu"
     assert [tier["tier"] for tier in said["experts"]["tiers"]] == ["vram", "ram", "disk"]
     vram = said["experts"]["tiers"][0]
@@ -167,5 +167,5 @@ async def test_quantised_experts_of_a_node_stay_quantised(checkpoints: Checkpoin
         with node._lease(*key, loader_dtype(loader)) as weights:
             assert weights.gate_up.dtype == loader_dtype(loader)
     assert node._tier.stored.stats.entries == experts
-    assert [tier["tier"] for tier in node._status().to_json()["experts"]["tiers"]] == ["ram", "ram-stored", "disk"]
+    assert [tier["tier"] for tier in node._facts().to_json()["experts"]["tiers"]] == ["ram", "ram-stored", "disk"]
     node._tier.close()

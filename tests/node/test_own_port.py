@@ -8,7 +8,7 @@ from pathlib import Path
 from support.swarm_fakes import identity
 
 from moehive.node.daemon import _listen
-from moehive.node.own_port import is_free, own_port
+from moehive.node.own_port import is_free, own_http_port, own_port
 from moehive.node.settings import DEFAULT_LISTEN, NodeSettings
 
 A, B = identity(1), identity(2)
@@ -21,6 +21,11 @@ def settings(**options: object) -> NodeSettings:
 def test_the_port_follows_from_the_key() -> None:
     assert own_port(A) == own_port(identity(1)) != own_port(B)
     assert all(20_000 <= own_port(identity(number)) < 32_000 for number in range(50))
+
+
+def test_the_port_for_http_is_another_one() -> None:
+    assert own_http_port(A) == own_http_port(identity(1)) != own_http_port(B)
+    assert all(12_000 <= own_http_port(identity(number)) < 20_000 for number in range(50))
 
 
 def test_the_own_port_is_used_while_it_is_free() -> None:

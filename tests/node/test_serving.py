@@ -11,12 +11,15 @@ from shutil import copytree
 import pytest
 import torch
 from support.swarm_fakes import MODEL, SECRET, announce, identity, supplying
+from support.waiting import until
 
 from moehive.kernels.routing import group_by_expert
 from moehive.node.holdings import Holdings
 from moehive.node.scheduler import QueueLimits
 from moehive.node.serving import Serving
 from moehive.node.settings import NodeSettings
+from moehive.node.state import NodeState
+from moehive.node.status import Phase
 from moehive.protocol.errors import BudgetTooSmall, CorruptShard, PeerRefused, RefusalCode
 from moehive.protocol.ids import ExpertKey, PeerId
 from moehive.protocol.messages import EXPERT
@@ -94,7 +97,9 @@ async def test_a_node_is_announced_and_supplies_what_it_has_before_it_has_everyt
         await announce(seed, identity(1), manifest.experts, model=manifest.model_id)
         announcer = Announcer(transport, us, SECRET, manifest.model_id)
         settings = NodeSettings(manifest.model_id, tmp_path, experts="all", skeleton=False, ram=1 << 20)
-        serving, stop = Serving(settings, member, manifest, store, announcer), asyncio.Event()
+        phases: list[Phase] = []
+        state = NodeState(phases.append)
+        serving, stop = Serving(settings, member, manifest, store, announcer, state), asyncio.Event()
         running = asyncio.create_task(serving.run(stop, ready.set))
         directory = Directory(seed, SECRET, manifest.model_id, member.standings)
         async with asyncio.timeout(60):
@@ -104,8 +109,15 @@ async def test_a_node_is_announced_and_supplies_what_it_has_before_it_has_everyt
         assert inventory.loading
         assert not ready.is_set()  # it still looks for the others
         assert serving.holdings.chunk_list(first.hash) is not None
+        assert state.view is not None
+        status, coverage = state.view.status.to_json(), state.view.coverage()
+        assert (status["phase"], status["expertsHeld"]) == ("loading", 1)
+        assert (coverage.own, coverage.copies[KEY]) == ({KEY}, 2)
+        await until(lambda: serving._facts().disk)
+        assert state.view.status.to_json()["disk"]["budgetBytes"] == 1 << 30
         stop.set()
         await running
+        assert phases == [Phase.LOADING, Phase.LEAVING]
 
 
 class Strict(MemoryTransport):

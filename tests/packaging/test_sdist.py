@@ -16,6 +16,7 @@ def test_every_file_of_the_four_folders_is_in_the_sdist(built, source_files):
     "name",
     [
         *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"),
+        *("scripts/Containerfile", "scripts/grafana.json", "scripts/moehive-node.service", "docs/operation.md"),
         *("scripts/hatch_build.py", "scripts/test", "scripts/quickstart", "tests/conftest.py"),
     ],
 )

@@ -35,6 +35,12 @@ def test_the_demo_model_is_in_the_wheel(built):
     assert any(name.endswith(".safetensors") for name in model)
 
 
+def test_the_dashboard_is_in_the_wheel(built):
+    dashboard = {Path(name).name for name in built.wheel_names if name.startswith("moehive/node/http/dashboard/")}
+
+    assert dashboard == {"index.html", "dashboard.css", "dashboard.js"}
+
+
 def test_namespaces_have_no_init(built):
     """`moehive` is shared by four folders; a `kernels/__init__.py` would hide Hugging Face's package in a checkout."""
     assert not {"moehive/__init__.py", "moehive/kernels/__init__.py"} & built.wheel_names

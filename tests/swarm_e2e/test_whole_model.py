@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from shutil import copytree
 
+import httpx
 import pytest
 import torch
 from support.checkpoints import Checkpoints
@@ -59,6 +60,8 @@ def test_publish_until_others_hold_a_copy_and_serve_what_was_fetched(
     assert fetched.ready()["bytesFetched"] == fetched.ready()["bytes"] == publisher.ready()["bytesSupplied"]
     fetched.expect_clean_end()
     assert inspect(tmp_path / "model").ok
+    told = httpx.get(f"{publisher.ready()['http']}/api/v1/status").json()
+    assert told["transfers"]["sentBytes"] >= fetched.ready()["bytes"]  # and the manifest
     node = nodes.start(tmp_path / "model", "--experts", "all", "--join", publisher.ticket)
     node.ready()
     publisher.expect_clean_end(timeout=60)

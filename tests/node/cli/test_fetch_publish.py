@@ -9,7 +9,7 @@ import pytest
 
 from moehive.node.cli.fetch import FetchOptions, chosen_shards, describe_fetched, fetched_json
 from moehive.node.cli.publish import PublishOptions, describe_published, settings_of
-from moehive.node.settings import NodeReady, Publishing
+from moehive.node.settings import HttpSettings, NodeReady, Publishing
 from moehive.protocol.errors import ConfigError
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.protocol.manifest import Manifest
@@ -79,14 +79,18 @@ def test_publishing_is_a_node_that_computes_nothing(converted: Path, home: Path)
     settings = settings_of(converted, PublishOptions(copies=2, upload_slots=3), Publishing(2))
     assert (settings.experts, settings.upload_slots, settings.publish) == ("none", 3, Publishing(2))
     assert settings.identity == home / "data" / "identity.key"
+    assert settings.http == HttpSettings()
+    assert settings_of(converted, PublishOptions(http="off"), Publishing()).http is None
 
 
 def test_what_a_publisher_says() -> None:
     ready = NodeReady(
         peer=PeerId("12D3"), model=ModelId(MODEL), model_name="demo", held=0, experts=48, held_bytes=0,
         supplied_bytes=5 << 20, skeleton=True, addresses=("/ip4/127.0.0.1/tcp/1",), ticket=Ticket.parse(TICKET),
+        http="http://127.0.0.1:12345",
     )  # fmt: skip
     text = describe_published(ready)
     assert f"moehive fetch {MODEL} --join TICKET" in text
     assert f"ticket: {TICKET}" in text
     assert "5.0 MiB, every byte verified" in text
+    assert "dashboard  http://127.0.0.1:12345" in text

@@ -10,7 +10,10 @@ import signal
 import pytest
 
 from moehive.node.cli import node as command
-from moehive.node.settings import NodeReady
+from moehive.node.cli import publish
+from moehive.node.cli.http import http_settings
+from moehive.node.http.hosting import HttpAddress
+from moehive.node.settings import HttpSettings, NodeReady
 from moehive.protocol.ids import ModelId, PeerId
 from moehive.protocol.ticket import Ticket
 
@@ -26,6 +29,7 @@ READY = NodeReady(
     skeleton=True,
     addresses=("/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWx",),
     ticket=TICKET,
+    http="http://127.0.0.1:12345",
 )
 
 
@@ -75,6 +79,38 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_started(moehive
 
     assert outcome.code == 2
     assert said in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--http", "0.0.0.0:9464"), "other machines reach --http 0.0.0.0:9464: add --http-token FILE"),
+        (("--http", "[::]:9464"), "other machines reach"),
+        (("--http", "on"), "--http on is not auto, off or an address such as 127.0.0.1:9464"),
+        (("--http", "/ip4/127.0.0.1/tcp/1"), "is not auto, off or an address"),
+        (("--http", "example.org:80"), "is not auto, off or an address"),
+        (("--http", "off", "--http-token", "x"), "leave out --http off"),
+        (("--http-token", "nothing-here"), "the token cannot be read from nothing-here"),
+    ],
+)
+def test_what_is_shown_over_http_to_whom_is_checked_before_anything_is_started(moehive, converted, arguments, said):
+    outcome = moehive("node", converted, *arguments)
+
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
+def test_where_it_is_shown(tmp_path):
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef\n")
+    token.chmod(0o600)
+
+    assert http_settings("off", None) is None
+    assert http_settings("auto", None) == HttpSettings()
+    assert http_settings("localhost:9464", None) == HttpSettings(HttpAddress("127.0.0.1", 9464))
+    assert http_settings("[::1]:0", None) == HttpSettings(HttpAddress("::1", 0))
+    assert http_settings("0.0.0.0:1", token) == HttpSettings(HttpAddress("0.0.0.0", 1), "0123456789abcdef")
+    assert command.NodeOptions().http == publish.PublishOptions().http == "auto"
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
@@ -140,7 +176,13 @@ def test_ready_for_people():
 
     assert f"ticket: {TICKET}" in lines
     text = "\n".join(lines)
-    for fact in (READY.peer, READY.model, "24 of 48 experts (3.0 MiB) and the dense part", READY.addresses[0]):
+    for fact in (
+        READY.peer,
+        READY.model,
+        "24 of 48 experts (3.0 MiB) and the dense part",
+        READY.addresses[0],
+        READY.http,
+    ):
         assert fact in text
     assert "--listen 0.0.0.0:4001" in text
 
@@ -159,4 +201,5 @@ def test_ready_for_programs():
         "bytesSupplied": 5 << 20,
         "skeleton": True,
         "addresses": ["/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWx"],
+        "http": "http://127.0.0.1:12345",
     }

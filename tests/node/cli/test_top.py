@@ -7,36 +7,15 @@ import json
 from dataclasses import replace
 
 import pytest
-from support.swarm_fakes import MODEL, identity
+from support.node_facts import PEER, node_facts
 
-from moehive.node.scheduler import QueueFacts
-from moehive.node.status import NodeFacts, StatusFile
-from moehive.swarm.telemetry.histogram import Latencies
-from moehive.swarm.tiers.policy import Uses
-from moehive.swarm.tiers.ram import RamTier
-from moehive.swarm.transfer.uploads import Uploads
-
-PEER = identity(1).peer
-
-
-def state() -> NodeFacts:
-    tier = RamTier[int, str](
-        100, lambda _: "weights", room=lambda _: 10, size=lambda _: 10, group=lambda key: key, loaders=0
-    )
-    for key in (0, 1, 1):
-        tier.note(Uses(key, {key: 1}))
-        with tier.lease(key):
-            pass
-    latencies = Latencies(40, 4.0, 0.1, 0.2, 0.3)
-    return NodeFacts(
-        MODEL, "demo", 3, 48, tier.stats, QueueFacts(2, 100, 5, 0.5), 40, 90, latencies, Uploads().facts, 2048, {}, 2
-    )
+from moehive.node.status import NodeStatus, Phase, StatusFile
 
 
 @pytest.fixture
 def running(home):
     """The file of a node that runs: of this process."""
-    file = StatusFile(home / "cache" / "nodes", PEER, state)
+    file = StatusFile(home / "cache" / "nodes", NodeStatus(PEER, node_facts, http="http://127.0.0.1:12345"))
     file._write(file._content())
     return json.loads(file.path.read_text())
 
@@ -54,6 +33,8 @@ def test_one_node_once(moehive, running):
     assert outcome.code == 0
     for part in (
         PEER,
+        f"{PEER}, ready, process",
+        "http://127.0.0.1:12345",
         "demo: holds 3 of 48",
         "33.3% of 3 uses",
         "2 loads, 20 B",
@@ -97,12 +78,14 @@ def test_a_node_that_does_not_write_any_more_is_marked(running):
 def test_a_device_and_what_memory_holds_as_stored_have_lines_of_their_own(moehive, home):
     from moehive.node.cli.top import describe
 
-    stats = state()
+    stats = node_facts()
     facts = replace(stats, device="cuda:1", device_tier=stats.tier, stored=stats.tier)
-    file = StatusFile(home / "cache" / "nodes", PEER, lambda: facts)
+    file = StatusFile(home / "cache" / "nodes", NodeStatus(PEER, lambda: facts, phase=lambda: Phase.LOADING))
     file._write(file._content())
     said = moehive("top", "--once").out
     assert "cuda:1" in said
+    assert "loading" in said
+    assert "dashboard" not in said
     assert "33.3% of 3 uses; 20 B of 100 B; 20 B uploaded" in said
     assert "as stored" in said
     assert "33.3% of 3 that memory missed; 20 B of 100 B" in said

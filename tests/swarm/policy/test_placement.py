@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moehive.protocol.ids import ExpertKey
-from moehive.swarm.policy.placement import choose_experts, fill_budget
+from moehive.swarm.policy.placement import choose_experts, fill_budget, rarest_first
 
 keys = st.builds(ExpertKey, st.integers(0, 4), st.integers(0, 7))
 models = st.dictionaries(keys, st.tuples(st.integers(1, 100), st.integers(1, 50)), max_size=40)
@@ -36,6 +38,23 @@ def test_peers_that_start_together_choose_differently() -> None:
     costs = {ExpertKey(0, expert): [1] for expert in range(64)}
     choices = [fill_budget(costs, {}, budgets=[16], seed=seed) for seed in ("A", "B", "C", "D")]
     assert len(frozenset().union(*choices)) > 32
+
+
+def test_what_lies_on_the_disk_goes_before_what_is_as_rare() -> None:
+    everything = [ExpertKey(layer, expert) for layer in range(4) for expert in range(8)]
+    here, rarer = everything[5:16:3], everything[20:22]
+    order = rarest_first(everything, dict.fromkeys(set(everything) - set(rarer), 1), seed="A", here=here)
+    assert set(order[:2]) == set(rarer)
+    assert set(order[2:6]) == set(here)
+
+
+def test_a_layers_experts_lie_together_and_whose_layer_comes_first_differs() -> None:
+    everything = [ExpertKey(layer, expert) for layer in range(6) for expert in range(8)]
+    orders = [rarest_first(everything, {}, seed=seed) for seed in ("A", "B", "C", "D")]
+    for order in orders:
+        changes = sum(one.layer != other.layer for one, other in pairwise(order))
+        assert changes == 5
+    assert len({order[0].layer for order in orders}) > 1
 
 
 @given(

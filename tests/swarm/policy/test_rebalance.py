@@ -183,6 +183,19 @@ def _asked(seen: View, us: PeerId, one: float, two: float) -> View:
     return replace(seen, us=us, peers=(us, A, B), demand={ONE: one, TWO: two})
 
 
+def test_what_is_hot_is_taken_by_one_peer_in_a_turn() -> None:
+    peers = tuple(PeerId(f"peer {number}") for number in range(20))
+    seen = View(US, peers, {ONE: (A, B)}, frozenset(), frozenset((ONE,)), demand={ONE: 100.0})
+    for turn in range(5):
+        takers = [peer for peer in peers if rebalance(replace(seen, us=peer, turn=turn), ROOM)]
+        assert len(takers) == 1
+
+
+def test_what_nobody_holds_goes_before_what_one_peer_holds() -> None:
+    seen = replace(view(set(), {ONE: (A,), TWO: (A,)}), lacking={ONE: 9, TWO: 9})
+    assert rebalance(seen, Place(1, 1)).take == (THREE,)
+
+
 def test_the_hot_are_held_by_more() -> None:
     experts = [ExpertKey(layer, expert) for layer in range(4) for expert in range(8)]
     names = [PeerId(f"peer {number}") for number in range(8)]

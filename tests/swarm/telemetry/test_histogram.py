@@ -43,6 +43,19 @@ def test_merging_is_counting_everything_in_one(some: list[float], others: list[f
     assert both.total == pytest.approx(one.total)
 
 
+@given(st.lists(SECONDS.filter(lambda seconds: abs(math.log2(seconds * 1e6) % 1 - 0.5) < 0.499), max_size=50))
+def test_what_was_shorter_than_a_doubling_is_counted_exactly(samples: list[float]) -> None:
+    doublings = range(31)
+    assert filled(samples).below(doublings) == [sum(one < 1e-6 * 2**each for one in samples) for each in doublings]
+
+
+def test_a_copy_stays_as_it_was() -> None:
+    histogram = filled([0.1])
+    copy = histogram.copy()
+    histogram.add(0.2)
+    assert (copy.count, copy.slowest, histogram.count) == (1, 0.1, 2)
+
+
 def test_an_empty_one_says_nothing() -> None:
     assert Histogram().latencies == Latencies() == merged([]).latencies
     assert Latencies().mean == 0.0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from moehive.protocol.errors import StorageError
+from moehive.swarm.telemetry.histogram import Histogram
 from moehive.swarm.telemetry.report import device_lines, seconds_text, tier_json, tier_lines
 from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.tiers.ram import RamTier
@@ -54,6 +55,17 @@ def test_the_report_for_programs_adds_up() -> None:
     assert [layer["layer"] for layer in said["layers"]] == [0, 1]
     for name, whole in (("hits", 6), ("misses", 4), ("calls", 7), ("callsWithoutMiss", 4), ("movedBytes", 40)):
         assert sum(layer[name] for layer in said["layers"]) == whole
+
+
+def test_each_layer_is_looked_at_once_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node makes this report every second, on its event loop."""
+    tier, asked = tier_of_weights(), []
+    for layer in range(60):
+        call(tier, layer, 0)
+    quantile = Histogram.quantile
+    monkeypatch.setattr(Histogram, "quantile", lambda self, share: (asked.append(share), quantile(self, share))[1])
+    tier_json(tier.stats, "disk")
+    assert len(asked) <= 2 * (60 + 2)
 
 
 def test_the_report_for_people() -> None:

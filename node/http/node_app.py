@@ -1,0 +1,139 @@
+"""What a node tells over HTTP: health, metrics, its status, who holds what, and a page that shows them.
+
+All of it is read only, and none of it is secret within the swarm: no ticket, no key, no text and no hidden states. It
+names peers, so it is for this machine unless a token is set (`access`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.resources import files
+from typing import Any, Final, TypeVar
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from moehive.node.metrics.families import exposition
+from moehive.node.metrics.node import node_metrics, phase_metrics
+from moehive.node.settings import HttpSettings
+from moehive.node.state import NodeState, NodeView
+from moehive.node.status import Phase
+from moehive.protocol.errors import TransportError
+from moehive.swarm.log import get_logger
+
+from .access import guards
+from .hosting import HttpAddress, hosted
+
+_log = get_logger(__name__)
+_LOOPBACK: Final = "127.0.0.1"
+_HEALTH: Final = ("/health/live", "/health/ready")
+_PAGES: Final = {
+    "/": ("index.html", "text/html"),
+    "/dashboard.css": ("dashboard.css", "text/css"),
+    "/dashboard.js": ("dashboard.js", "text/javascript"),
+}
+_REASONS: Final = {
+    Phase.STARTING: "joins the swarm and opens the model",
+    Phase.LOADING: "gets and verifies what it is to hold",
+    Phase.LEAVING: "finishes what was begun and accepts nothing new",
+}
+R = TypeVar("R")
+
+
+@asynccontextmanager
+async def node_http(settings: HttpSettings | None, own_port: int, state: NodeState) -> AsyncIterator[None]:
+    """Tell what `state` has to tell while the block lasts, at the address that it gets as `state.http`.
+
+    Where the settings name no address it is `own_port` of loopback, or any other port where that one is taken. Raises
+    TransportError where the address that they name cannot be listened at.
+    """
+    if settings is None:
+        yield
+        return
+    address = settings.address or HttpAddress(_LOOPBACK, own_port)
+    app = node_app(state, address, settings.token)
+    async with AsyncExitStack() as stack:
+        try:
+            found = await stack.enter_async_context(hosted(app, address))
+        except TransportError as error:
+            if settings.address is not None:
+                raise
+            _log.warning("this node's own port for HTTP is in use: another one is taken", reason=str(error))
+            found = await stack.enter_async_context(hosted(app, HttpAddress(_LOOPBACK, 0)))
+        state.http = found.url
+        yield
+
+
+def node_app(state: NodeState, address: HttpAddress, token: str | None = None) -> Starlette:
+    """The application at `address`. With a token everything but the health needs it."""
+    told = _Told(state)
+    routes = [
+        Route("/health/live", told.live),
+        Route("/health/ready", told.ready),
+        Route("/metrics", told.metrics),
+        Route("/api/v1/status", told.status),
+        Route("/api/v1/coverage", told.coverage),
+        Route("/api/v1/peers", told.peers),
+        *(Route(path, _page(*page)) for path, page in _PAGES.items()),
+    ]
+    return Starlette(routes=routes, middleware=[*guards(address, token, free=_HEALTH)])
+
+
+class _Told:
+    def __init__(self, state: NodeState) -> None:
+        self._state = state
+        self._one_at_a_time = asyncio.Lock()  # whoever asks much takes one thread, and not all the time of this process
+
+    async def live(self, request: Request) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def ready(self, request: Request) -> Response:
+        if self._state.phase is Phase.READY:
+            return JSONResponse({"status": "ready"})
+        return self._not_yet()
+
+    async def metrics(self, request: Request) -> Response:
+        text, media_type = await self._in_thread(self._metrics_text(request.headers.get("accept", "")))
+        return Response(text, headers={"content-type": media_type})
+
+    def _metrics_text(self, accept: str) -> Callable[[], tuple[bytes, str]]:
+        phase, view = self._state.phase, self._state.view
+        if view is None:
+            return lambda: exposition(phase_metrics(phase), accept)
+        peer, facts, coverage = view.status.peer, view.status.facts(), view.coverage()
+        return lambda: exposition((*phase_metrics(phase), *node_metrics(peer, facts, coverage)), accept)
+
+    async def status(self, request: Request) -> Response:
+        view = self._state.view
+        return self._not_yet() if view is None else JSONResponse(view.status.to_json())
+
+    async def coverage(self, request: Request) -> Response:
+        return await self._of(lambda view: view.coverage().to_json)
+
+    async def peers(self, request: Request) -> Response:
+        return await self._of(lambda view: view.coverage().peers_json)
+
+    async def _of(self, work: Callable[[NodeView], Callable[[], dict[str, Any]]]) -> Response:
+        view = self._state.view
+        return self._not_yet() if view is None else JSONResponse(await self._in_thread(work(view)))
+
+    async def _in_thread(self, work: Callable[[], R]) -> R:
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(work)
+
+    def _not_yet(self) -> Response:
+        phase = self._state.phase
+        return JSONResponse({"status": phase, "reason": _REASONS[phase]}, status_code=503)
+
+
+def _page(name: str, media_type: str) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    content = (files(__package__) / "dashboard" / name).read_bytes()
+
+    async def page(request: Request) -> Response:
+        return Response(content, media_type=media_type)
+
+    return page

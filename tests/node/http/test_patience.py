@@ -1,0 +1,72 @@
+"""Connections that nothing comes of are closed; those that wait for an answer are not."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from moehive.node.http import patience
+from moehive.node.http.hosting import HttpAddress, hosted
+
+ANY_PORT = HttpAddress("127.0.0.1", 0)
+
+
+async def end_of(address: HttpAddress, said: bytes = b"") -> bytes:
+    """What a connection hears before it is closed from the other side."""
+    async with asyncio.timeout(30):
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        writer.write(said)
+        heard = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        return heard
+
+
+async def test_who_says_nothing_or_half_a_request_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 0.05)
+    request = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+    async with hosted(Starlette(), ANY_PORT) as address:
+        assert await end_of(address) == b""
+        assert await end_of(address, request) == b""
+        assert (await end_of(address, request + b"\r\n" + request)).startswith(b"HTTP/1.1 404")
+
+
+async def test_who_waits_for_an_answer_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 0.02)
+    asked, released = asyncio.Event(), asyncio.Event()
+
+    async def slowly(request: Request) -> PlainTextResponse:
+        asked.set()
+        await released.wait()
+        return PlainTextResponse("at last")
+
+    async with hosted(Starlette(routes=[Route("/", slowly)]), ANY_PORT) as address, httpx.AsyncClient() as client:
+        asking = asyncio.create_task(client.get(address.url))
+        await asked.wait()
+        for _ in range(3):
+            await end_of(address)  # as long as patience lasts
+        released.set()
+        assert (await asking).text == "at last"
+
+
+async def test_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 1000.0)
+    monkeypatch.setattr(patience, "MOST_SOCKETS", 2)
+    async with hosted(Starlette(), ANY_PORT, grace=1) as address:
+        connections = [await asyncio.open_connection(address.host, address.port) for _ in range(2)]
+        assert await end_of(address) == b""
+        for _, writer in connections:
+            writer.close()
+            await writer.wait_closed()
+
+
+async def test_nonsense_is_answered_and_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async with hosted(Starlette(), ANY_PORT) as address:
+        assert (await end_of(address, b"\x16\x03\x01 no HTTP\r\n\r\n")).startswith(b"HTTP/1.1 400")
+    assert caplog.records == []
