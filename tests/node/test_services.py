@@ -327,9 +327,9 @@ async def test_inventory_and_load(node: Node) -> None:
 async def test_what_it_is_asked_for_is_told(node: Node) -> None:
     request = node.request()
     async with node.serving(EXPERT) as connection:
-        await connection.ask(request.message, request.payload, timeout=10)
+        await connection.ask(request.message, request.payload, timeout=60)
     async with node.serving(PEER) as connection:
-        told = await connection.ask(GetDemand(model=node.manifest.model_id), timeout=10)
+        told = await connection.ask(GetDemand(model=node.manifest.model_id), timeout=60)
         assert told.message == Demand(layers=(KEY.layer,), experts=(KEY.expert,), hourly=(round(2 / MEMORY * 3600),))
         assert await code_of(connection, GetDemand(model=ModelId(MODEL))) is RefusalCode.UNKNOWN_MODEL
 

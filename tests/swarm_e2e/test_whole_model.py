@@ -60,7 +60,7 @@ def test_publish_until_others_hold_a_copy_and_serve_what_was_fetched(
     assert fetched.ready()["bytesFetched"] == fetched.ready()["bytes"] == publisher.ready()["bytesSupplied"]
     fetched.expect_clean_end()
     assert inspect(tmp_path / "model").ok
-    told = httpx.get(f"{publisher.ready()['http']}/api/v1/status").json()
+    told = httpx.get(f"{publisher.ready()['http']}/api/v1/status", timeout=60).json()
     assert told["transfers"]["sentBytes"] >= fetched.ready()["bytes"]  # and the manifest
     node = nodes.start(tmp_path / "model", "--experts", "all", "--join", publisher.ticket)
     node.ready()

@@ -69,7 +69,7 @@ def wait_for_requests(moehive):
 
 def check_http(seen):
     """What it says over HTTP against what its status file says; nothing has been asked of it in between."""
-    with httpx.Client(base_url=seen["http"]) as client:
+    with httpx.Client(base_url=seen["http"], timeout=60) as client:
         assert client.get("/health/ready").json() == {"status": "ready"}
         assert client.get("/health/ready", headers={"host": "evil.example"}).status_code == 400
         status, metrics = client.get("/api/v1/status").json(), samples_in(client.get("/metrics").text)
