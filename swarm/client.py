@@ -224,6 +224,12 @@ class Swarm:
         resident = self._loaded(model_id).resident
         return None if resident is None else resident.device_stats
 
+    def missing(self, model_id: str) -> int:
+        """How many experts of a model that was loaded no peer announces now: tokens that need one of them wait until
+        somebody does, or fail with ExpertUnavailable.
+        """
+        return self._loaded(model_id).missing()
+
     def liars(self, model_id: str) -> Sequence[LiarReport]:
         """Peers that were shown to have computed wrongly, with the forward passes that used their answers."""
         return tuple(self._loaded(model_id).caller.checks.liars)

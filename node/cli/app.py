@@ -16,6 +16,7 @@ from cyclopts import App, Parameter
 from moehive.swarm.paths import Paths
 
 from .bench import bench_app
+from .chat import chat
 from .config import config_sources
 from .convert import convert
 from .demo import demo
@@ -29,6 +30,7 @@ from .node import node
 from .output import checked_stdout
 from .places import show_id, show_paths
 from .publish import publish
+from .serve import serve
 from .store import store_app
 from .top import top
 from .trace import trace_app
@@ -41,6 +43,8 @@ _COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "publish": publish,
     "fetch": fetch,
     "generate": generate,
+    "chat": chat,
+    "serve": serve,
     "top": top,
     "doctor": doctor,
     "id": show_id,
@@ -51,7 +55,8 @@ _HELP = """Run Mixture-of-Experts models over a swarm of peers that each hold so
 See it work: moehive demo
 
 Your own model: moehive convert CHECKPOINT DIR, then moehive node DIR, which prints a join ticket. Other machines
-join with moehive node MODEL_ID --join TICKET; moehive generate --join TICKET --model MODEL_ID "prompt" uses them all.
+join with moehive node MODEL_ID --join TICKET; moehive generate --join TICKET --model MODEL_ID "prompt" uses them all,
+moehive chat talks with the model, and moehive serve is an HTTP API for programs that speak OpenAI's.
 
 Options can also be set in the environment (MOEHIVE_NODE_RAM=4GiB is moehive node --ram 4GiB) and in a configuration
 file with a table for each command ([node], then ram = "4GiB"). The command line wins, then the environment, then the

@@ -20,14 +20,14 @@ from moehive.protocol.units import format_size
 
 from .arguments import Flag, Positive
 from .errors import FAILED
-from .generate import quiet_libraries
+from .loading import quiet_libraries
 from .output import counted, progress_bar, say, table
 
 if TYPE_CHECKING:
+    from moehive.node.text.generation import Generated
+    from moehive.node.text.sampling import Sampling
     from moehive.protocol.manifest import Manifest
     from moehive.swarm.dispatch.stats import DispatchStats
-
-    from .generation import Generated, Sampling
 
 _ANSWERS: Final = "rows"  # equal to transformers bit for bit, also where tokens are sampled
 _NEXT = """  everything is stopped and removed again
@@ -127,7 +127,8 @@ def _generate_plainly(checkpoint: Path, prompt: str, max_tokens: int, seed: int)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .generation import Sampling, continue_text
+    from moehive.node.text.generation import continue_text
+    from moehive.node.text.sampling import Sampling
 
     quiet_libraries()
     torch.set_num_threads(1)  # as the nodes: they share these cores, and one thread adds in a fixed order
@@ -142,9 +143,8 @@ def _generate_in_swarm(
 ) -> tuple[Generated, DispatchStats]:
     import torch
 
+    from moehive.node.text.generation import continue_text
     from moehive.swarm.client import join
-
-    from .generation import continue_text
 
     say("[3/4] Joining them as a client that holds no expert; the dense part comes from a node")
     with join(node.ticket, cache=directory / "client") as swarm:

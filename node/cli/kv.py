@@ -26,7 +26,8 @@ class KvFlags:
     mode: Annotated[KvMode, Parameter(name="--kv")] = "full"
     """How keys and values are kept. full: in memory, without a bound. spill: in memory up to --kv-budget, the oldest
     then on disk; the same text. window: only the newest --kv-window tokens in memory, all older ones on disk; the same
-    text. fp8, int8: like spill, and rounded to 8 bits: approximate, and the summary says by how much."""
+    text. fp8, int8: like spill, and rounded to 8 bits: approximate, and `moehive generate` says by how
+    much."""
 
     kv_budget: Size | None = None
     """Memory for keys and values, at least for one whole layer, better for two. By default a quarter of what is

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,16 +37,12 @@ from .arguments import (
     TicketText,
     check_device,
 )
-from .errors import INTERRUPTED
+from .foreground import until_signal
 from .http import AUTO, HttpPlace, TokenFile, http_settings
 from .output import facts, say, say_json
 
 if TYPE_CHECKING:
-    from moehive.node.daemon import NodeDaemon
     from moehive.node.settings import NodeReady, NodeSettings
-
-_GRACE_AFTER_SECOND_SIGNAL = 2.0  # seconds for what cannot be interrupted, such as a computation in a thread
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @Parameter(name="*")
@@ -153,7 +147,7 @@ def node(model: str, options: NodeOptions = _DEFAULTS, *, json: Flag = False) ->
     with sole_use_of_identity(settings):
         from moehive.node.daemon import NodeDaemon  # torch: seconds
 
-        return asyncio.run(serve(NodeDaemon(settings, _say_ready_as_json if json else _say_ready)))
+        return asyncio.run(until_signal(NodeDaemon(settings, _say_ready_as_json if json else _say_ready).run))
 
 
 def settings_of(model: str, options: NodeOptions, environment: Mapping[str, str]) -> NodeSettings:
@@ -222,40 +216,6 @@ def sole_use_of_identity(settings: NodeSettings) -> Iterator[None]:
                 f"another node is running with the identity {settings.identity}; give this one its own: --identity FILE"
             ) from error
         yield
-
-
-# --- running --------------------------------------------------------------------------------------------------------
-
-
-async def serve(daemon: NodeDaemon) -> int:
-    """Run until the first signal and leave cleanly, or until the second and leave at once; the exit code."""
-    stop = asyncio.Event()
-    running = asyncio.ensure_future(daemon.run(stop))
-    codes: list[int] = []
-
-    def on_signal(number: signal.Signals) -> None:
-        if not stop.is_set():
-            stop.set()
-            return
-        codes.append(128 + number)
-        running.cancel()
-        _exit_soon(codes[0])
-
-    loop = asyncio.get_running_loop()
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, on_signal, number)
-    try:
-        await running
-    except asyncio.CancelledError:
-        return codes[0] if codes else INTERRUPTED
-    return 0
-
-
-def _exit_soon(code: int) -> None:
-    """End the process even if something in it does not stop."""
-    timer = threading.Timer(_GRACE_AFTER_SECOND_SIGNAL, os._exit, (code,))
-    timer.daemon = True
-    timer.start()
 
 
 # --- what it prints -------------------------------------------------------------------------------------------------

@@ -101,6 +101,22 @@ def facts(pairs: Sequence[tuple[str, object]]) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in pairs)
 
 
+class Line:
+    """Text that appears on stdout in pieces."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self, text: str) -> None:
+        self._begun = True
+        say(text, end="")
+
+    def end(self) -> None:
+        """What is said next is on a line of its own."""
+        if self._begun:
+            say()
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[BytesDone]:
     """A bar on stderr while the context lasts, where stderr is a terminal; the function that moves it."""

@@ -17,8 +17,9 @@ from moehive.protocol.units import format_size
 from moehive.swarm.paths import Paths
 
 from .arguments import AnnounceAddresses, Flag, ListenAddresses, Port, Positive, Rate, TicketText
+from .foreground import until_signal
 from .http import AUTO, HttpPlace, TokenFile, http_settings
-from .node import check_converted, ready_json, serve, sole_use_of_identity
+from .node import check_converted, ready_json, sole_use_of_identity
 from .output import facts, note, progress_bar, say, say_json
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def publish(directory: Path, /, options: PublishOptions = _DEFAULTS, *, json: Fl
         with sole_use_of_identity(settings):
             from moehive.node.daemon import NodeDaemon  # torch: seconds
 
-            return asyncio.run(serve(NodeDaemon(settings, published)))
+            return asyncio.run(until_signal(NodeDaemon(settings, published).run))
 
 
 def settings_of(directory: Path, options: PublishOptions, publishing: Publishing) -> NodeSettings:

@@ -13,18 +13,17 @@ from moehive.protocol.errors import ConfigError
 from moehive.protocol.manifest import MANIFEST_NAME
 
 from .arguments import Flag, NotNegative, Positive
-from .generate import quiet_libraries
+from .loading import quiet_libraries
 from .output import counted, say, say_json, table
 from .trace_fit import fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moehive.node.text.sampling import Sampling
     from moehive.swarm.tiers.replay import Replay
     from moehive.swarm.trace.routing import RoutingTrace
     from moehive.swarm.trace.scoring import Marks, Scores
-
-    from .generation import Sampling
 
 _POLICIES = {
     "lru": "LRU",
@@ -75,11 +74,10 @@ def record(
     """
     if not prompts:
         raise ConfigError('there is no prompt: moehive trace record MODEL FILE "Once upon a time" "def main():"')
+    from moehive.node.text.sampling import Sampling
     from moehive.swarm.trace.files import check_replaceable, write_trace
 
     check_replaceable(file)
-    from .generation import Sampling
-
     trace = _heard(model, prompts, Sampling(max_tokens, seed, temperature), samples)
     write_trace(trace, file)
     size = file.stat().st_size
@@ -161,9 +159,8 @@ def _heard(directory: Path, prompts: Sequence[str], sampling: Sampling, samples:
     quiet_libraries()
     import torch
 
+    from moehive.node.text.generation import continue_text
     from moehive.swarm.trace.recording import Recorder
-
-    from .generation import continue_text
 
     model, tokenizer = load_model(directory)
     recorder = Recorder(model, samples=samples)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moehive.protocol.errors import TraceError
 
 from .arguments import Flag
-from .generate import quiet_libraries
+from .loading import quiet_libraries
 from .output import say, say_json, table
 
 if TYPE_CHECKING:

@@ -43,13 +43,25 @@ _HEADERS: Final = {
 def guards(address: HttpAddress, token: str | None, *, free: Collection[str] = ()) -> Sequence[Middleware]:
     """Middleware, outermost first, for an application at `address`; paths in `free` are answered without the token."""
     around = [Middleware(SafeHeaders)]
-    if address.is_loopback:
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        names = [*dict.fromkeys((*_LOCAL_NAMES, host))]
+    names = own_names(address)
+    if names is not None:
         around.append(Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False))
     if token is not None:
         around.append(Middleware(TokenNeeded, token=token, free=frozenset(free)))
     return around
+
+
+def own_names(address: HttpAddress) -> Sequence[str] | None:
+    """What a `Host` may say at a loopback address, without a port; None: anything, elsewhere."""
+    if not address.is_loopback:
+        return None
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return [*dict.fromkeys((*_LOCAL_NAMES, host))]
+
+
+def is_token(text: str) -> bool:
+    """Whether it is long enough, and can stand in a header."""
+    return MIN_TOKEN <= len(text) <= _MAX_TOKEN and text.isascii() and text.isprintable() and " " not in text
 
 
 def read_token(path: Path) -> str:
@@ -63,7 +75,7 @@ def read_token(path: Path) -> str:
         raise ConfigError(f"the token cannot be read from {path}: {reason}") from error
     if mode & 0o077:
         raise ConfigError(f"the token {path} can be read by other users; run: chmod 600 {path}")
-    if not (MIN_TOKEN <= len(token) <= _MAX_TOKEN and token.isprintable() and " " not in token):
+    if not is_token(token):
         raise ConfigError(f"{path} holds no token: one word of {MIN_TOKEN} to {_MAX_TOKEN} letters and digits is one")
     return token
 
@@ -93,15 +105,15 @@ class TokenNeeded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         said = Headers(scope=scope).get("authorization", "")
-        if scope["path"] in self._free or hmac.compare_digest(_token_in(said), self._token):
+        if scope["path"] in self._free or hmac.compare_digest(token_in(said), self._token):
             await self._app(scope, receive, send)
             return
         challenge = {"www-authenticate": 'Basic realm="moehive: any name, and the token as the password"'}
         await PlainTextResponse("the token is needed\n", status_code=401, headers=challenge)(scope, receive, send)
 
 
-def _token_in(authorization: str) -> bytes:
-    """Empty where there is none."""
+def token_in(authorization: str) -> bytes:
+    """What an `Authorization` says. Empty where there is none."""
     scheme, _, value = authorization.partition(" ")
     if scheme.lower() == "bearer":
         return value.strip().encode()

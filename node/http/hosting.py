@@ -1,7 +1,8 @@
 """An ASGI application at an address of this machine, as a part of an event loop that has other things to do.
 
 uvicorn reads and writes HTTP. It takes no signals here (the command line's own handling ends everything together), logs
-nothing of its own, and is bounded: connections, headers, and the time that requests get to end in.
+nothing of its own, and is bounded: connections, headers, the time that peers may leave unread what they are sent, and
+that in which requests may end.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ MAX_CONNECTIONS: Final = 256
 _MAX_HEADERS: Final = 64 << 10  # bytes of one request's
 _KEEP_ALIVE: Final = 15  # seconds that an idle connection stays
 _BACKLOG: Final = 128
+_UNREAD: Final = 30_000  # milliseconds that a peer may leave unread what was sent; then the connection is dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ async def hosted(app: Any, address: HttpAddress, *, grace: float = 5.0) -> Async
         finally:
             server.should_exit = True
             await running
+            server.abort()
 
 
 class _Server(uvicorn.Server):
@@ -67,6 +70,12 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """None: signals belong to whoever hosts."""
         yield
+
+    def abort(self) -> None:
+        """Drop what is left: connections whose peers do not take what was sent."""
+        for connection in list(self.server_state.connections):
+            transport: asyncio.Transport = connection.transport  # of every protocol of uvicorn
+            transport.abort()
 
 
 def _config(app: Any, grace: float) -> uvicorn.Config:
@@ -92,6 +101,8 @@ def _listening(address: HttpAddress) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart does not wait for old connections
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD)
         try:
             listener.bind((address.host, address.port))
         except OSError as error:

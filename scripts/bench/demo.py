@@ -27,10 +27,11 @@ from _common import Rounds, arguments, conditions, p50, print_head, print_table,
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from moehive.node.cli.generation import Generated, Sampling, continue_text
 from moehive.node.demo import bundled_checkpoint
 from moehive.node.demo.processes import NodeGroup
 from moehive.node.demo.shares import share_experts, spec_of
+from moehive.node.text.generation import Generated, continue_text
+from moehive.node.text.sampling import Sampling
 from moehive.swarm import join, open_local
 from moehive.swarm.client import Swarm
 from moehive.swarm.convert import convert

@@ -49,6 +49,7 @@ class SwarmModel:
         self._name = manifest.model.name
         self._directory = member.directory(manifest.model_id)
         self._num_experts = manifest.model.num_experts
+        self._experts = manifest.experts
         loader = self._loader = ExpertLoader(manifest, source)
         self.weights = SwarmWeights(manifest, loader, self._fetch)
         self.caller = ExpertCaller(
@@ -103,6 +104,13 @@ class SwarmModel:
             experts = DeviceExperts(self._loader, self.resident.tier, accelerator, dtype, budget, kernels=False)
             self.resident.use_device(experts)
             self._kept_on = str(accelerator.device), budget
+
+    def missing(self) -> int:
+        """How many experts no peer announces now, neither to compute with nor to fetch."""
+        holders = self._directory.holders
+        if any(inventory.complete for inventory in holders.inventories.values()):
+            return 0
+        return sum(1 for key in self._experts if not holders.of(key))
 
     def backend(self, form: str) -> SwarmExperts:
         """What computes the routed experts of a transformers model, on other threads."""

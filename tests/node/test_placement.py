@@ -113,6 +113,32 @@ async def test_what_others_are_asked_for_most_is_held_once_more(mixtral: Convert
     assert {change.take for change in changes} == {(hot,)}
 
 
+async def test_demand_for_what_a_peer_does_not_hold_is_not_believed(mixtral: ConvertedDirectory) -> None:
+    network, everything = MemoryNetwork(), set(mixtral.manifest.experts)
+    hot = sorted(everything)[5]
+    asked = Demand(layers=(hot.layer,), experts=(hot.expert,), hourly=(36_000_000,))
+    async with (
+        holder(network, 3, mixtral, everything - {hot}, asked),
+        holder(network, 4, mixtral, everything),
+        holder(network, 5, mixtral, everything),
+        member(network, 2) as us,
+    ):
+        ours = placement(us, mixtral, room=3)
+        held = frozenset(sorted(everything)[:2])
+        assert not any([await ours.look(held) for _ in range(20)])
+
+
+async def test_what_one_peer_holds_is_taken_at_the_second_look(mixtral: ConvertedDirectory) -> None:
+    network, everything = MemoryNetwork(), set(mixtral.manifest.experts)
+    async with member(network, 2) as us:
+        await announce(us.transport, identity(2), skeleton=True, model=mixtral.model_id)
+        async with holder(network, 3, mixtral, everything):
+            ours = placement(us, mixtral, room=len(everything))
+            takes = [len((await ours.look(frozenset())).take) for _ in range(8)]
+    assert takes[0] == 0
+    assert takes[-1] == len(everything)
+
+
 async def test_lists_that_do_not_fit_together_are_the_peers_fault(mixtral: ConvertedDirectory) -> None:
     network, everything = MemoryNetwork(), set(mixtral.manifest.experts)
     nonsense = Demand(layers=(0,), experts=(), hourly=())

@@ -13,9 +13,12 @@ from support.checkpoints import Checkpoints
 from support.swarm_fakes import MODEL, SECRET, identity
 
 from moehive.protocol.errors import ConfigError
+from moehive.protocol.ids import ExpertKey
+from moehive.protocol.inventory import Inventory
 from moehive.protocol.ticket import Ticket
 from moehive.swarm import client as module
 from moehive.swarm.client import Swarm, join
+from moehive.swarm.directory import Holders
 from moehive.swarm.model.seats import backend_of
 from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
@@ -104,6 +107,24 @@ def test_another_device_for_a_model_that_is_loaded_is_refused(swarm: Swarm, chec
         opened = swarm._loaded(ConvertedDirectory(directory).model_id)
         with pytest.raises(ConfigError, match="not 'cuda:0' and None"):
             opened.check_device(SimpleNamespace(device="cuda:0"), None)  # type: ignore[arg-type]
+
+
+def test_experts_that_nobody_announces_are_counted(swarm: Swarm, checkpoints: Checkpoints) -> None:
+    directory = checkpoints.converted("demo")  # six layers of eight experts
+    model_id = ConvertedDirectory(directory).model_id
+
+    def holders(**announced: Any) -> Holders:
+        peer = identity(1).peer
+        return Holders({peer: Inventory(peer, model_id, issued=0, expires=1, **announced)})
+
+    with swarm:
+        swarm.load(directory)
+        known = swarm._joined.directory(model_id)
+        assert swarm.missing(model_id) == 48
+        known.holders = holders(held=frozenset(ExpertKey(layer, 5) for layer in range(6)))
+        assert swarm.missing(model_id) == 42
+        known.holders = holders(held=frozenset(), complete=True)
+        assert swarm.missing(model_id) == 0, "they can be fetched"
 
 
 @pytest.mark.filterwarnings(

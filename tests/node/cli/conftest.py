@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import structlog
 
 from moehive.node.cli.app import run
 from moehive.node.demo import bundled_checkpoint
@@ -23,6 +25,17 @@ class Outcome:
 
 
 Moehive = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_they_were() -> Iterator[None]:
+    """Commands configure logging for their whole process."""
+    root, ours = logging.getLogger(), logging.getLogger("moehive")
+    before = root.handlers, root.level, ours.level
+    yield
+    root.handlers, root.level, ours.level = before
+    logging.captureWarnings(False)
+    structlog.reset_defaults()
 
 
 @pytest.fixture

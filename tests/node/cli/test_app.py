@@ -9,8 +9,8 @@ import pytest
 from moehive.protocol.ids import public_key_of
 
 COMMANDS = (
-    "demo", "convert", "inspect", "node", "publish", "fetch", "generate", "top", "doctor", "id", "paths", "store",
-    "trace", "bench",
+    "demo", "convert", "inspect", "node", "publish", "fetch", "generate", "chat", "serve", "top", "doctor", "id",
+    "paths", "store", "trace", "bench",
 )  # fmt: skip
 
 

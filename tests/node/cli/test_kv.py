@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from moehive.node.cli.generation import _own_cache
 from moehive.node.cli.kv import kv_lines
+from moehive.node.text.generation import _own_cache
 from moehive.swarm.model.kv.fidelity import LogitError
 from moehive.swarm.model.kv.options import KvOptions
 from moehive.swarm.model.kv.stats import KvStats

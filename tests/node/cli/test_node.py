@@ -9,8 +9,9 @@ import signal
 
 import pytest
 
+from moehive.node.cli import foreground, publish
 from moehive.node.cli import node as command
-from moehive.node.cli import publish
+from moehive.node.cli.foreground import until_signal
 from moehive.node.cli.http import http_settings
 from moehive.node.http.hosting import HttpAddress
 from moehive.node.settings import HttpSettings, NodeReady
@@ -135,7 +136,7 @@ class Daemon:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_the_first_signal_leaves_cleanly(number):
     daemon = Daemon(obedient=True)
-    serving = asyncio.create_task(command.serve(daemon))
+    serving = asyncio.create_task(until_signal(daemon.run))
     await daemon.running.wait()
 
     os.kill(os.getpid(), number)
@@ -146,9 +147,9 @@ async def test_the_first_signal_leaves_cleanly(number):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 async def test_the_second_signal_leaves_at_once(number, code, monkeypatch):
     last_resort = []
-    monkeypatch.setattr(command, "_exit_soon", last_resort.append)
+    monkeypatch.setattr(foreground, "_exit_soon", last_resort.append)
     daemon = Daemon(obedient=False)
-    serving = asyncio.create_task(command.serve(daemon))
+    serving = asyncio.create_task(until_signal(daemon.run))
     await daemon.running.wait()
 
     os.kill(os.getpid(), number)
@@ -165,7 +166,7 @@ async def test_the_daemons_error_comes_through():
             raise LookupError
 
     with pytest.raises(LookupError):
-        await command.serve(Broken())
+        await until_signal(Broken().run)
 
 
 # --- what it prints -------------------------------------------------------------------------------------------------

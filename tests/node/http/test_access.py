@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from moehive.node.http.access import _token_in, guards, read_token
+from moehive.node.http.access import guards, read_token, token_in
 from moehive.node.http.hosting import HttpAddress
 from moehive.protocol.errors import ConfigError
 
@@ -87,7 +87,7 @@ async def test_a_token_is_needed_where_there_is_one(
 
 @given(st.text())
 def test_nonsense_is_no_token(text: str) -> None:
-    assert _token_in(f"Basic {text}") != TOKEN.encode()
+    assert token_in(f"Basic {text}") != TOKEN.encode()
 
 
 async def test_every_answer_tells_browsers_to_keep_it_to_themselves() -> None:

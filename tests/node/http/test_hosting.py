@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from moehive.node.http import hosting
 from moehive.node.http.hosting import HttpAddress, hosted
 from moehive.protocol.errors import TransportError
 
@@ -64,6 +65,45 @@ async def test_a_request_that_never_ends_is_given_up() -> None:
             asking = asyncio.create_task(client.get(address.url))
             await app.asked.wait()
         assert (await asking).status_code == 500
+
+
+async def test_a_peer_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosting, "_UNREAD", 200)
+    gone = asyncio.Event()
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        sending = asyncio.create_task(_send_without_end(send))
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        sending.cancel()
+        gone.set()
+
+    async with hosted(endless, ANY_PORT) as address:
+        _, writer = await asyncio.open_connection(address.host, address.port, limit=1024)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.wait_for(gone.wait(), 20)
+        writer.close()
+
+
+async def _send_without_end(send: Any) -> None:
+    while True:
+        await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+        await asyncio.sleep(0)
+
+
+async def test_what_a_peer_does_not_read_does_not_outlive_the_block() -> None:
+    async def large(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(64 << 20)})
+
+    async with hosted(large, ANY_PORT, grace=1) as address:
+        reader, writer = await asyncio.open_connection(address.host, address.port, limit=1024)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readline()
+    with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+        await reader.readexactly(64 << 20)
+    writer.close()
 
 
 async def test_an_address_in_use_is_told() -> None:

@@ -1,0 +1,177 @@
+"""`moehive serve`: a model behind an HTTP API that OpenAI's clients speak."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+from cyclopts import Parameter
+
+from moehive.node.logs import LogFormat, LogLevel, configure_logs
+from moehive.protocol.errors import ConfigError
+
+from .arguments import Flag, Port, Positive
+from .foreground import until_signal
+from .loading import LoadOptions, loaded_model, quiet_transformers
+from .output import facts, say, say_json
+
+if TYPE_CHECKING:
+    from moehive.node.api.app import Rules
+    from moehive.node.api.served import ServedModel
+    from moehive.node.http.hosting import HttpAddress
+
+KEY_VARIABLE: Final = "MOEHIVE_SERVE_API_KEY"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """The options of `moehive serve`."""
+
+    host: Annotated[str, Parameter(metavar="IP")] = "127.0.0.1"
+    """Address to listen at. By default only this machine reaches it; any other address needs an API key."""
+
+    port: Port = 8080
+    """Port to listen at; 0 takes any that is free."""
+
+    api_key_file: Path | None = None
+    """File with the key that clients must send, at least 16 characters, readable by its owner alone. The environment
+    variable MOEHIVE_SERVE_API_KEY does the same. Without a key nobody is asked for one."""
+
+    cors_origin: Annotated[tuple[str, ...], Parameter(metavar="ORIGIN", negative="", show_default=False)] = ()
+    """Web page that may use the API from a browser, such as https://chat.example.org; may be repeated. By default
+    none may."""
+
+    name: str | None = None
+    """Name of the model for clients. By default the one that it was converted under. Its id always works too."""
+
+    max_tokens: Positive | None = None
+    """Most tokens of one answer: requests for more are refused. By default what the model's context holds."""
+
+    queue: Positive = 16
+    """Requests that may wait for the model; it works on one at a time. Further ones are told to come back later."""
+
+    reuse: bool = True
+    """Keep the keys and values of the last conversation in memory, so that its next turn is answered sooner. Its text
+    may then differ where two tokens are equally likely, as it may with any other batch size."""
+
+    log_format: LogFormat = "auto"
+    """Form of the log on stderr; auto is console on a terminal and json elsewhere."""
+
+    log_level: LogLevel = "info"
+    """How much to log. Prompts and answers never are."""
+
+
+_DEFAULTS = ServeOptions()
+
+
+def serve(*, loading: LoadOptions, options: ServeOptions = _DEFAULTS, json: Flag = False) -> int:
+    """Serve a model over HTTP as OpenAI's API, until Ctrl-C.
+
+    Programs for that API work unchanged: give them the base URL that is printed. docs/api.md lists what is supported.
+    Ctrl-C (or SIGTERM) lets the answers in progress end for a few seconds; a second one leaves at once.
+
+    Parameters
+    ----------
+    json:
+        When ready, print one JSON object on one line instead.
+    """
+    loading.check()
+    address, rules = rules_of(options, os.environ)
+    configure_logs(options.log_format, options.log_level)
+    quiet_transformers()
+    from moehive.node.api.served import ServedModel
+
+    with loaded_model(loading) as loaded:
+        manifest = loaded.manifest
+        model = ServedModel(
+            loaded.model,
+            loaded.tokenizer,
+            name=options.name or manifest.model.name,
+            id=manifest.model_id,
+            max_tokens=options.max_tokens,
+            drafts=loaded.drafts,
+            kv=loading.kv.options,
+            reuse=options.reuse,
+            missing=loaded.missing,
+        )
+        return asyncio.run(until_signal(lambda stop: _run(model, address, rules, options.queue, stop, json=json)))
+
+
+def rules_of(options: ServeOptions, environment: Mapping[str, str]) -> tuple[HttpAddress, Rules]:
+    """Where to listen, and who may ask. Raises ConfigError."""
+    from moehive.node.api.access import Access
+    from moehive.node.api.app import Rules
+    from moehive.node.http.access import own_names
+    from moehive.node.http.hosting import HttpAddress
+
+    host = "127.0.0.1" if options.host == "localhost" else options.host
+    try:
+        ipaddress.ip_address(host)
+    except ValueError as error:
+        raise ConfigError(f"--host {host} is no IP address; 0.0.0.0 listens at all of this machine") from error
+    address = HttpAddress(host, options.port)
+    key = _key(options.api_key_file, environment)
+    if key is None and not address.is_loopback:
+        raise ConfigError(
+            f"--host {host} lets others use this model: set a key that they must send, with --api-key-file FILE or "
+            f"{KEY_VARIABLE}, or listen at 127.0.0.1"
+        )
+    if key is None and "*" in options.cors_origin:
+        raise ConfigError("--cors-origin '*' lets every web page use this model: set a key too, with --api-key-file")
+    names = own_names(address)
+    return address, Rules(Access(key, None if names is None else frozenset(names)), options.cors_origin)
+
+
+def _key(file: Path | None, environment: Mapping[str, str]) -> str | None:
+    from moehive.node.http.access import MIN_TOKEN, is_token, read_token
+
+    given = environment.get(KEY_VARIABLE)
+    if file is not None and given is not None:
+        raise ConfigError(f"--api-key-file and {KEY_VARIABLE} both give a key: leave one out")
+    if file is not None:
+        return read_token(file)
+    if given is not None and not is_token(given):
+        raise ConfigError(
+            f"{KEY_VARIABLE} is no key: one word of at least {MIN_TOKEN} letters and digits; "
+            "this makes one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        )
+    return given
+
+
+async def _run(
+    model: ServedModel, address: HttpAddress, rules: Rules, queue: int, stop: asyncio.Event, *, json: bool
+) -> None:
+    from moehive.node.api.app import build_app
+    from moehive.node.api.engine import Engine
+    from moehive.node.http.hosting import hosted
+    from moehive.swarm.tasks import task_group
+
+    engine = Engine(model.generate, waiting=queue)
+    async with task_group() as group:
+        working = group.create_task(engine.run(), name="engine")
+        async with hosted(build_app(model, engine, rules), address) as listening:
+            _say_ready(model, listening, needs_key=rules.access.key is not None, json=json)
+            await stop.wait()
+        working.cancel()
+
+
+def _say_ready(model: ServedModel, address: HttpAddress, *, needs_key: bool, json: bool) -> None:
+    base = f"{address.url}/v1"
+    if json:
+        said = {"url": base, "model": model.name, "modelId": model.id, "needsKey": needs_key, "chat": model.chats}
+        say_json(said | {"context": model.limits.context})
+        return
+    known: list[tuple[str, object]] = [("base URL", base), ("model", f"{model.name}, id {model.id}")]
+    if model.limits.context is not None:
+        known.append(("context", f"{model.limits.context:,} tokens"))
+    lines = ["ready", facts(known)]
+    if not model.chats:
+        lines.append("This model has no chat template: /v1/completions works, /v1/chat/completions does not.")
+    lines.append("Clients send the API key." if needs_key else "No key is needed: only this machine can connect.")
+    say("\n".join((*lines, "Ctrl-C ends it.")))

@@ -1,0 +1,1 @@
+"""From prompts to text with a transformers model: commands and the HTTP API share it. Knows nothing of swarms."""

@@ -1,0 +1,89 @@
+"""`moehive serve`: who may ask, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from moehive.node.cli.serve import ServeOptions, rules_of
+from moehive.protocol.errors import ConfigError
+
+KEY = "a-key-of-enough-letters"
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    """For its owner alone."""
+    path = tmp_path / "key"
+    path.touch(0o600)
+    path.write_text(KEY + "\n")
+    return path
+
+
+def test_by_default_this_machine_alone_and_under_its_own_names():
+    address, rules = rules_of(ServeOptions(), {})
+
+    assert (address.host, address.port, address.is_loopback) == ("127.0.0.1", 8080, True)
+    assert rules.access.hosts == {"127.0.0.1", "localhost", "[::1]"}
+    assert (rules.access.key, rules.cors_origins) == (None, ())
+    assert rules_of(ServeOptions(host="localhost"), {})[0] == address
+    assert "127.0.0.2" in (rules_of(ServeOptions(host="127.0.0.2"), {})[1].access.hosts or ())
+
+
+def test_others_need_a_key_and_may_come_under_any_name(key_file):
+    with pytest.raises(ConfigError, match="--api-key-file FILE"):
+        rules_of(ServeOptions(host="0.0.0.0"), {})
+    for options, environment in (
+        (ServeOptions(host="0.0.0.0", api_key_file=key_file), {}),
+        (ServeOptions(host="::"), {"MOEHIVE_SERVE_API_KEY": KEY}),
+    ):
+        address, rules = rules_of(options, environment)
+        assert (rules.access.key, rules.access.hosts, address.is_loopback) == (KEY, None, False)
+
+
+def test_a_key_that_others_could_know_is_refused(key_file, tmp_path):
+    key_file.chmod(0o640)
+    with pytest.raises(ConfigError, match=f"chmod 600 {key_file}"):
+        rules_of(ServeOptions(api_key_file=key_file), {})
+    with pytest.raises(ConfigError, match="cannot be read from"):
+        rules_of(ServeOptions(api_key_file=tmp_path / "none"), {})
+    for key in ("", "short", "with a space in it", "mit-Umlauten-ä-ö-ü-ß"):
+        with pytest.raises(ConfigError, match="at least 16 letters"):
+            rules_of(ServeOptions(), {"MOEHIVE_SERVE_API_KEY": key})
+    with pytest.raises(ConfigError, match="leave one out"):
+        rules_of(ServeOptions(api_key_file=key_file), {"MOEHIVE_SERVE_API_KEY": KEY})
+
+
+def test_every_web_page_only_with_a_key():
+    options = ServeOptions(cors_origin=("*",))
+    with pytest.raises(ConfigError, match="every web page"):
+        rules_of(options, {})
+    assert rules_of(options, {"MOEHIVE_SERVE_API_KEY": KEY})[1].cors_origins == ("*",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--host", "0.0.0.0"), "--api-key-file FILE"),
+        (("--host", "example.org"), "no IP address"),
+        (("--port", "65536"), "--port"),
+        (("--queue", "0"), "--queue"),
+        (("--join", "moehive1"), "join ticket"),
+    ],
+)
+def test_mistakes_are_refused_with_exit_code_2(moehive, converted, arguments, said):
+    outcome = moehive("serve", "--model", converted, *arguments)
+
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
+def test_an_address_in_use_is_told_with_exit_code_1(moehive, converted):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        outcome = moehive("serve", "--model", converted, "--port", port)
+
+    assert outcome.code == 1
+    assert f"http://127.0.0.1:{port} cannot be listened at" in outcome.err
