@@ -322,12 +322,12 @@ class ExpertCaller:
         self, call: LayerInput, pending: Sequence[Assignment], deadline: float, reason: str
     ) -> None:
         """Return as soon as somebody usable holds one of `pending`. Raises ExpertUnavailable at the deadline."""
+        experts = sorted(assignment.expert for assignment in pending)
         notice = self._clock() + _NOTICE
         while (left := deadline - self._clock()) > 0:
             if self._plan(call, pending).remote:
                 return
             if self._clock() >= notice:
-                experts = [assignment.expert for assignment in pending]
                 _log.warning(
                     "waiting for a peer with these experts", layer=call.layer, experts=experts, seconds=int(left)
                 )
@@ -337,7 +337,7 @@ class ExpertCaller:
                     await self._directory.refresh()
                     if not self._plan(call, pending).remote:
                         await asyncio.sleep(_LOOK_AGAIN)
-        raise ExpertUnavailable(call.layer, [assignment.expert for assignment in pending], reason)
+        raise ExpertUnavailable(call.layer, experts, reason)
 
 
 async def _first_good(tasks: Sequence[asyncio.Task[Outcome]]) -> tuple[int, Outcome]:

@@ -144,13 +144,13 @@ async def test_an_expert_stays_in_ram_until_it_is_on_the_device(mixtral: Convert
 
     def held_up(key: ExpertKey, memory: torch.Tensor) -> None:
         packing.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         pack(key, memory)
 
     device.tier._pack = held_up
     assert tier.put((KEY, torch.float32), loader.load(KEY, torch.float32), 0.1)
     device.upload(KEY, torch.float32)
-    assert packing.wait(20)
+    assert packing.wait(60)
     device.upload(KEY, torch.float32)  # which is on its way
     assert not tier.evict((KEY, torch.float32))
     go_on.set()
