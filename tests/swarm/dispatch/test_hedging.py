@@ -131,6 +131,27 @@ async def test_hedges_end_with_their_budget(world: World) -> None:
     assert caller.stats.hedges == 2
 
 
+async def test_who_seems_stuck_is_not_waited_for_though_the_budget_is_spent(world: World) -> None:
+    settings = HedgeSettings(unknown=0.001, share=0.0, burst=0.5)
+    caller, layer = world.caller(hedge=settings, answer_timeout=600.0, layer_timeout=600.0), Layer()
+    async with world.peer(FIRST, never, range(8)), world.peer(SECOND, honest, range(8)):
+        asking = asyncio.create_task(layer.check(caller))
+        await asyncio.sleep(0.9 * settings.stuck_at_least)
+        assert caller.stats.hedges == 0
+        await asking
+        assert (caller.stats.hedges, caller.stats.hedges_won) == (1, 1)
+
+
+async def test_a_holder_that_comes_later_is_asked_by_who_waits(world: World) -> None:
+    caller, layer = world.caller(hedge=SOON, answer_timeout=600.0, layer_timeout=600.0), Layer()
+    async with world.peer(FIRST, never, range(8)), world.peer(SECOND, never, range(4)):
+        asking = asyncio.create_task(layer.check(caller))
+        await asyncio.sleep(0.5)
+        async with world.peer(THIRD, honest, range(8)):
+            await asking
+        assert caller.stats.hedges_won > 0
+
+
 async def test_giving_up_a_layer_withdraws_both(world: World) -> None:
     first, second, caller = Late(), Late(), world.caller(hedge=SOON)
     async with world.peer(FIRST, first, range(8)), world.peer(SECOND, second, range(8)):
