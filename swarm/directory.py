@@ -133,8 +133,15 @@ class Directory:
         known = self._known.get(inventory.peer)
         if known is None or known.issued < inventory.issued:
             self._known[inventory.peer] = inventory
+            self._forgive(inventory)
             if _offers(inventory):
                 self._on_announcement(inventory.peer)
+
+    def _forgive(self, inventory: Inventory) -> None:
+        """What a peer refused and then no longer announces it may take again, and leave again: nodes follow the swarm."""
+        refuted = self._refuted.get(inventory.peer, {})
+        for key in refuted.keys() - inventory.held:
+            del refuted[key]
 
     def _publish(self) -> None:
         now = self._wall_clock()
@@ -149,8 +156,8 @@ class Directory:
     def refuted(self, peer: PeerId, keys: Iterable[ExpertKey] | None, reason: str) -> None:
         """A peer refused experts (None: all of them) that it announces: they no longer count as held by it.
 
-        An honest peer may have lost a shard since it announced it. One that announces the same expert anew and refuses
-        it again lies.
+        An honest peer may have lost or left an expert since it announced it, which its next announcement then says. One
+        that announces it on and refuses it again lies.
         """
         known = self._known.get(peer)
         if known is None:

@@ -165,6 +165,18 @@ async def test_what_a_peer_refuses_no_longer_counts_until_it_announces_it_anew()
     assert world.directory.holders.inventories == {}
 
 
+async def test_a_peer_may_leave_an_expert_take_it_again_and_leave_it_again() -> None:
+    """As nodes do that follow the swarm: whoever has not seen the newest announcement yet asks for what was left."""
+    world = World()
+    for held in ([ONE, TWO], [TWO], [ONE, TWO]):
+        await announce(world.transport, A, held, clock=world.clock)
+        await world.seen()
+        if ONE in held:
+            world.directory.refuted(A.peer, [ONE], "left")
+        world.clock.now += 5
+    assert not world.standings.banned(A.peer)
+
+
 async def test_a_peer_may_lose_one_expert_after_the_other() -> None:
     world = World()
     for key in (ONE, TWO):
