@@ -138,7 +138,7 @@ class Directory:
                 self._on_announcement(inventory.peer)
 
     def _forgive(self, inventory: Inventory) -> None:
-        """What a peer refused and then no longer announces it may take again, and leave again: nodes follow the swarm."""
+        """What a peer refused and no longer announces, it may take again and leave again: nodes follow the swarm."""
         refuted = self._refuted.get(inventory.peer, {})
         for key in refuted.keys() - inventory.held:
             del refuted[key]
