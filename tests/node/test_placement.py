@@ -133,6 +133,13 @@ async def test_what_others_are_asked_for_most_is_held_once_more(mixtral: Convert
     assert {change.take for change in changes} == {(hot,)}
 
 
+async def test_a_node_that_announces_itself_does_not_ask_itself(mixtral: ConvertedDirectory) -> None:
+    async with member(MemoryNetwork(), 2) as us:
+        await announce(us.transport, identity(2), set(mixtral.manifest.experts), model=mixtral.model_id)
+        await placement(us, mixtral, room=2).look(frozenset(mixtral.manifest.experts))
+        assert us.standings.usable([us.transport.peer])
+
+
 async def test_demand_for_what_a_peer_does_not_hold_is_not_believed(mixtral: ConvertedDirectory) -> None:
     network, everything = MemoryNetwork(), set(mixtral.manifest.experts)
     hot = sorted(everything)[5]
