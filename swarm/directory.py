@@ -88,7 +88,7 @@ class Directory:
         self._wall_clock = wall_clock
         self._lookup: asyncio.Task[None] | None = None
         self._known: dict[PeerId, Inventory] = {}
-        self._refuted: dict[PeerId, dict[ExpertKey, float]] = {}  # when the announcement was issued that was not true
+        self._refuted: dict[PeerId, dict[ExpertKey, float]] = {}  # when each was refused
         self.holders = Holders()
 
     async def run(self) -> None:
@@ -157,7 +157,7 @@ class Directory:
         """A peer refused experts (None: all of them) that it announces: they no longer count as held by it.
 
         An honest peer may have lost or left an expert since it announced it, which its next announcement then says. One
-        that announces it on and refuses it again lies.
+        that announces it after it has refused it, and refuses it again, lies.
         """
         known = self._known.get(peer)
         if known is None:
@@ -166,7 +166,7 @@ class Directory:
         before = self._refuted.setdefault(peer, {})
         if any(before.get(key, known.issued) < known.issued for key in untrue):
             self._standings.blame(FalseClaim(f"announces again what it refuses: {reason}", peer=peer))
-        before.update(dict.fromkeys(untrue, known.issued))
+        before.update(dict.fromkeys(untrue, max(known.issued, self._wall_clock())))
         self._known[peer] = replace(known, held=known.held - untrue)
         self._publish()
 
