@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 from moehive.kernels.routing import Assignment
-from moehive.protocol.errors import ConfigError, ExpertUnavailable, PeerError, SwarmError
+from moehive.protocol.errors import BudgetTooSmall, ConfigError, ExpertUnavailable, PeerError, SwarmError
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.protocol.limits import MAX_DEADLINE
 from moehive.swarm.directory import Directory
@@ -36,7 +36,8 @@ _LOOK_AGAIN = 0.25  # seconds between looks at the directory while nobody usable
 _log = get_logger(__name__)
 
 Outcome: TypeAlias = list[Part] | PeerError
-# Computes here what nobody can be asked for, by the deadline; raises SwarmError where the weights cannot be had.
+# Computes here what nobody can be asked for, by the deadline; raises SwarmError or BudgetTooSmall where the weights
+# cannot be had.
 LastResort = Callable[[LayerInput, Sequence[Assignment], float], Coroutine[Any, Any, list[Part]]]
 
 
@@ -326,7 +327,7 @@ class ExpertCaller:
             if here.done():
                 try:
                     return here.result()
-                except SwarmError as error:
+                except (SwarmError, BudgetTooSmall) as error:
                     _log.info("weights cannot be fetched either", layer=call.layer, reason=str(error))
             await waiting
             return []

@@ -81,7 +81,7 @@ class Gate:
 
 def joined(tier: RamTier[str, str], key: str) -> int:
     flight = tier._flights.get(key)
-    return 0 if flight is None else flight.users
+    return 0 if flight is None else len(flight.users)
 
 
 def take_while_it_loads(tier: RamTier[str, str], load: Gate, key: str) -> str:
