@@ -234,6 +234,29 @@ async def test_what_the_swarm_lost_is_fetched_and_what_is_not_needed_may_be_evic
             assert all(mixtral.manifest.experts[key].hash not in used for key in before)
             assert all(shard.hash in used for shard in mixtral.manifest.skeleton)
         assert set(node.selected) == {4}
+        assert len(node.selected) > 1, "each change is told"
+
+
+async def test_whether_an_expert_that_nobody_had_is_still_worth_it_is_seen_anew(
+    mixtral: ConvertedDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, store, everything = MemoryNetwork(), ContentStore(tmp_path, RAM), set(mixtral.manifest.experts)
+    looks: list[frozenset[ExpertKey]] = []
+
+    async def look(self: Placement, held: frozenset[ExpertKey]) -> Change:
+        looks.append(held)
+        return Change()
+
+    monkeypatch.setattr(Placement, "look", look)
+    monkeypatch.setattr(module, "LOOK_EVERY", 0.01)
+    async with seed(network, mixtral, everything), member(network, 2) as us:
+        node = Node(us, mixtral, store, experts="auto", ram=4)
+        left = [mixtral.manifest.experts[min(everything)], *mixtral.manifest.skeleton]
+        task = asyncio.create_task(node.acquisition.maintain(left))
+        await until(lambda: node.holdings.skeleton and len(looks) > 2)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert not node.holdings.experts
 
 
 async def test_a_full_disk_does_not_end_the_looking(

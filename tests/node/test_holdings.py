@@ -156,3 +156,12 @@ def test_loading_is_told_at_both_ends(held: Held) -> None:
     with holdings.loading():
         assert holdings.is_loading
     assert seen == [True, False]
+
+
+def test_what_is_left_is_no_longer_announced_or_computed(held: Held) -> None:
+    held.holdings.verify([held.shard])
+    held.claims.clear()
+    held.holdings.leave([held.shard])
+    assert held.claims == [0]
+    assert not held.holdings.holds(*KEY)
+    assert held.holdings.chunk_list(held.shard.hash) is None
