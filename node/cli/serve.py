@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from moehive.node.http.hosting import HttpAddress
 
 KEY_VARIABLE: Final = "MOEHIVE_SERVE_API_KEY"
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")  # as browsers say it: of extensions, too
 
 
 @Parameter(name="*")
@@ -124,6 +126,12 @@ def rules_of(options: ServeOptions, environment: Mapping[str, str]) -> tuple[Htt
         )
     if key is None and "*" in options.cors_origin:
         raise ConfigError("--cors-origin '*' lets every web page use this model: set a key too, with --api-key-file")
+    for origin in options.cors_origin:
+        if origin != "*" and not (_ORIGIN.fullmatch(origin) and origin == origin.lower()):
+            raise ConfigError(
+                f"--cors-origin {origin} is no origin, which is what browsers compare: https://chat.example.org, in "
+                "lower case, without a path and a / at the end"
+            )
     names = own_names(address)
     return address, Rules(Access(key, None if names is None else frozenset(names)), options.cors_origin)
 

@@ -8,6 +8,7 @@ that in which requests may end.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -106,6 +107,7 @@ def _listening(address: HttpAddress) -> Iterator[socket.socket]:
         try:
             listener.bind((address.host, address.port))
         except OSError as error:
-            raise TransportError(f"{address.url} cannot be listened at: {error.strerror}") from error
+            other = "; name another port, or 0 for any that is free" if error.errno == errno.EADDRINUSE else ""
+            raise TransportError(f"{address.url} cannot be listened at: {error.strerror}{other}") from error
         listener.listen(_BACKLOG)
         yield listener

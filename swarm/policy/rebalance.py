@@ -117,7 +117,7 @@ def _is_our_turn(view: View, key: ExpertKey, missing: int) -> bool:
 
 def _before_us(view: View, key: ExpertKey, subject: str) -> int:
     """Peers that do not hold an expert and rank before us. By its layer, so that what one peer takes lies together."""
-    holders, ours = view.holders.get(key, ()), _rank(view.us, subject)
+    holders, ours = frozenset(view.holders.get(key, ())), _rank(view.us, subject)
     return sum(peer not in holders and peer != view.us and _rank(peer, subject) < ours for peer in view.peers)
 
 

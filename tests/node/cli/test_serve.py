@@ -43,6 +43,17 @@ def test_others_need_a_key_and_may_come_under_any_name(key_file):
         assert (rules.access.key, rules.access.hosts, address.is_loopback) == (KEY, None, False)
 
 
+@pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/", "https://Chat.example", "null", ""])
+def test_an_origin_that_no_browser_says_is_refused(origin):
+    with pytest.raises(ConfigError, match="is no origin"):
+        rules_of(ServeOptions(cors_origin=(origin,)), {})
+
+
+@pytest.mark.parametrize("origin", ["https://chat.example", "http://[::1]:3000", "moz-extension://0a-1b"])
+def test_an_origin_that_may_use_it(origin):
+    assert rules_of(ServeOptions(cors_origin=(origin,)), {})[1].cors_origins == (origin,)
+
+
 def test_a_key_that_others_could_know_is_refused(key_file, tmp_path):
     key_file.chmod(0o640)
     with pytest.raises(ConfigError, match=f"chmod 600 {key_file}"):
@@ -87,3 +98,4 @@ def test_an_address_in_use_is_told_with_exit_code_1(moehive, converted):
 
     assert outcome.code == 1
     assert f"http://127.0.0.1:{port} cannot be listened at" in outcome.err
+    assert "name another port" in outcome.err
