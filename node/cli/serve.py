@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moehive.node.http.hosting import HttpAddress
 
 KEY_VARIABLE: Final = "MOEHIVE_SERVE_API_KEY"
+_GRACE: Final = 4.0  # seconds in which answers that were begun may end after Ctrl-C
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")  # as browsers say it: of extensions, too
 
 
@@ -163,9 +164,12 @@ async def _run(
     engine = Engine(model.generate, waiting=queue)
     async with task_group() as group:
         working = group.create_task(engine.run(), name="engine")
-        async with hosted(build_app(model, engine, rules), address) as listening:
+        # A little longer than the engine's: who still reads is told, rather than cut off.
+        async with hosted(build_app(model, engine, rules), address, grace=_GRACE + 2) as listening:
             _say_ready(model, listening, needs_key=rules.access.key is not None, json=json)
             await stop.wait()
+            ending = asyncio.get_running_loop().call_later(_GRACE, working.cancel)
+        ending.cancel()
         working.cancel()
 
 

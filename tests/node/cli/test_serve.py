@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import socket
 from pathlib import Path
+from typing import Any, cast
 
+import httpx
 import pytest
+from support.fake_model import TIMEOUT, FakeModel
 
+from moehive.node.cli import serve as serve_module
 from moehive.node.cli.serve import ServeOptions, rules_of
 from moehive.protocol.errors import ConfigError
 
@@ -99,3 +105,32 @@ def test_an_address_in_use_is_told_with_exit_code_1(moehive, converted):
     assert outcome.code == 1
     assert f"http://127.0.0.1:{port} cannot be listened at" in outcome.err
     assert "name another port" in outcome.err
+
+
+async def test_at_the_end_a_stream_is_told_why_it_does_not_go_on(monkeypatch, caplog):
+    monkeypatch.setattr(serve_module, "_GRACE", 0.1)
+    model, stop = FakeModel(gate=True), asyncio.Event()
+    address, rules = rules_of(ServeOptions(port=0), {})
+    ready = asyncio.Event()
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(serve_module, "say_json", lambda value: (said.append(value), ready.set()))
+    running = asyncio.create_task(serve_module._run(cast("Any", model), address, rules, 16, stop, json=True))
+    await asyncio.wait_for(ready.wait(), TIMEOUT)
+    model.let(1)
+    body = {"model": "fake", "prompt": "abc", "stream": True}
+    async with (
+        httpx.AsyncClient(timeout=TIMEOUT) as client,
+        client.stream("POST", f"{said[0]['url']}/completions", json=body) as answer,
+    ):
+        lines = answer.aiter_lines()
+        await anext(lines)
+        stop.set()
+        for _ in range(500):  # it is asked after a token
+            if await asyncio.to_thread(model.halted.wait, 0.3):
+                break
+            model.let()
+        rest = [line async for line in lines if line]
+    await running
+
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
