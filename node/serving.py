@@ -76,7 +76,8 @@ class Serving:
         forms = forms_of(self._loader, dtype, 1)
         self._slots = 0 if self._device is None else self._device.slots
         demand = DemandMeter()
-        ram = ram_budget + self._slots * forms.widened  # what is in device memory need not be in RAM
+        # Without what uploads take; and what is in device memory need not be in RAM.
+        ram = self._tier.budget_bytes + self._slots * forms.widened
         placement = Placement(settings, member, manifest, source, Room(ram, forms), demand)
         self._acquisition = Acquisition(
             settings, member, source, self.holdings, placement, on_selected=partial(self._divide_ram, dtype)

@@ -245,7 +245,7 @@ class TraceError(CallerError):
 
 
 class DestinationError(CallerError):
-    """An output directory that already holds something else."""
+    """An output that cannot be what was named: its place holds something else, or is none."""
 
 
 class SwarmError(MoehiveError):

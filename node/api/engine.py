@@ -20,6 +20,7 @@ from moehive.protocol.errors import MoehiveError
 from moehive.swarm.log import get_logger
 from moehive.swarm.text.sampling import Sampling
 
+from .counts import EngineCounts
 from .errors import ApiError, of_failure
 from .events import Usage
 
@@ -54,8 +55,10 @@ class Generate(Protocol):
 class Job:
     """Work that was taken on. Made by `Engine.submit`; used on the event loop."""
 
-    def __init__(self, work: Work, leave_queue: Callable[[Job], None]) -> None:
+    def __init__(self, work: Work, leave_queue: Callable[[Job], None], arrived: float) -> None:
         self.work = work
+        self.arrived = arrived  # on the engine's clock
+        self.spoke = False  # whether any text has come
         self.cancelled = False  # read by the thread that generates
         self._leave_queue = leave_queue
         self._items: asyncio.Queue[str | Outcome | ApiError] = asyncio.Queue()
@@ -94,6 +97,12 @@ class Engine:
         self._busy = False
         self._closed = False
         self._usual = 1.0  # seconds that a generation took lately
+        self.counts = EngineCounts()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is worked on."""
+        return self._busy
 
     @property
     def waiting(self) -> int:
@@ -108,6 +117,7 @@ class Engine:
             raise _closing()
         waiting = len(self._queue) + more
         if waiting >= self._most + (not self._busy):
+            self.counts.refused += 1
             again = min(max(1, math.ceil(self._usual)), _MAX_RETRY_AFTER)
             raise ApiError(
                 429,
@@ -120,7 +130,7 @@ class Engine:
     def submit(self, work: Work) -> Job:
         """Take on work. Raises ApiError, as `check_room`."""
         self.check_room()
-        job = Job(work, self._remove)
+        job = Job(work, self._remove, self._clock())
         self._queue.append(job)
         self._arrived.set()
         return job
@@ -157,26 +167,40 @@ class Engine:
         """In the thread. The supervision point of generations: one that fails is told to who asked, and the next one
         begins.
         """
+
+        def say(text: str) -> None:
+            loop.call_soon_threadsafe(self._say, job, text)
+
         item: Outcome | ApiError
         try:
-            item = self._generate(job.work, lambda text: _tell(loop, job, text), lambda: job.cancelled)
+            item = self._generate(job.work, say, lambda: job.cancelled)
         except MoehiveError as error:
             _log.warning("a generation failed", reason=str(error))
             item = of_failure(error)
         except Exception as error:  # noqa: BLE001  # the supervision point
             _log.exception("a generation failed by our own fault")
             item = of_failure(error)
+        loop.call_soon_threadsafe(self._end, job, item)
+
+    def _say(self, job: Job, text: str) -> None:
+        if not job.spoke:
+            job.spoke = True
+            self.counts.first.add(self._clock() - job.arrived)
+        job.deliver(text)
+
+    def _end(self, job: Job, item: Outcome | ApiError) -> None:
+        self.counts.ended[item.reason if isinstance(item, Outcome) else "failed"] += 1
+        if isinstance(item, Outcome):
+            self.counts.used(item.usage)
         if isinstance(item, Outcome) and item.reason == "halted":
             item = _closing()  # who still reads did not ask for it
-        loop.call_soon_threadsafe(job.deliver, item)
+        else:
+            self.counts.whole.add(self._clock() - job.arrived)
+        job.deliver(item)
 
     def _remove(self, job: Job) -> None:
         if job in self._queue:
             self._queue.remove(job)
-
-
-def _tell(loop: asyncio.AbstractEventLoop, job: Job, text: str) -> None:
-    loop.call_soon_threadsafe(job.deliver, text)
 
 
 def _closing() -> ApiError:

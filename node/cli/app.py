@@ -25,7 +25,9 @@ from .errors import exit_code
 from .fetch import fetch
 from .generate import generate
 from .inspect import inspect
+from .interrupts import ImportInterrupts
 from .node import node
+from .output import checked_stdout
 from .places import show_id, show_paths
 from .publish import publish
 from .serve import serve
@@ -101,4 +103,11 @@ def build_app(environment: Mapping[str, str]) -> App:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; the exit code."""
-    return exit_code(lambda: build_app(os.environ).meta(arguments))
+
+    def launch() -> int | None:
+        with ImportInterrupts():
+            code: int | None = build_app(os.environ).meta(arguments)
+        return code
+
+    with checked_stdout():
+        return exit_code(launch)

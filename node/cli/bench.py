@@ -75,6 +75,10 @@ def kernels(
     """
     import torch
 
+    from moehive.swarm.trace.files import check_replaceable, replace_file
+
+    if json is not None:
+        check_replaceable(json)
     where = _device(device)
     shapes = _shapes(shape, format, where)
     sizes = _sizes(batch, tokens, quick=quick)
@@ -87,7 +91,8 @@ def kernels(
     say(table(_HEADER, [_row(one) for one in found]))
     if json is not None:
         results = [asdict(one) | {"tokens_per_second": one.tokens_per_second} for one in found]
-        json.write_text(json_module.dumps({"machine": facts, "results": results}, indent=2) + "\n")
+        document = json_module.dumps({"machine": facts, "results": results}, indent=2)
+        replace_file(json, f"{document}\n".encode())
 
 
 def bench_app(sort_key: int) -> App:

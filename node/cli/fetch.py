@@ -22,6 +22,7 @@ from moehive.swarm.seeds.base import parse_seed
 
 from .arguments import Flag, NotNegative, SeedNames, SizeWithDefault, TicketText
 from .errors import INTERRUPTED
+from .interrupts import run_async
 from .output import note, say, say_json
 from .transfer_display import TransferDisplay
 
@@ -80,7 +81,7 @@ def fetch(model_id: str, /, *, options: FetchOptions, json: Flag = False) -> int
     seeds = [parse_seed(text) for text in options.seed]
     configure_logs("console", "warning")
     try:
-        fetched = asyncio.run(_fetch(wanted, ticket, options, seeds))
+        fetched = run_async(_fetch(wanted, ticket, options, seeds))
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         note("interrupted; the same command goes on where it stopped")
         return INTERRUPTED if isinstance(error, KeyboardInterrupt) else _TERMINATED

@@ -7,25 +7,64 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO, cast
 
 from moehive.protocol.errors import StorageError
 
 BytesDone = Callable[[int, int | None], None]  # (bytes done, of how many)
 
 
-def say(text: str = "", *, end: str = "\n") -> None:
-    """Print to stdout at once. Raises StorageError where that cannot be, BrokenPipeError where nobody reads it."""
-    if sys.stdout is None:  # so does Python say that it was closed before the start
-        raise StorageError("the standard output is closed: there is nowhere to print to")
+@contextmanager
+def checked_stdout() -> Iterator[None]:
+    """While this lasts, whoever prints gets StorageError where that cannot be; libraries that print help, too."""
+    before = sys.stdout
+    sys.stdout = cast(TextIO, _CheckedOutput(before))
     try:
-        sys.stdout.write(text + end)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        forget_stdout()
-        raise StorageError(f"cannot write to the standard output: {error.strerror}") from error
+        yield
+    finally:
+        sys.stdout = before
+
+
+class _CheckedOutput:
+    """A text stream whose `write` and `flush` raise StorageError, or BrokenPipeError where nobody reads it."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream  # None: so does Python say that it was closed before the start
+
+    def write(self, text: str) -> int:
+        """See TextIO."""
+        with self._told() as stream:
+            return stream.write(text)
+
+    def flush(self) -> None:
+        """See TextIO."""
+        with self._told() as stream:
+            stream.flush()
+
+    def isatty(self) -> bool:
+        """See TextIO."""
+        return self._stream is not None and self._stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _told(self) -> Iterator[TextIO]:
+        if self._stream is None:
+            raise StorageError("the standard output is closed: there is nowhere to print to")
+        try:
+            yield self._stream
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            forget_stdout()
+            raise StorageError(f"cannot write to the standard output: {error.strerror}") from error
+
+
+def say(text: str = "", *, end: str = "\n") -> None:
+    """Print to stdout at once."""
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
 
 
 def forget_stdout() -> None:

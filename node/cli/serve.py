@@ -6,8 +6,10 @@ import asyncio
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -22,9 +24,15 @@ from .loading import LoadOptions, loaded_model, quiet_transformers
 from .output import facts, say, say_json
 
 if TYPE_CHECKING:
+    from prometheus_client import Metric
+    from starlette.applications import Starlette
+
     from moehive.node.api.app import Rules
+    from moehive.node.api.engine import Engine
     from moehive.node.api.served import ServedModel
     from moehive.node.http.hosting import HttpAddress
+
+    from .loading import LoadedModel
 
 KEY_VARIABLE: Final = "MOEHIVE_SERVE_API_KEY"
 _GRACE: Final = 4.0  # seconds in which answers that were begun may end after Ctrl-C
@@ -88,22 +96,56 @@ def serve(*, loading: LoadOptions, options: ServeOptions = _DEFAULTS, json: Flag
     address, rules = rules_of(options, os.environ)
     configure_logs(options.log_format, options.log_level)
     quiet_transformers()
-    from moehive.node.api.served import ServedModel
+    from moehive.node.api.app import build_app
+    from moehive.node.api.engine import Engine
+    from moehive.node.http.exposed import metrics_route
 
     with loaded_model(loading) as loaded:
-        manifest = loaded.manifest
-        model = ServedModel(
-            loaded.model,
-            loaded.tokenizer,
-            name=options.name or manifest.model.name,
-            id=manifest.model_id,
-            max_tokens=options.max_tokens,
-            drafts=loaded.drafts,
-            kv=loading.kv.options,
-            reuse=options.reuse,
-            missing=loaded.missing,
+        model = _served(loaded, loading, options)
+        engine = Engine(model.generate, waiting=options.queue)
+        app = build_app(model, engine, rules, [metrics_route(partial(_metrics, engine, model, loaded))])
+        key = rules.access.key is not None
+        return asyncio.run(
+            until_signal(lambda stop: _run(engine, app, address, partial(_say_ready, model, key, json), stop))
         )
-        return asyncio.run(until_signal(lambda stop: _run(model, address, rules, options.queue, stop, json=json)))
+
+
+def _served(loaded: LoadedModel, loading: LoadOptions, options: ServeOptions) -> ServedModel:
+    from moehive.node.api.served import ServedModel
+
+    manifest = loaded.manifest
+    return ServedModel(
+        loaded.model,
+        loaded.tokenizer,
+        name=options.name or manifest.model.name,
+        id=manifest.model_id,
+        max_tokens=options.max_tokens,
+        drafts=loaded.drafts,
+        kv=loading.kv.options,
+        reuse=options.reuse,
+        missing=loaded.missing,
+    )
+
+
+def _metrics(engine: Engine, model: ServedModel, loaded: LoadedModel) -> Iterable[Metric]:
+    from moehive.node.metrics.families import process_metrics
+    from moehive.node.metrics.served import dispatch_metrics, served_metrics
+    from moehive.node.metrics.tiers import tier_metrics
+
+    tiers = loaded.tier()
+    return chain(
+        served_metrics(
+            engine.counts,
+            model=model.name,
+            model_id=model.id,
+            busy=engine.busy,
+            waiting=engine.waiting,
+            missing=loaded.missing(),
+        ),
+        [] if loaded.stats is None else dispatch_metrics(loaded.stats),
+        [] if tiers is None else tier_metrics(tiers.ram, tiers.source, tiers.device, tiers.stored),
+        process_metrics(),
+    )
 
 
 def rules_of(options: ServeOptions, environment: Mapping[str, str]) -> tuple[HttpAddress, Rules]:
@@ -154,26 +196,23 @@ def _key(file: Path | None, environment: Mapping[str, str]) -> str | None:
 
 
 async def _run(
-    model: ServedModel, address: HttpAddress, rules: Rules, queue: int, stop: asyncio.Event, *, json: bool
+    engine: Engine, app: Starlette, address: HttpAddress, ready: Callable[[HttpAddress], None], stop: asyncio.Event
 ) -> None:
-    from moehive.node.api.app import build_app
-    from moehive.node.api.engine import Engine
     from moehive.node.http.hosting import hosted
     from moehive.swarm.tasks import task_group
 
-    engine = Engine(model.generate, waiting=queue)
     async with task_group() as group:
         working = group.create_task(engine.run(), name="engine")
         # A little longer than the engine's: who still reads is told, rather than cut off.
-        async with hosted(build_app(model, engine, rules), address, grace=_GRACE + 2) as listening:
-            _say_ready(model, listening, needs_key=rules.access.key is not None, json=json)
+        async with hosted(app, address, grace=_GRACE + 2) as listening:
+            ready(listening)
             await stop.wait()
             ending = asyncio.get_running_loop().call_later(_GRACE, working.cancel)
         ending.cancel()
         working.cancel()
 
 
-def _say_ready(model: ServedModel, address: HttpAddress, *, needs_key: bool, json: bool) -> None:
+def _say_ready(model: ServedModel, needs_key: bool, json: bool, address: HttpAddress) -> None:
     base = f"{address.url}/v1"
     if json:
         said = {"url": base, "model": model.name, "modelId": model.id, "needsKey": needs_key, "chat": model.chats}

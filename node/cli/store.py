@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from moehive.swarm.paths import Paths
 
 from .arguments import Flag, Size, TicketText
 from .errors import FAILED
+from .interrupts import run_async
 from .output import counted, note, progress_bar, say, say_json
 from .store_report import catalogue_json, describe, describe_plan, plan_json
 
@@ -112,7 +112,7 @@ def prune(
     store.sweep()
     catalogue = _catalogue(store)
     request = PruneRequest(frozenset(_find(catalogue, text) for text in models), keep, force)
-    copies = asyncio.run(_ask(ticket, catalogue)) if ticket is not None and not force else {}
+    copies = run_async(_ask(ticket, catalogue)) if ticket is not None and not force else {}
     plan = plan_prune(catalogue, copies, request)
     freed = plan.freed
     if not dry_run:

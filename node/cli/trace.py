@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ from .trace_fit import fit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moehive.swarm.text.sampling import Sampling
     from moehive.swarm.tiers.replay import Replay
     from moehive.swarm.trace.routing import RoutingTrace
     from moehive.swarm.trace.scoring import Marks, Scores
@@ -72,22 +74,11 @@ def record(
     """
     if not prompts:
         raise ConfigError('there is no prompt: moehive trace record MODEL FILE "Once upon a time" "def main():"')
-    quiet_libraries()
-    import torch
-
-    from moehive.swarm.text.generation import continue_text
     from moehive.swarm.text.sampling import Sampling
-    from moehive.swarm.trace.files import write_trace
-    from moehive.swarm.trace.recording import Recorder
+    from moehive.swarm.trace.files import check_replaceable, write_trace
 
-    sampling = Sampling(max_tokens, seed, temperature)
-    loaded, tokenizer = load_model(model)
-    recorder = Recorder(loaded, samples=samples)
-    with recorder.listening(), torch.inference_mode():
-        for prompt in prompts:
-            recorder.start_session()
-            continue_text(loaded, tokenizer, prompt, sampling, lambda _: None)
-    trace = recorder.trace(model.resolve().name)
+    check_replaceable(file)
+    trace = _heard(model, prompts, Sampling(max_tokens, seed, temperature), samples)
     write_trace(trace, file)
     size = file.stat().st_size
     if json:
@@ -161,6 +152,23 @@ def load_model(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
     return model, AutoTokenizer.from_pretrained(directory)
+
+
+def _heard(directory: Path, prompts: Sequence[str], sampling: Sampling, samples: int) -> RoutingTrace:
+    """What a model used while it continued each prompt for itself."""
+    quiet_libraries()
+    import torch
+
+    from moehive.swarm.text.generation import continue_text
+    from moehive.swarm.trace.recording import Recorder
+
+    model, tokenizer = load_model(directory)
+    recorder = Recorder(model, samples=samples)
+    with recorder.listening(), torch.inference_mode():
+        for prompt in prompts:
+            recorder.start_session()
+            continue_text(model, tokenizer, prompt, sampling, lambda _: None)
+    return recorder.trace(directory.resolve().name)
 
 
 def _experts(trace: RoutingTrace) -> int:

@@ -42,11 +42,12 @@ def fit(trace: Path, model: Path, file: Path, /, *, json: Flag = False) -> None:
     from moehive.swarm.prefetch.routers import routers_of
     from moehive.swarm.prefetch.scoring import split, tokens_recall
     from moehive.swarm.prefetch.training import fit
-    from moehive.swarm.trace.files import read_trace
+    from moehive.swarm.trace.files import check_replaceable, read_trace
 
     from .trace import load_model
 
     recorded = read_trace(trace)
+    check_replaceable(file)
     states, experts = states_of(recorded)
     if len(experts) < _FEWEST:
         raise TraceError(f"{trace} has hidden states of {len(experts)} tokens, too few to fit to (at least {_FEWEST})")

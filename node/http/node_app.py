@@ -7,17 +7,18 @@ names peers, so it is for this machine unless a token is set (`access`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.resources import files
+from itertools import chain
 from typing import Any, Final, TypeVar
 
+from prometheus_client import Metric
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from moehive.node.metrics.families import exposition
 from moehive.node.metrics.node import node_metrics, phase_metrics
 from moehive.node.settings import HttpSettings
 from moehive.node.state import NodeState, NodeView
@@ -26,6 +27,7 @@ from moehive.protocol.errors import TransportError
 from moehive.swarm.log import get_logger
 
 from .access import guards
+from .exposed import metrics_route
 from .hosting import HttpAddress, hosted
 
 _log = get_logger(__name__)
@@ -74,7 +76,7 @@ def node_app(state: NodeState, address: HttpAddress, token: str | None = None) -
     routes = [
         Route("/health/live", told.live),
         Route("/health/ready", told.ready),
-        Route("/metrics", told.metrics),
+        metrics_route(told.metrics),
         Route("/api/v1/status", told.status),
         Route("/api/v1/coverage", told.coverage),
         Route("/api/v1/peers", told.peers),
@@ -96,16 +98,11 @@ class _Told:
             return JSONResponse({"status": "ready"})
         return self._not_yet()
 
-    async def metrics(self, request: Request) -> Response:
-        text, media_type = await self._in_thread(self._metrics_text(request.headers.get("accept", "")))
-        return Response(text, headers={"content-type": media_type})
-
-    def _metrics_text(self, accept: str) -> Callable[[], tuple[bytes, str]]:
+    def metrics(self) -> Iterable[Metric]:
         phase, view = self._state.phase, self._state.view
         if view is None:
-            return lambda: exposition(phase_metrics(phase), accept)
-        peer, facts, coverage = view.status.peer, view.status.facts(), view.coverage()
-        return lambda: exposition((*phase_metrics(phase), *node_metrics(peer, facts, coverage)), accept)
+            return phase_metrics(phase)
+        return chain(phase_metrics(phase), node_metrics(view.status.peer, view.status.facts(), view.coverage()))
 
     async def status(self, request: Request) -> Response:
         view = self._state.view

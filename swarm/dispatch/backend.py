@@ -46,6 +46,14 @@ class SwarmExperts:
 
         Raises ExpertUnavailable; TransportError or ConfigError where the swarm is left meanwhile, or was before.
         """
+        try:
+            return self._run(layer, hidden, top_k_index, top_k_weights)
+        except BaseException as error:
+            if self._resident is not None:
+                self._resident.abandon(error)
+            raise
+
+    def _run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         call = LayerInput(layer, hidden.detach().to("cpu").contiguous(), top_k_weights.detach().to("cpu"), self._form)
         assignments = group_by_expert(top_k_index.to("cpu"), self._num_experts)
         self._count(layer)

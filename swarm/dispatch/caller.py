@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 from moehive.kernels.routing import Assignment
-from moehive.protocol.errors import ConfigError, ExpertUnavailable, PeerError, SwarmError
+from moehive.protocol.errors import BudgetTooSmall, ConfigError, ExpertUnavailable, PeerError, SwarmError
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.protocol.limits import MAX_DEADLINE
 from moehive.swarm.directory import Directory
 from moehive.swarm.log import get_logger
-from moehive.swarm.policy.hedging import HedgeBudget, HedgeSettings, after_request, hedge_after, spend
+from moehive.swarm.policy.hedging import HedgeBudget, HedgeSettings, after_request, hedge_after, spend, stuck_after
 from moehive.swarm.rpc.pool import ConnectionPool
 from moehive.swarm.standings import Standings
 from moehive.swarm.tasks import task_group
@@ -35,7 +36,8 @@ _LOOK_AGAIN = 0.25  # seconds between looks at the directory while nobody usable
 _log = get_logger(__name__)
 
 Outcome: TypeAlias = list[Part] | PeerError
-# Computes here what nobody can be asked for, by the deadline; raises SwarmError where the weights cannot be had.
+# Computes here what nobody can be asked for, by the deadline; raises SwarmError or BudgetTooSmall where the weights
+# cannot be had.
 LastResort = Callable[[LayerInput, Sequence[Assignment], float], Coroutine[Any, Any, list[Part]]]
 
 
@@ -214,8 +216,11 @@ class ExpertCaller:
         late = self._late_after(hedging, call, peer, share)
         asked = [asyncio.create_task(self._asker.ask(peer, call, share, deadline))]
         try:
-            await asyncio.wait(asked, timeout=late)
-            if not asked[0].done() and (plan := self._plan_hedge(call, peer, share)) is not None:
+            plan = await self._unless_answered(asked[0], late, partial(self._plan_hedge, call, peer, share))
+            if plan is None and not asked[0].done():
+                left = stuck_after(late, hedging) - late
+                plan = await self._unless_answered(asked[0], left, partial(self._elsewhere, call, peer, share))
+            if plan is not None:
                 self.stats.hedges += 1
                 asked.append(asyncio.create_task(self._ask_all(call, plan, share, deadline)))
             winner, outcome = await _first_good(asked)
@@ -223,6 +228,13 @@ class ExpertCaller:
             return outcome
         finally:
             self._let_go(asked)
+
+    async def _unless_answered(
+        self, answer: asyncio.Task[Outcome], seconds: float, plan: Callable[[], LayerPlan | None]
+    ) -> LayerPlan | None:
+        """What `plan` says if there is no answer after so many seconds."""
+        await asyncio.wait([answer], timeout=seconds)
+        return None if answer.done() else plan()
 
     def _late_after(self, hedging: HedgeSettings, call: LayerInput, peer: PeerId, share: Sequence[Assignment]) -> float:
         stats = self.stats.of(peer)
@@ -238,12 +250,16 @@ class ExpertCaller:
 
     def _plan_hedge(self, call: LayerInput, late: PeerId, share: Sequence[Assignment]) -> LayerPlan | None:
         """Who else could answer; None where nobody could for some expert, or the budget is spent."""
-        plan = self._plan(call, share, without=(late,))
-        budget = None if plan.missing else spend(self._budget)
+        plan = self._elsewhere(call, late, share)
+        budget = None if plan is None else spend(self._budget)
         if budget is None:
             return None
         self._budget = budget
         return plan
+
+    def _elsewhere(self, call: LayerInput, late: PeerId, share: Sequence[Assignment]) -> LayerPlan | None:
+        plan = self._plan(call, share, without=(late,))
+        return None if plan.missing else plan
 
     async def _ask_all(
         self, call: LayerInput, plan: LayerPlan, share: Sequence[Assignment], deadline: float, *, used: bool = True
@@ -311,7 +327,7 @@ class ExpertCaller:
             if here.done():
                 try:
                     return here.result()
-                except SwarmError as error:
+                except (SwarmError, BudgetTooSmall) as error:
                     _log.info("weights cannot be fetched either", layer=call.layer, reason=str(error))
             await waiting
             return []
@@ -322,12 +338,12 @@ class ExpertCaller:
         self, call: LayerInput, pending: Sequence[Assignment], deadline: float, reason: str
     ) -> None:
         """Return as soon as somebody usable holds one of `pending`. Raises ExpertUnavailable at the deadline."""
+        experts = sorted(assignment.expert for assignment in pending)
         notice = self._clock() + _NOTICE
         while (left := deadline - self._clock()) > 0:
             if self._plan(call, pending).remote:
                 return
             if self._clock() >= notice:
-                experts = [assignment.expert for assignment in pending]
                 _log.warning(
                     "waiting for a peer with these experts", layer=call.layer, experts=experts, seconds=int(left)
                 )
@@ -337,7 +353,7 @@ class ExpertCaller:
                     await self._directory.refresh()
                     if not self._plan(call, pending).remote:
                         await asyncio.sleep(_LOOK_AGAIN)
-        raise ExpertUnavailable(call.layer, [assignment.expert for assignment in pending], reason)
+        raise ExpertUnavailable(call.layer, experts, reason)
 
 
 async def _first_good(tasks: Sequence[asyncio.Task[Outcome]]) -> tuple[int, Outcome]:

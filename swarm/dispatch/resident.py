@@ -18,7 +18,7 @@ import torch
 
 from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.kernels.routing import Assignment
-from moehive.protocol.errors import SwarmError
+from moehive.protocol.errors import BudgetTooSmall, SwarmError
 from moehive.protocol.ids import ExpertKey
 from moehive.protocol.manifest import Manifest
 from moehive.swarm.log import get_logger
@@ -118,6 +118,10 @@ class ResidentExperts:
     def use_device(self, device: DeviceExperts) -> None:
         """From now on keep what is used in the memory of `device`, too, and compute it there. Its RAM tier is ours."""
         self._device = device
+
+    def abandon(self, error: BaseException) -> None:
+        """See RamTier.abandon."""
+        (self._device or self.tier).abandon(error)
 
     def close(self) -> None:
         """End the threads of the tiers."""
@@ -229,13 +233,12 @@ class ResidentExperts:
         dtype, size = self._dtype, self._manifest.experts[key].size
         started = self._clock()
         try:
-            weights = await self._weights.load(key, dtype, started + FETCH_TIMEOUT)
-        except SwarmError as error:
+            async with self._weights.load(key, dtype, started + FETCH_TIMEOUT) as fetched:
+                seconds = self._clock() - started
+                if fetched.room is not None:
+                    self.tier.put(fetched.room, fetched.take(), seconds)
+        except (SwarmError, BudgetTooSmall) as error:
             _log.info("an expert could not be fetched in the background", expert=str(key), reason=str(error))
-            return False
-        seconds = self._clock() - started
-        if not self.tier.put((key, dtype), weights, seconds):
-            _log.info("there is no room for an expert that was fetched in the background", expert=str(key))
             return False
         measured = seconds / size
         self._seconds_per_byte += (_SMOOTHING if self.fetched else 1.0) * (measured - self._seconds_per_byte)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moehive.kernels.routing import Assignment
-from moehive.protocol.errors import PeerError, SwarmError, WrongResult
+from moehive.protocol.errors import BudgetTooSmall, PeerError, SwarmError, WrongResult
 from moehive.protocol.ids import PeerId
 from moehive.swarm.log import get_logger
 from moehive.swarm.policy.trust import TOLERANCE, Comparison, Verdict, judge, second_lied
@@ -153,7 +153,7 @@ class SpotChecker:
                 continue  # one proof is enough
             try:
                 await self.check(check.peer, check.call, check.part)
-            except (SwarmError, PeerError) as error:
+            except (SwarmError, PeerError, BudgetTooSmall) as error:
                 self.counts.unchecked += 1
                 _log.info("an answer could not be checked", peer=check.peer, reason=str(error))
 

@@ -22,6 +22,7 @@ from moehive.swarm.tiers.accelerator import Accelerator
 
 from .backend import SwarmExperts
 from .caller import CallSettings, ExpertCaller
+from .request import DTYPES
 from .resident import ResidentExperts
 from .weights import SwarmWeights
 
@@ -51,7 +52,8 @@ class SwarmModel:
         self._num_experts = manifest.model.num_experts
         self._experts = manifest.experts
         loader = self._loader = ExpertLoader(manifest, source)
-        self.weights = SwarmWeights(manifest, loader, self._fetch)
+        tier = self._tier_of(manifest, ram) if ram else None
+        self.weights = SwarmWeights(manifest, loader, self._fetch, tier)
         self.caller = ExpertCaller(
             manifest.model_id,
             self._directory,
@@ -62,11 +64,15 @@ class SwarmModel:
         )
         self.resident: ResidentExperts | None = None
         self._kept_on: tuple[str, int] | None = None  # and in how many bytes of it
-        if ram:
-            largest = max(shard.size for shard in manifest.experts.values())
-            if ram < largest:  # what is not kept is computed by peers: one is enough
-                raise BudgetTooSmall("experts kept by this client", budget=ram, needed=largest)
-            self.resident = ResidentExperts(manifest, self.weights, WeightsTier(loader, ram))
+        if tier is not None:
+            self.resident = ResidentExperts(manifest, self.weights, tier)
+
+    def _tier_of(self, manifest: Manifest, ram: int) -> WeightsTier:
+        """What is not kept is computed by peers: one expert is enough."""
+        largest = self._loader.largest_room(DTYPES[manifest.model.dtype])
+        if ram < largest:
+            raise BudgetTooSmall("experts kept by this client", budget=ram, needed=largest)
+        return WeightsTier(self._loader, ram)
 
     async def run(self) -> None:
         """Everything that goes on beside the calls."""

@@ -97,16 +97,24 @@ class LocalExperts:
     def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See ExpertsBackend. Raises what `ExpertLoader.load` and RamTier.lease raise."""
         out = torch.zeros_like(hidden)  # [T, H]
-        if hidden.shape[0] == 1:
-            self._add_token(layer, out, hidden, top_k_index, top_k_weights)
-            return out
+        try:
+            if hidden.shape[0] == 1:
+                self._add_token(layer, out, hidden, top_k_index, top_k_weights)
+                return out
+            return self._add_tokens(layer, out, hidden, top_k_index, top_k_weights)
+        except BaseException as error:
+            self.tier.abandon(error)
+            raise
+
+    def _add_tokens(self, layer: int, out: Tensor, hidden: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
+        """`run` for several tokens, added to `out` [T, H]."""
         groups = group_by_expert(top_k_index, self._num_experts)
         counts = {_key(layer, group.expert, hidden): group.token.shape[0] for group in groups}
         self.tier.note(Uses(layer, counts, hidden.shape[0]))
         if self.watcher is not None:
             self.watcher.computing(layer, hidden, [group.expert for group in groups])
         outputs = ((group, self._rows(layer, group.expert, hidden.index_select(0, group.token))) for group in groups)
-        return combine_rows(out, outputs, top_k_weights)
+        return combine_rows(out, outputs, weights)
 
     def _add_token(self, layer: int, out: Tensor, hidden: Tensor, top_k_index: Tensor, weights: Tensor) -> None:
         """`run` for one token, added to `out` [1, H]. What is resident is computed first: the others load meanwhile."""
@@ -118,7 +126,7 @@ class LocalExperts:
         try:
             if self.watcher is not None:
                 self.watcher.computing(layer, hidden, list(dict.fromkeys(expert for expert, _ in order)))
-            for (expert, _), entry in zip(order, held, strict=True):
+            for (expert, _), entry in zip(order, held.entries, strict=True):
                 if entry is not None:
                     # In no variable: that would be memory that nobody counts once the entry is released.
                     rows[expert] = expert_ffn(

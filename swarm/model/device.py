@@ -55,8 +55,9 @@ class DeviceExperts:
     `kernels`: whether our kernels compute there, by default on a GPU; else torch's products do, one by one. Where it
     `takes_stored`, `ram` should hold experts so (WeightsTier.hold_stored).
 
-    Computes in `dtype`; calls in another are computed by the processor. Raises BudgetTooSmall where the budget holds
-    less than a token's experts need, and names the least that works.
+    Computes in `dtype`; calls in another are computed by the processor. The host memory that uploads go through is
+    taken from the budget of `ram`. Raises BudgetTooSmall where the budget holds less than a token's experts need, or
+    that of `ram` nothing beside the uploads, and names the least that works.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class DeviceExperts:
             top_k=loader.top_k,
             out_of_memory=is_out_of_memory,
         )
+        ram.set_aside(self.tier.staging_bytes, f"uploads to {accelerator.device}", dtype)
         self.ram = ram
         self.device = accelerator.device
         self.costs = Costs()
@@ -130,6 +132,18 @@ class DeviceExperts:
 
     def run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See ExpertsBackend. Raises what `ExpertLoader.load` and RamTier.lease raise."""
+        try:
+            return self._run(layer, hidden, top_k_index, top_k_weights)
+        except BaseException as error:
+            self.abandon(error)
+            raise
+
+    def abandon(self, error: BaseException) -> None:
+        """See RamTier.abandon. Of both tiers."""
+        self.tier.abandon(error)
+        self.ram.abandon(error)
+
+    def _run(self, layer: int, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         chosen = top_k_index.to(PROCESSOR)
         if self.grouped is not None:
             return self._sum(layer, hidden, group_by_expert(chosen, self._num_experts), top_k_weights)
@@ -213,7 +227,9 @@ class DeviceExperts:
             return
         held = ExitStack()
         held.enter_context(in_ram)
-        if not self.tier.begin_one(key, held.close):
+        if self.tier.begin_one(key, held.close):
+            in_ram.thread = 0  # the use is the upload's now, however this thread ends
+        else:
             held.close()
 
     def note(self, layer: int, rows: Mapping[int, int], tokens: int, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ from moehive.swarm.store.base import ObjectSource
 
 from .buffers import HostBuffers
 from .reading import read_tensors, tensor_table
-from .tensors import ALIGNMENT, TORCH_DTYPE, TURNED_PACKING, short_name, tensors_of
+from .tensors import ALIGNMENT, TORCH_DTYPE, TURNED_PACKING, first_offset, short_name, tensors_of
 
 
 def spec_of(ffn: ExpertFfn) -> FfnSpec:
@@ -116,10 +116,18 @@ class ExpertLoader:
         tensors = read_tensors(self._source, self._manifest, shard, allocate=self.buffers.allocate)
         return self._turn(key, _short(tensors))
 
-    def from_bytes(self, key: ExpertKey, shard: bytearray) -> StoredExpert:
-        """One expert's tensors, as `read` gives them, from its shard's verified bytes. Raises ManifestError."""
-        tensors = tensors_of(bytearray(shard), tensor_table(self._manifest, self._manifest.experts[key]))
-        return self._turn(key, _short(tensors))
+    def shard_buffer(self, key: ExpertKey) -> Tensor:
+        """Memory for an expert's shard, uint8 [size]."""
+        shard = self._manifest.experts[key]
+        return self.buffers.allocate(shard.size, first_offset(tensor_table(self._manifest, shard)))
+
+    def in_buffer(self, key: ExpertKey, buffer: Tensor) -> StoredExpert:
+        """One expert's tensors, as `read` gives them: views of a `shard_buffer` with its verified bytes.
+
+        Raises ManifestError.
+        """
+        table = tensor_table(self._manifest, self._manifest.experts[key])
+        return self._turn(key, _short(tensors_of(buffer, table)))
 
     def _turn(self, key: ExpertKey, tensors: StoredExpert) -> StoredExpert:
         if self._turned is None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from moehive.kernels.cpu.packed import can_pack, pack_weights, packed_bytes
 from moehive.kernels.expert_ffn import ExpertWeights
 from moehive.kernels.formats import ExpertMatrices
-from moehive.protocol.errors import MemoryExhausted
+from moehive.protocol.errors import BudgetTooSmall, MemoryExhausted
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.policy.budgets import ExpertForms, bytes_as_stored, least_experts, stays_widened
 from moehive.swarm.tiers.leases import Lease
@@ -109,6 +109,21 @@ class WeightsTier(RamTier[WeightsKey, ExpertWeights]):
             self._loader.buffers.keep(not self._packs)
             self._divide(whole, share)
         self._grow()
+
+    def set_aside(self, size: int, what: str, dtype: torch.dtype) -> None:
+        """Take `size` bytes from the budget for `what`, for good.
+
+        Raises BudgetTooSmall where one expert of `dtype` has no room beside it, and names the least that works.
+        """
+        least = size + self._loader.largest_room(dtype)
+        if self.budget_bytes < least:
+            raise BudgetTooSmall(f"memory for one expert, and for {what}", budget=self.budget_bytes, needed=least)
+        self.resize(self.budget_bytes - size)
+
+    def abandon(self, error: BaseException) -> None:
+        """See RamTier.abandon. Of both parts."""
+        super().abandon(error)
+        self.stored.abandon(error)
 
     @contextmanager
     def as_stored(self, key: ExpertKey) -> Iterator[ExpertMatrices]:

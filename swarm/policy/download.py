@@ -28,7 +28,7 @@ GUESSED_RATE = 16e6  # bytes per second, while no peer has sent anything
 SOONER = 1.5  # how many times sooner somebody else must be expected to bring a chunk, to be asked for it as well
 HEAD_START = 0.05  # seconds that this must be worth besides, where its owner is silent
 LONG_HEAD_START = 0.25  # the same where its owner is only slow: its bytes are on the wire, and would come twice
-LOOK_AGAIN = 0.05  # seconds between looks at the clock while peers with nothing to do watch the last chunks
+LOOK_AGAIN = 0.05  # seconds between looks at the clock while a peer with nothing to do leaves chunks to others
 NEAR = 2.0  # seconds: a peer that is paused for less than that is waited for
 
 
@@ -213,6 +213,7 @@ def _next_run(board: _Board, peer: Peer, item: Item) -> Ask | None:
     rarest = _rarest(board, item, candidates)
     first = lowest_from(rarest, item.start)
     count = _worth(board, peer, item, candidates, run_from(rarest, first, board.limit(peer.id)))
+    board.watching |= not count  # who is expected to be sooner may say nothing any more
     return Ask(peer.id, item.key, first, count) if count else None
 
 

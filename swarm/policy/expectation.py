@@ -1,7 +1,8 @@
 """When chunks can be expected from peers: each has a queue, a rate, and a last sign of life.
 
-A peer's next chunk comes a chunk time after its last one. A peer that is silent for several chunk times is expected to
-stay silent for as long again (Lindy's law), so that its chunks look later and later until they are asked elsewhere.
+A peer's next chunk comes a chunk time after its last one. What is overdue is expected to be so for as long again, and
+who is silent for several chunk times to stay silent for as long again (Lindy's law), so that its chunks look later and
+later until they are asked elsewhere.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def queue_of(pace: Pace, flights: Sequence[Flight], now: float, guessed_rate: fl
     silence = now - pace.heard
     unusual = SILENCE * gap + rtt + (0.0 if pace.rate else FIRST_CHUNK)
     silent = bool(flights) and silence > unusual
-    first = silence if silent else max(gap + rtt - silence, 0.0)
+    first = silence if silent else abs(gap + rtt - silence)  # overdue: it may take as long again
     due = sum(flight.count for flight in flights)
     base = max(rtt, first + (due - 1) * gap) if due else rtt
     return Queue(first, gap, base + pace.reluctance, rtt, silent)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.tiers.policy import Policy, Uses
-from moehive.swarm.tiers.residency import Entry, Residency, Speculation
+from moehive.swarm.tiers.residency import Residency, Speculation, Use
 
 from .control import Limits
 from .fitting import Routers, States
@@ -109,9 +109,9 @@ class SimulatedTier:
         self.now = now
         while self._queue and self._queue[0].end <= now:
             transfer = self._queue.pop(0)
-            self._publish(transfer, users=0)
+            self._publish(transfer)
 
-    def use(self, uses: Uses[ExpertKey]) -> tuple[list[Entry[ExpertKey, None]], float]:
+    def use(self, uses: Uses[ExpertKey]) -> tuple[Sequence[Use[ExpertKey, None]], float]:
         """A layer's entries, in use from now on, and when the last of them has arrived."""
         missing = self.held.note(uses)
         waiting = self._make_way(uses)
@@ -122,19 +122,21 @@ class SimulatedTier:
                 assert self.held.reserve(key, 1), "a budget holds what one layer's call uses"
                 under_way = self._append(key, None)
             ready = max(ready, under_way.end)
-        held = [entry for key in uses.rows if (entry := self.held.acquire(key)) is not None]
+        held = [Use[ExpertKey, None](0)]
+        self.held.acquire(uses.rows, held[0])
         for transfer in [transfer for transfer in self._queue if transfer.key in uses.rows]:
             self._queue.remove(transfer)
             self._busy = max(self._busy, transfer.end)
-            held.append(self._publish(transfer, users=1))
+            held.append(Use(0))
+            self._publish(transfer, held[-1:])
         for transfer in waiting:
             self._append(transfer.key, transfer.speculation)
         return held, ready
 
-    def end(self, held: Sequence[Entry[ExpertKey, None]]) -> None:
+    def end(self, held: Sequence[Use[ExpertKey, None]]) -> None:
         """The call is over."""
-        for entry in held:
-            self.held.release(entry)
+        for use in held:
+            self.held.release(use)
 
     # --- the link -------------------------------------------------------------------------------------------------
 
@@ -155,14 +157,14 @@ class SimulatedTier:
             self.held.cancel(1)
         return idle
 
-    def _publish(self, transfer: _Transfer, users: int) -> Entry[ExpertKey, None]:
+    def _publish(self, transfer: _Transfer, users: Sequence[Use[ExpertKey, None]] = ()) -> None:
         self.loads += 1
         speculation = transfer.speculation
         if speculation is not None:
             speculation.size, speculation.seconds = 1, self.load_seconds
             if users:
                 self.held.settle(speculation, used=True, hidden=max(0.0, self.now - transfer.begin))
-        return self.held.publish(transfer.key, None, 1, users, speculation)
+        self.held.publish(transfer.key, None, 1, users, speculation)
 
 
 def replay(

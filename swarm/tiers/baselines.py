@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Generic
 
 from .policy import Chances, K, Uses, first_to_free
@@ -38,6 +38,10 @@ class Lfu(Generic[K]):
     def evicted(self, key: K) -> None:
         """See Policy."""
         del self._sizes[key]
+
+    def restore(self, sizes: Mapping[K, int]) -> None:
+        """See Policy."""
+        self._sizes = dict(sizes)
 
     def victims(
         self, incoming: K | None, need: int, keep: Callable[[K], bool], *, chance: float | None = None
@@ -86,6 +90,12 @@ class Belady(Generic[K]):
     def evicted(self, key: K) -> None:
         """See Policy."""
         del self._sizes[key]
+
+    def restore(self, sizes: Mapping[K, int]) -> None:
+        """See Policy."""
+        self._sizes, self._heap = {}, []
+        for key, size in sizes.items():
+            self.loaded(key, size)
 
     def victims(
         self, incoming: K | None, need: int, keep: Callable[[K], bool], *, chance: float | None = None

@@ -9,8 +9,9 @@ written anew only after all that was ordered while it was leased is done.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from contextlib import ExitStack
+from threading import get_ident
 from types import TracebackType
 from typing import Final, Generic, TypeVar
 
@@ -23,6 +24,7 @@ from .lfru import Lfru
 from .loading import LOADERS
 from .policy import Place, Uses
 from .ram import RamTier
+from .staging import Staging, StagingBuffers
 from .stats import TierStats
 
 K = TypeVar("K", bound=Hashable)
@@ -34,11 +36,12 @@ UPLOADS: Final = 2  # newcomers of one layer and step that may take other layers
 class Slot:
     """Device memory for one entry. `index` stays the same for as long as the tier lives."""
 
-    __slots__ = ("_lock", "_reads", "index", "memory")
+    __slots__ = ("_lock", "_reads", "index", "memory", "taker")
 
     def __init__(self, index: int, memory: Tensor) -> None:
         self.index = index
         self.memory = memory  # uint8 [slot bytes]
+        self.taker: Hashable = None  # the key that it was last taken for
         self._reads: list[Event] = []  # of leases that ended
         self._lock = threading.Lock()
 
@@ -47,16 +50,10 @@ class Slot:
         with self._lock:
             self._reads = [*(one for one in self._reads if not one.query()), event]
 
-    def take_reads(self) -> Sequence[Event]:
-        """What has to be waited for before the slot is written to; only once."""
-        with self._lock:
-            reads, self._reads = self._reads, []
-        return reads
-
-    def put_reads(self, reads: Sequence[Event]) -> None:
-        """Nothing was written after `take_reads`: they still have to be waited for."""
-        with self._lock:
-            self._reads = [*reads, *self._reads]
+    @property
+    def reads(self) -> Sequence[Event]:
+        """What has to be waited for before the slot is written to."""
+        return self._reads
 
 
 class SlotPool:
@@ -75,12 +72,19 @@ class SlotPool:
         """Of device memory."""
         return len(self.slots) * self._slot_bytes
 
-    def take(self) -> Slot:
-        """A free slot. Raises torch.OutOfMemoryError where the device has none, and nothing is changed."""
+    def take(self, key: Hashable) -> Slot:
+        """A free slot, for `key`. Raises torch.OutOfMemoryError where the device has none, and nothing is changed."""
         with self._lock:
             if not self._free:
                 self._grow()
+            self._free[-1].taker = key
             return self._free.pop()
+
+    def recover(self, used: Collection[Slot], loading: Collection[Hashable]) -> None:
+        """Get back what was neither free, nor is `used`, nor was taken for one of `loading`: lost by an interrupt."""
+        with self._lock:
+            busy = {slot for slot in self.slots if slot.taker in loading}.difference(self._free).union(used)
+            self._free = [slot for slot in self.slots if slot not in busy]
 
     def give(self, slot: Slot) -> None:
         """It is free again, though what was enqueued may still read it."""
@@ -106,7 +110,7 @@ class Upload:
 
     __slots__ = ("ready", "slot", "staging")
 
-    def __init__(self, slot: Slot, ready: Event, staging: Tensor) -> None:
+    def __init__(self, slot: Slot, ready: Event, staging: Staging) -> None:
         self.slot = slot
         self.ready = ready
         self.staging = staging
@@ -116,7 +120,8 @@ class DeviceTier(Generic[K]):
     """Entries of `slot_bytes` each in the memory of `accelerator`, using at most `budget_bytes` of it.
 
     `pack` writes an entry's bytes to host memory, uint8 [slot_bytes]; it is called on threads of the tier. `place` is
-    the policy's: a key's layer and number. Besides the budget it uses host memory for one entry per thread that loads.
+    the policy's: a key's layer and number. Besides the budget it uses host memory, `staging_bytes` at most: uploads
+    that find none of it free wait for others.
     """
 
     def __init__(
@@ -134,7 +139,7 @@ class DeviceTier(Generic[K]):
         self.slot_bytes = slot_bytes
         self._accelerator = accelerator
         self._pack = pack
-        self._staging: list[Tensor] = []  # free
+        self._staging = StagingBuffers(accelerator, slot_bytes, loaders + 1)  # one is whose who waits for an upload
         self._pool = SlotPool(accelerator, slot_bytes, budget_bytes // slot_bytes)
         self._tier: RamTier[K, Upload] = RamTier(
             budget_bytes,
@@ -154,7 +159,7 @@ class DeviceTier(Generic[K]):
         """Wait for what was begun; nothing is loaded ahead afterwards."""
         self._tier.close()
         for slot in self._pool.slots:
-            for event in slot.take_reads():
+            for event in slot.reads:
                 event.synchronize()
 
     def note(self, uses: Uses[K]) -> Sequence[K]:
@@ -190,9 +195,23 @@ class DeviceTier(Generic[K]):
         lease = self._tier.try_lease(key)
         return None if lease is None else DeviceLease(self._accelerator, lease)
 
+    def abandon(self, error: BaseException) -> None:
+        """See RamTier.abandon. What the thread has enqueued may still read the slots that it used."""
+        event = self._accelerator.record()
+        for slot in self._pool.slots:
+            slot.read(event)
+        self._tier.abandon(error)
+        self._staging.recover(get_ident())
+        self._tier.look(lambda uploads, loading: self._pool.recover({one.slot for one in uploads}, loading))
+
     def keys(self) -> Sequence[K]:
         """What is resident now."""
         return self._tier.keys()
+
+    @property
+    def staging_bytes(self) -> int:
+        """Host memory that uploads use at most."""
+        return self._staging.most_bytes
 
     @property
     def upload_seconds(self) -> float:
@@ -218,27 +237,19 @@ class DeviceTier(Generic[K]):
 
     def _upload(self, key: K) -> Upload:
         with ExitStack() as undo:  # a slot that is not given back after a failure is lost for good
-            staging = self._take_staging()
-            undo.callback(self._staging.append, staging)
-            slot = self._pool.take()
+            staging, memory = self._staging.take()
+            undo.callback(self._staging.give, staging)
+            slot = self._pool.take(key)
             undo.callback(self._pool.give, slot)
-            self._pack(key, staging)
-            reads = slot.take_reads()
-            undo.callback(slot.put_reads, reads)
-            upload = Upload(slot, self._accelerator.copy(slot.memory, staging, reads), staging)
+            self._pack(key, memory)
+            staging.copied = ready = self._accelerator.copy(slot.memory, memory, slot.reads)
             undo.pop_all()
-            return upload
-
-    def _take_staging(self) -> Tensor:
-        try:
-            return self._staging.pop()
-        except IndexError:  # a thread more than ever before
-            return self._accelerator.staging(self.slot_bytes)
+            return Upload(slot, ready, staging)
 
     def _arrive(self, upload: Upload) -> None:
         """On the thread that loads: its staging memory is free when the copy is over."""
         upload.ready.synchronize()
-        self._staging.append(upload.staging)
+        self._staging.give(upload.staging)
 
 
 class DeviceLease(Generic[K]):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from .residency import Entry, Speculation
+from .residency import Speculation, Use
 
 if TYPE_CHECKING:
     from .ram import RamTier
@@ -20,12 +21,13 @@ V = TypeVar("V")
 class Claim(Generic[K]):
     """Bytes that somebody waits for. Changed under the tier's lock."""
 
-    __slots__ = ("granted", "key", "size")
+    __slots__ = ("granted", "key", "size", "thread")
 
     def __init__(self, key: K | None, size: int) -> None:
         self.key = key  # of the entry that they are for; None: for something else
         self.size = size
         self.granted = False  # promised, as by Residency.reserve
+        self.thread = get_ident()
 
 
 class Flight(Generic[K, V]):
@@ -34,11 +36,11 @@ class Flight(Generic[K, V]):
     __slots__ = (
         "done",
         "ended",
-        "entry",
         "error",
         "future",
         "group",
         "key",
+        "landed",
         "pilot",
         "reserved",
         "speculation",
@@ -46,18 +48,18 @@ class Flight(Generic[K, V]):
         "value",
     )
 
-    def __init__(self, key: K, group: int, reserved: int, users: int, speculation: Speculation | None = None) -> None:
+    def __init__(self, key: K, group: int, reserved: int, speculation: Speculation | None = None) -> None:
         self.key = key
         self.group = group
         self.reserved = reserved  # bytes
-        self.users = users  # leases that wait for it
+        self.users: list[Use[K, V]] = []  # that wait for it
         self.speculation = speculation
         self.done = threading.Event()
         self.ended: Callable[[], None] | None = None  # to be told, whatever came of it
         self.future: Future[None] | None = None  # of the loader thread; None: who needs it loads it
         self.pilot = 0  # the thread that needs it and loads it; 0: a loader thread
         self.value: V | None = None  # from its load until it is an entry
-        self.entry: Entry[K, V] | None = None
+        self.landed = False  # it is an entry, which its users use
         self.error: BaseException | None = None
 
     def end(self) -> None:
@@ -67,34 +69,34 @@ class Flight(Generic[K, V]):
             self.ended()
 
 
-class Lease(Generic[K, V]):
+class Lease(Use[K, V]):
     """One use of one entry, as a context manager that gives the value. Not to be entered twice at a time."""
 
-    __slots__ = ("_entry", "_key", "_tier")
+    __slots__ = ("_key", "_tier")
 
-    def __init__(self, tier: RamTier[K, V], key: K, entry: Entry[K, V] | None) -> None:
+    def __init__(self, tier: RamTier[K, V], key: K) -> None:
+        super().__init__(get_ident())
         self._tier = tier
         self._key = key
-        self._entry = entry
 
     def __enter__(self) -> V:
         """Raises what RamTier.lease says."""
-        entry = self._entry
-        if entry is None:
-            tier = self._tier
-            with tier._lock:  # a hit takes this one step: it happens top_k times per layer and token
-                entry = tier._residency.acquire(self._key)
-            if entry is None:
-                entry = tier._obtain(self._key)
-            self._entry = entry
+        tier = self._tier
+        if self not in tier._residency.uses:  # else it was tried before
+            with tier._lock:  # a hit takes this one step: it happens for each expert of a prompt's layer
+                found = tier._residency.acquire((self._key,), self)
+            if not found:
+                tier._obtain(self._key, self)
+        entry = self.entries[0]
+        assert entry is not None, "it is not resident"
         return entry.value
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        entry, self._entry = self._entry, None
-        assert entry is not None, "left without having been entered"
         tier = self._tier
-        with tier._lock:
-            if tier._residency.release(entry):
+        if self in tier._residency.uses:  # else it was taken back; the collector may be who ends it, inside the lock
+            with tier._lock:
+                tier._residency.release(self)
                 tier._notify()
+        self.entries = ()

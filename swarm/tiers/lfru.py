@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Generic
 
 import numpy as np
@@ -139,6 +139,17 @@ class Lfru(Generic[K]):
         if not keys:
             del self._entries[row, column]
             self._resident[row, column] = False
+
+    def restore(self, sizes: Mapping[K, int]) -> None:
+        """See Policy."""
+        self._entries = {}
+        for key, size in sizes.items():
+            layer, column = self._place(key)
+            self._entries.setdefault((self._row(layer, column), column), {})[key] = size
+        self._resident[:], self._counts[:] = False, 0
+        for (row, column), keys in self._entries.items():
+            self._resident[row, column] = True
+            self._counts[row] += len(keys)
 
     def _learn(self, row: int, columns: list[int]) -> None:
         """Compare what was expected of a layer with what it uses now."""
@@ -271,11 +282,14 @@ class Lfru(Generic[K]):
     def _grow(self, rows: int, experts: int) -> None:
         """Add rows for new layers and cells for new experts. Happens while the first token is computed."""
         self._known_worth = self._transitions = None
-        self._used = np.pad(self._used, ((0, rows), (0, 0), (0, experts)))
-        self._seen = np.pad(self._seen, ((0, rows), (0, 0)))
-        self._told = np.pad(self._told, ((0, rows), (0, experts)), constant_values=np.nan)
-        self._resident = np.pad(self._resident, ((0, rows), (0, experts)))
-        self._counts = np.pad(self._counts, (0, rows))
+        used = np.pad(self._used, ((0, rows), (0, 0), (0, experts)))
+        seen = np.pad(self._seen, ((0, rows), (0, 0)))
+        told = np.pad(self._told, ((0, rows), (0, experts)), constant_values=np.nan)
+        resident = np.pad(self._resident, ((0, rows), (0, experts)))
+        counts = np.pad(self._counts, (0, rows))
         layers = sorted(self._rows)
-        self._turn = np.array([layers.index(layer) for layer in self._rows])
-        self._order = np.argsort(self._turn)
+        turn = np.array([layers.index(layer) for layer in self._rows])
+        order = np.argsort(turn)
+        # All at once: arrays of different shapes, after an interrupt in between, would be an error at every step.
+        self._used, self._seen, self._told, self._resident, self._counts = used, seen, told, resident, counts
+        self._turn, self._order = turn, order

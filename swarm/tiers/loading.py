@@ -18,7 +18,7 @@ from moehive.protocol.units import format_size
 
 from .leases import Claim, Flight
 from .policy import Lru, Policy
-from .residency import Entry, Residency
+from .residency import Residency
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -29,7 +29,7 @@ _LOOK: Final = 1.0  # seconds after which who waits for room looks for itself
 _WAIT: Final = 60.0  # seconds a miss waits for others to release, before it reports what budget would have done
 
 
-def _forget_frames(error: BaseException) -> None:
+def forget_frames(error: BaseException) -> None:
     """Whoever keeps an error keeps no memory by it: its frames have what was half loaded, which nobody counts."""
     found: BaseException | None = error
     while found is not None:
@@ -73,6 +73,7 @@ class Loading(Generic[K, V]):
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)  # notified when claims were granted, or what they are judged by
         self._claims: list[Claim[K]] = []  # of those who wait for room, the oldest first
+        self._borrowed: list[Claim[K]] = []
         self._flights: dict[K, Flight[K, V]] = {}
         self._failed: dict[K, Exception] = {}  # loads ahead that failed before anybody waited for them
         self._pool: ThreadPoolExecutor | None = None
@@ -115,16 +116,16 @@ class Loading(Generic[K, V]):
         with suppress(Exception):  # supervision point: it is kept in the flight
             self._fly(flight)
 
-    def _fly(self, flight: Flight[K, V]) -> Entry[K, V]:
+    def _fly(self, flight: Flight[K, V]) -> None:
         try:
             if not flight.reserved:
                 self._reserve_for(flight)
             started = self._clock()
             flight.value = self._load(flight)
             coming = None if self._arrive is None else flight.value
-            entry = self._publish(flight, None if self._arrive else self._clock() - started)
+            self._publish(flight, None if self._arrive else self._clock() - started)
         except BaseException as error:
-            _forget_frames(error)
+            forget_frames(error)
             with self._lock:
                 self._abort(flight, error)
             raise
@@ -134,7 +135,6 @@ class Loading(Generic[K, V]):
             self._arrive(coming)
             with self._lock:
                 self._count_seconds(flight.group, self._clock() - started)
-        return entry
 
     def _abort(self, flight: Flight[K, V], error: BaseException) -> None:
         """Inside the lock: it has failed, if it had not landed; its waiters are not told yet."""
@@ -176,7 +176,7 @@ class Loading(Generic[K, V]):
             self._shrinks += 1
         self._freed()
 
-    def _publish(self, flight: Flight[K, V], seconds: float | None) -> Entry[K, V]:
+    def _publish(self, flight: Flight[K, V], seconds: float | None) -> None:
         """Make the value of a flight an entry, which took `seconds`, where that is known already.
 
         No frame refers to it, unless it has still to arrive: it may be evicted as soon as the lock is free.
@@ -192,13 +192,12 @@ class Loading(Generic[K, V]):
                 flight.speculation.size, flight.speculation.seconds = size, seconds or 0.0
                 held.speculation.bytes += size
             del self._flights[flight.key]
-            entry = flight.entry = held.publish(flight.key, flight.value, size, flight.users, flight.speculation)
-            flight.value = None
+            held.publish(flight.key, flight.value, size, flight.users, flight.speculation)
+            flight.value, flight.landed = None, True
             self._count_bytes(flight.group, size)
             if seconds is not None:
                 self._count_seconds(flight.group, seconds)
             self._notify()
-            return entry
 
     def _count_bytes(self, group: int, size: int) -> None:
         """Inside the lock."""
@@ -216,34 +215,63 @@ class Loading(Generic[K, V]):
 
         Waits for them as a load does; raises BudgetTooSmall.
         """
+        claim = Claim[K](None, size)
         with self._room:
-            self._reserve(None, size, what)
+            self._reserve(claim, what)
+            self._borrowed.append(claim)
         try:
             yield
         finally:
-            with self._lock:
-                self._residency.cancel(size)
+            self._give_back(claim)
+
+    @contextmanager
+    def incoming(self, key: K) -> Iterator[Claim[K] | None]:
+        """The room that loading `key` takes, for somebody who loads it elsewhere and hands it to RamTier.put.
+
+        Does not wait: None where there is no room now, or others wait for it. What was not put is given back.
+        """
+        claim = Claim(key, self._room_of(key))
+        with self._lock:
+            if not self._claims and self._residency.reserve(key, claim.size):
+                self._borrowed.append(claim)
+        try:
+            yield claim if claim in self._borrowed else None
+        finally:
+            self._give_back(claim)
+
+    def _give_back(self, claim: Claim[K]) -> None:
+        """Borrowed bytes, unless they were given back, or taken back."""
+        with self._lock:
+            if claim in self._borrowed:
+                self._borrowed.remove(claim)
+                self._residency.cancel(claim.size)
                 self._notify()
 
     def _reserve_for(self, flight: Flight[K, V]) -> None:
         """Wait until the bytes of a load are promised. Raises BudgetTooSmall."""
         room = self._room_of(flight.key)
         with self._room:
-            self._reserve(flight.key, room, str(flight.key))
+            self._reserve(Claim(flight.key, room), str(flight.key))
             flight.reserved = room
 
-    def _reserve(self, key: K | None, size: int, what: str) -> None:
-        """Inside the lock: wait until `size` bytes are promised."""
-        if self._residency.reserve(key, size):
+    def _promised(self) -> int:
+        """Inside the lock: bytes that are reserved, by whom they are reserved for."""
+        granted = [claim for claim in self._claims if claim.granted]
+        flights = sum(flight.reserved for flight in self._flights.values())
+        return flights + sum(claim.size for claim in [*granted, *self._borrowed])
+
+    def _reserve(self, claim: Claim[K], what: str) -> None:
+        """Inside the lock: wait until the bytes are promised."""
+        if not self._claims and self._residency.reserve(claim.key, claim.size):
             return
-        claim = Claim(key, size)
         deadline = time.monotonic() + self._wait
         try:
             self._claims.append(claim)
+            self._grant()
             while not claim.granted:
                 left = deadline - time.monotonic()
-                if left <= 0 or size > self._residency.budget:
-                    raise self._residency.refusal(f"{self.name} tier, {what}", size)
+                if left <= 0 or claim.size > self._residency.budget:
+                    raise self._residency.refusal(f"{self.name} tier, {what}", claim.size)
                 if not self._room.wait(min(left, _LOOK)):
                     self._notify()  # who released something may have been interrupted before it said so
         except BaseException:
@@ -258,12 +286,30 @@ class Loading(Generic[K, V]):
         """Inside the lock: something became evictable or unreserved, which goes to who waits for it longest.
 
         Not to whoever comes first: a thread that releases one entry and needs the next at once is there before any
-        other has woken up, and would be again and again. A claim that is too large for now holds up none behind it,
-        since who made those may have in use what the large one waits for.
+        other has woken up, and would be again and again.
         """
-        if not self._claims:
-            return
+        if self._claims:
+            self._grant()
+            self._room.notify_all()
+
+    def _grant(self) -> None:
+        """Inside the lock: promise room to those who wait for it, the oldest first.
+
+        One that is too large for now holds up those behind it, or smaller ones would always be served before it. But
+        not who has in use what it may be waiting for, and whoever those wait for: they come to an end first.
+        """
+        held_up = False
+        holders = {use.thread for use in self._residency.uses} | {claim.thread for claim in self._borrowed}
         for claim in self._claims:
-            if not claim.granted:  # those go when they have woken up
+            if not claim.granted and not (held_up and holders.isdisjoint(self._waiting_for(claim))):
                 claim.granted = self._residency.reserve(claim.key, claim.size)
-        self._room.notify_all()
+                held_up = held_up or not claim.granted
+
+    def _waiting_for(self, claim: Claim[K]) -> set[int]:
+        """Inside the lock: the threads that go on once a claim is granted."""
+        flight = None if claim.key is None else self._flights.get(claim.key)
+        return {claim.thread} | {use.thread for use in (() if flight is None else flight.users)}
+
+    def _reserve_spare(self, key: K, room: int, chance: float | None = None) -> bool:
+        """Inside the lock: Residency.reserve_spare, but nothing while somebody waits for room."""
+        return not self._claims and self._residency.reserve_spare(key, room, chance=chance)

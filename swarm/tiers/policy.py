@@ -50,6 +50,9 @@ class Policy(Protocol[K]):
     def evicted(self, key: K) -> None:
         """`key` left, by this policy's decision or by somebody's order."""
 
+    def restore(self, sizes: Mapping[K, int]) -> None:
+        """These and no others are resident: whoever told of the last change was interrupted, at any place."""
+
     def victims(
         self, incoming: K | None, need: int, keep: Callable[[K], bool], *, chance: float | None = None
     ) -> Sequence[K] | None:
@@ -83,6 +86,10 @@ class Lru(Generic[K]):
     def evicted(self, key: K) -> None:
         """See Policy."""
         del self._sizes[key]
+
+    def restore(self, sizes: Mapping[K, int]) -> None:
+        """See Policy."""
+        self._sizes = OrderedDict({key: sizes[key] for key in [*self._sizes, *sizes] if key in sizes})
 
     def victims(
         self, incoming: K | None, need: int, keep: Callable[[K], bool], *, chance: float | None = None

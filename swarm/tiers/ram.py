@@ -12,15 +12,15 @@ that fails for it lowers the budget and is tried once more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import replace
 from threading import get_ident
 from typing import TypeVar
 
-from .leases import Flight, Lease
-from .loading import Loading
+from .leases import Claim, Flight, Lease
+from .loading import Loading, forget_frames
 from .policy import Chances, Uses
-from .residency import Entry, Speculation
+from .residency import Speculation, Use
 from .stats import TierStats
 
 K = TypeVar("K", bound=Hashable)
@@ -50,25 +50,26 @@ class RamTier(Loading[K, V]):
         with self._lock:
             return self._note(uses, ahead)
 
-    def hold(self, layer: int, keys: Sequence[K]) -> Sequence[Entry[K, V] | None]:
+    def hold(self, layer: int, keys: Sequence[K]) -> Use[K, V]:
         """`note`, and a lease of all of `keys` that is resident, for a call that uses each for one token.
 
-        The entries are in the order of `keys`, None where one is absent. Take a value from its entry where it is
-        computed with, and `release` the entries afterwards, before what is absent is leased. Not to be changed: `keys`.
+        Its entries are in the order of `keys`, None where one is absent. Take a value from its entry where it is
+        computed with, and `release` them afterwards, before what is absent is leased. Not to be changed: `keys`.
 
         Decoding does this once per layer and token, where a lock per entry, or an object for a `with`, is felt.
         """
         with self._lock:
-            held = None if self._failed else self._residency.hold(layer, keys)
-            if held is not None:
-                return held
-            self._note(Uses(layer, dict.fromkeys(keys, 1)), ahead=True)
-            return [self._residency.acquire(key) for key in keys]
+            use = None if self._failed else self._residency.hold(layer, keys, get_ident())
+            if use is None:
+                self._note(Uses(layer, dict.fromkeys(keys, 1)), ahead=True)
+                use = Use(get_ident())
+                self._residency.acquire(keys, use)
+            return use
 
-    def release(self, entries: Sequence[Entry[K, V] | None]) -> None:
+    def release(self, use: Use[K, V]) -> None:
         """End what `hold` began."""
         with self._lock:
-            self._residency.release_all(entries)
+            self._residency.release(use)
             if self._claims:
                 self._notify()
 
@@ -110,26 +111,42 @@ class RamTier(Loading[K, V]):
         Entering raises BudgetTooSmall where the entry is larger than the budget, or too much stays in use for too long;
         MemoryExhausted; and whatever `load` raises.
         """
-        return Lease(self, key, None)
+        return Lease(self, key)
 
     def try_lease(self, key: K) -> Lease[K, V] | None:
         """A lease of a resident value, already acquired: enter it, and only once. None where it is absent."""
+        lease = Lease(self, key)
         with self._lock:
-            entry = self._residency.acquire(key)
-        return None if entry is None else Lease(self, key, entry)
+            return lease if self._residency.acquire((key,), lease) else None
 
-    def put(self, key: K, value: V, seconds: float) -> bool:
-        """Keep a value that somebody else loaded, in `seconds`; whether there is room. A resident one stays."""
-        size = self._size_of(value)
+    def abandon(self, error: BaseException) -> None:
+        """Take back all that this thread has of the tier, whose call ended with `error`.
+
+        What was leased has been released on the way, unless the thread was interrupted (Ctrl-C) between two lines of
+        these methods, of a `with` or of a `finally`. For who began the call: nothing of it may be in use any more.
+        The error keeps no memory of a tier either, as a notebook's last one would.
+        """
+        me = get_ident()
+        forget_frames(error)
+        with self._lock:
+            self._borrowed = [claim for claim in self._borrowed if claim.thread != me]
+            self._residency.recover(me, self._promised())
+            self._notify()
+
+    def put(self, claim: Claim[K], value: V, seconds: float) -> None:
+        """Keep a value that somebody else loaded, in `seconds`, in the room of an `incoming`. A resident one stays."""
+        key, size = claim.key, self._size_of(value)
+        assert key is not None, "room for no entry"
+        assert size <= claim.size, f"{key} takes {size} bytes, {claim.size} were announced"
         with self._lock:
             if key in self._residency.entries or key in self._flights:
-                return True
-            if not self._residency.reserve(key, size):
-                return False
+                return
+            self._borrowed.remove(claim)
+            self._residency.cancel(claim.size - size)
             self._count_bytes(self._group(key), size)
             self._residency.counts(self._group(key)).loads.add(seconds)
-            self._residency.publish(key, value, size, 0)
-            return True
+            self._residency.publish(key, value, size)
+            self._notify()
 
     # --- loading ahead --------------------------------------------------------------------------------------------
 
@@ -151,9 +168,9 @@ class RamTier(Loading[K, V]):
                 if key in self._residency.entries or key in self._flights:
                     continue
                 room = self._room_of(key)
-                if started == most or not self._loaders or not self._residency.reserve_spare(key, room, chance=chance):
+                if started == most or not self._loaders or not self._reserve_spare(key, room, chance):
                     break
-                self._submit(Flight(key, layer, room, 0, Speculation(rank)))
+                self._submit(Flight(key, layer, room, Speculation(rank)))
                 self._residency.speculation.loads += 1
                 started += 1
             return started
@@ -177,9 +194,9 @@ class RamTier(Loading[K, V]):
             if key in self._flights:
                 continue
             room = self._room_of(key)
-            if busy >= self._loaders or not self._residency.reserve_spare(key, room):
+            if busy >= self._loaders or not self._reserve_spare(key, room):
                 break
-            flight = Flight[K, V](key, layer, room, 0)
+            flight = Flight[K, V](key, layer, room)
             flight.ended = ended
             self._submit(flight)
             begun, busy = begun + 1, busy + 1
@@ -195,6 +212,11 @@ class RamTier(Loading[K, V]):
                 self._residency.speculation.loads -= 1
                 self._residency.speculation.cancelled += 1
                 self._notify()
+
+    def look(self, see: Callable[[Sequence[V], Collection[K]], None]) -> None:
+        """Show `see`, inside the lock, all resident values and the keys that are being loaded."""
+        with self._lock:
+            see([entry.value for entry in self._residency.entries.values()], self._flights.keys())
 
     def keys(self) -> Sequence[K]:
         """What is resident now."""
@@ -246,66 +268,63 @@ class RamTier(Loading[K, V]):
                 groups={group: counts.copy() for group, counts in held.groups.items()},
             )
 
-    def _obtain(self, key: K) -> Entry[K, V]:
-        """A use of an entry that was absent a moment ago: loaded meanwhile, joined, or loaded here."""
+    def _obtain(self, key: K, use: Use[K, V]) -> None:
+        """Begin to use an entry that was absent a moment ago: loaded meanwhile, joined, or loaded here."""
         started = self._clock()
         boarded: list[Flight[K, V]] = []  # the newest is the one that this thread is on
         try:
-            entry = self._fetch(key, boarded)
+            self._fetch(key, use, boarded)
             self._count_stall(key, self._clock() - started, boarded[-1].speculation if boarded else None)
         except BaseException as error:
             if boarded:
-                self._leave(boarded[-1], error)
+                self._leave(boarded[-1], use, error)
             raise
-        return entry
 
-    def _fetch(self, key: K, boarded: list[Flight[K, V]]) -> Entry[K, V]:
-        while True:
-            entry = self._find(key, boarded)
-            if entry is not None:
-                return entry
+    def _fetch(self, key: K, use: Use[K, V], boarded: list[Flight[K, V]]) -> None:
+        while not self._find(key, use, boarded):
             flight = boarded[-1]
             if flight.pilot == get_ident():
-                return self._fly(flight)
-            flight.done.wait()
-            if flight.entry is not None:
-                return flight.entry
+                self._fly(flight)
+            else:
+                flight.done.wait()
+            if flight.landed:
+                break
             if isinstance(flight.error, Exception) and flight.speculation is None:
                 raise flight.error
             # A guess may fail for a reason that has passed, so whoever needs the entry tries again. Or else the
             # loading thread was interrupted (KeyboardInterrupt, SystemExit): that is its own affair. Load here.
 
-    def _find(self, key: K, boarded: list[Flight[K, V]]) -> Entry[K, V] | None:
-        """The entry, now used; or None, and this thread is on the flight that is appended, waiting or as its pilot."""
+    def _find(self, key: K, use: Use[K, V], boarded: list[Flight[K, V]]) -> bool:
+        """Whether it is used now; if not, this thread is on the flight that is appended, waiting or as its pilot."""
         with self._lock:
             if (error := self._failed.pop(key, None)) is not None:
                 raise error
             # Looked up again: the flight that was waited for may have been another thread's failure.
             flight = self._flights.get(key)
             if flight is None:
-                entry = self._residency.acquire(key)
-                if entry is not None:
-                    return entry
-                flight = Flight(key, self._group(key), 0, 0)
+                if self._residency.acquire((key,), use):
+                    return True
+                flight = Flight(key, self._group(key), 0)
                 flight.pilot = get_ident()
                 self._flights[key] = flight
-            flight.users += 1
             boarded.append(flight)
+            flight.users.append(use)
+            self._notify()  # its claim to room may go before others now
             if flight.future is not None and flight.future.cancel():  # no loader thread has begun with it
                 flight.future, flight.pilot = None, get_ident()
-            return None
+            return False
 
-    def _leave(self, flight: Flight[K, V], error: BaseException) -> None:
+    def _leave(self, flight: Flight[K, V], use: Use[K, V], error: BaseException) -> None:
         """This thread was on a flight when it failed, or was interrupted (Ctrl-C): let nobody wait for it in vain."""
         with self._lock:
             flies = flight.pilot == get_ident() or (flight.future is not None and flight.future.cancelled())
-            if flight.entry is not None:
-                self._residency.release(flight.entry)
+            if flight.landed:
+                self._residency.release(use)
                 self._notify()
             elif flies:
                 self._abort(flight, error)
-            else:
-                flight.users -= 1
+            elif use in flight.users:
+                flight.users.remove(use)
         if flies and not flight.done.is_set():  # it was not begun
             flight.end()
 

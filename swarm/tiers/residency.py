@@ -3,6 +3,9 @@
 Every rule that must hold under any interleaving of threads lives here, where a test can interleave calls as it likes:
 bytes resident and reserved stay within the budget; what is in use or pinned stays; a load that fails leaves no trace.
 `ram.RamTier` adds the lock, the threads that wait and the loading.
+
+What is in use is known by who uses it, and not by counts: a thread can be interrupted (Ctrl-C) between any two lines,
+so that counts could be one too high for ever. `recover` makes all that is derived agree with what is there again.
 """
 
 from __future__ import annotations
@@ -36,14 +39,23 @@ class Speculation:
 class Entry(Generic[K, V]):
     """One resident value. Whoever changes it holds the tier's lock."""
 
-    __slots__ = ("in_use", "key", "size", "speculation", "value")
+    __slots__ = ("key", "size", "speculation", "value")
 
-    def __init__(self, key: K, value: V, size: int, in_use: int, speculation: Speculation | None) -> None:
+    def __init__(self, key: K, value: V, size: int, speculation: Speculation | None) -> None:
         self.key = key
         self.value = value
         self.size = size
-        self.in_use = in_use
         self.speculation = speculation  # until the first use
+
+
+class Use(Generic[K, V]):
+    """Some entries that a thread uses, as long as it is one of `Residency.uses`."""
+
+    __slots__ = ("entries", "thread")
+
+    def __init__(self, thread: int, entries: Sequence[Entry[K, V] | None] = ()) -> None:
+        self.thread = thread  # whose end by an error ends it; 0: it has been handed to somebody else
+        self.entries = entries  # None for what was not resident
 
 
 class Residency(Generic[K, V]):
@@ -53,6 +65,7 @@ class Residency(Generic[K, V]):
         self.budget = budget
         self.entries: dict[K, Entry[K, V]] = {}
         self.sizes: dict[K, int] = {}  # of the entries
+        self.uses: set[Use[K, V]] = set()
         self._groups: dict[int, Counts] = {}
         self.speculation = SpeculationCounts()
         self.outcomes: list[Speculation] = []  # whose fate became known since somebody took them
@@ -98,7 +111,7 @@ class Residency(Generic[K, V]):
             self._settle_hits(uses, counts)
         return missing
 
-    def hold(self, layer: int, keys: Sequence[K]) -> Sequence[Entry[K, V]] | None:
+    def hold(self, layer: int, keys: Sequence[K], thread: int) -> Use[K, V] | None:
         """`note` and `acquire` in one step for a call of one token that finds all of `keys`. The hottest path.
 
         None, and no change, where it does not, or where something was spared or loaded on suspicion for some call.
@@ -114,12 +127,12 @@ class Residency(Generic[K, V]):
             if entry is None:
                 return None
             held.append(entry)
-        for entry in held:
-            entry.in_use += 1
+        use = Use(thread, held)
+        self.uses.add(use)
         self._clean.append((layer, keys))
         if len(self._clean) == _CLEAN:
             self._tell()
-        return held
+        return use
 
     def want(self, layer: int, keys: Iterable[K]) -> None:
         """Spare these, where anything else can leave, until they were used or the next call of `layer` is noted."""
@@ -128,35 +141,27 @@ class Residency(Generic[K, V]):
         self._noted[layer] = keys
         self._wanted.update(dict.fromkeys(keys))
 
-    def acquire(self, key: K) -> Entry[K, V] | None:
-        """Use a resident entry; None where it is absent. The hot path."""
-        entry = self.entries.get(key)
-        if entry is not None:
-            entry.in_use += 1
-            if entry.speculation is not None:
-                self._settle_use(entry)
-        return entry
-
-    def release(self, entry: Entry[K, V]) -> bool:
-        """End one use; whether the entry can be evicted now. Also shrinks to a budget that was lowered meanwhile."""
-        entry.in_use -= 1
-        assert entry.in_use >= 0, f"{entry.key} was released more often than it was leased"
-        if self._wanted:
-            self._wanted.pop(entry.key, None)
-        if entry.in_use == 0 and self.resident + self.reserved > self.budget:
-            self._trim()
-        return entry.in_use == 0
-
-    def release_all(self, entries: Iterable[Entry[K, V] | None]) -> None:
-        """`release` of each that is there. The hot path."""
-        if self._wanted or self.resident + self.reserved > self.budget:
-            for entry in entries:
-                if entry is not None:
-                    self.release(entry)
-            return
-        for entry in entries:
+    def acquire(self, keys: Iterable[K], use: Use[K, V]) -> bool:
+        """Begin `use` with those of `keys` that are resident; whether one is. The hot path."""
+        use.entries = held = [self.entries.get(key) for key in keys]
+        self.uses.add(use)
+        found = False
+        for entry in held:
             if entry is not None:
-                entry.in_use -= 1
+                found = True
+                if entry.speculation is not None:
+                    self._settle_use(entry)
+        if not found:
+            self.uses.discard(use)
+        return found
+
+    def release(self, use: Use[K, V]) -> None:
+        """End a use, if it has not ended. Also shrinks to a budget that was lowered meanwhile. The hot path."""
+        self.uses.discard(use)
+        if self._wanted:
+            self._unwant(entry.key for entry in use.entries if entry is not None)
+        if self.resident + self.reserved > self.budget:
+            self._trim()
 
     # --- loads ----------------------------------------------------------------------------------------------------
 
@@ -167,7 +172,8 @@ class Residency(Generic[K, V]):
         """
         need = self.resident + self.reserved + size - self.budget
         if need > 0:
-            victims = choose_victims(self.policy, key, need, sizes=self.sizes, wanted=self._wanted, keep=self._keep)
+            keep = self._kept_keys().__contains__
+            victims = choose_victims(self.policy, key, need, sizes=self.sizes, wanted=self._wanted, keep=keep)
             if victims is None:
                 return False
             self._drop_all(victims)
@@ -178,8 +184,8 @@ class Residency(Generic[K, V]):
         """`reserve`, but nothing that is wanted leaves, and with a `chance` nothing that is worth more."""
         need = self.resident + self.reserved + size - self.budget
         if need > 0:
-            wanted = self._wanted
-            victims = self.policy.victims(key, need, lambda k: k in wanted or self._keep(k), chance=chance)
+            keep = {*self._wanted, *self._kept_keys()}.__contains__
+            victims = self.policy.victims(key, need, keep, chance=chance)
             if victims is None:
                 return False
             self._drop_all(victims)
@@ -190,10 +196,15 @@ class Residency(Generic[K, V]):
         """Take a promise back: the load failed, or needs less from now on."""
         self.reserved -= size
 
-    def publish(self, key: K, value: V, size: int, users: int, speculation: Speculation | None = None) -> Entry[K, V]:
-        """Turn a promise of exactly `size` bytes into an entry that `users` leases use already."""
+    def publish(
+        self, key: K, value: V, size: int, users: Sequence[Use[K, V]] = (), speculation: Speculation | None = None
+    ) -> Entry[K, V]:
+        """Turn a promise of exactly `size` bytes into an entry that is used by `users` already."""
         assert key not in self.entries, f"{key} was loaded twice"
-        entry = Entry(key, value, size, users, None if users else speculation)
+        entry = Entry(key, value, size, None if users else speculation)
+        for use in users:
+            use.entries = (entry,)
+        self.uses.update(users)
         self.reserved -= size
         self.resident += size
         self.entries[key] = entry
@@ -209,7 +220,7 @@ class Residency(Generic[K, V]):
 
     def evict(self, key: K) -> bool:
         """Drop an entry; False where it is absent, in use or pinned."""
-        if key not in self.entries or self._keep(key):
+        if key not in self.entries or key in self._kept_keys():
             return False
         self._drop(key)
         return True
@@ -228,10 +239,24 @@ class Residency(Generic[K, V]):
         self.budget = budget
         self._trim()
 
+    def recover(self, thread: int, reserved: int) -> None:
+        """End all uses of a thread that was interrupted, perhaps in the middle of any of these methods.
+
+        `reserved` is what is promised to those that still load. Everything else is derived from the entries anew.
+        """
+        self.uses = {use for use in self.uses if use.thread != thread}
+        self.sizes = {key: entry.size for key, entry in self.entries.items()}
+        self.resident, self.reserved = sum(self.sizes.values()), reserved
+        self.speculation.pending = sum(entry.speculation is not None for entry in self.entries.values())
+        noted = {key for keys in self._noted.values() for key in keys}
+        self._wanted = {key: None for key in self._wanted if key in noted}
+        self.policy.restore(self.sizes)
+        self._trim()
+
     @property
     def kept(self) -> int:
         """Bytes that cannot be evicted now: in use, pinned or promised."""
-        return self.reserved + sum(entry.size for key, entry in self.entries.items() if self._keep(key))
+        return self.reserved + sum(self.sizes[key] for key in self._kept_keys() if key in self.sizes)
 
     @property
     def excess(self) -> int:
@@ -305,21 +330,24 @@ class Residency(Generic[K, V]):
         excess = self.excess
         evictable = self.resident + self.reserved - self.kept if excess else 0
         if evictable > 0:
-            victims = self.policy.victims(None, min(excess, evictable), self._keep)
+            victims = self.policy.victims(None, min(excess, evictable), self._kept_keys().__contains__)
             assert victims is not None
             self._drop_all(victims)
 
-    def _keep(self, key: K) -> bool:
-        return self.entries[key].in_use > 0 or key in self._pinned
+    def _kept_keys(self) -> set[K]:
+        """What is in use or pinned."""
+        kept = {entry.key for use in self.uses for entry in use.entries if entry is not None}
+        return kept | self._pinned if self._pinned else kept
 
-    def _drop_all(self, victims: Iterable[K]) -> None:
+    def _drop_all(self, victims: Sequence[K]) -> None:
+        kept = self._kept_keys().intersection(victims)
+        assert not kept, f"the policy chose {kept}, in use or pinned"
         for victim in victims:
-            assert not self._keep(victim), f"the policy chose {victim}, which is in use or pinned"
             self._drop(victim)
 
     def _drop(self, key: K) -> None:
         entry = self.entries[key]
-        self.policy.evicted(key)  # first: then what is removed next goes at a time, without a place for Ctrl-C
+        self.policy.evicted(key)
         del self.entries[key], self.sizes[key]
         self.resident -= entry.size
         self.evictions += 1

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from moehive.protocol.errors import CheckpointError, StorageError, TraceError
+from moehive.protocol.errors import CheckpointError, DestinationError, StorageError, TraceError
 from moehive.protocol.safetensors_header import PREFIX_SIZE, json_length
 
 from .routing import HiddenSamples, RoutingTrace
@@ -116,6 +116,22 @@ def read_bounded(path: Path) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise TraceError(f"{path} is larger than the {MAX_FILE_BYTES} bytes that are read")
     return data
+
+
+def check_replaceable(path: Path) -> None:
+    """Find out now what would keep `replace_file` from writing, where what is to be written takes long to make.
+
+    Raises DestinationError for a name that no file can have, StorageError where the directory takes none.
+    """
+    if path.is_dir():
+        raise DestinationError(f"cannot write {path}: it is a directory; name a file")
+    if not path.parent.is_dir():
+        raise DestinationError(f"cannot write {path}: there is no directory {path.parent}")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def replace_file(path: Path, data: bytes) -> None:

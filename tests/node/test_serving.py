@@ -102,7 +102,7 @@ async def test_a_node_is_announced_and_supplies_what_it_has_before_it_has_everyt
         serving, stop = Serving(settings, member, manifest, store, announcer, state), asyncio.Event()
         running = asyncio.create_task(serving.run(stop, ready.set))
         directory = Directory(seed, SECRET, manifest.model_id, member.standings)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not (inventory := directory.holders.inventories.get(us.peer)) or KEY not in inventory.held:
                 await directory.refresh()
                 await asyncio.sleep(0.01)
@@ -135,7 +135,7 @@ async def test_who_is_stopped_while_starting_leaves_what_it_serves(mixtral: Conv
         announcer = Announcer(transport, identity(2), SECRET, mixtral.model_id)
         settings = NodeSettings(str(mixtral.root), tmp_path, ram=1 << 20)
         serving = Serving(settings, member, mixtral.manifest, mixtral, announcer)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await serving.run(stop, lambda: None)
 
 

@@ -50,7 +50,7 @@ class Lease:
     def __call__(self, layer: int, expert: int, dtype: torch.dtype) -> AbstractContextManager[ExpertWeights]:
         self.layers.append(layer)
         self.computing.set()
-        assert self.go_on.wait(10)
+        assert self.go_on.wait(60)
         self.clock.now += self.takes
         if self.error:
             raise self.error
@@ -105,7 +105,7 @@ async def running(limits: QueueLimits | None = None) -> AsyncIterator[World]:
 
 
 async def settled(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - the worker has no event for it
             await asyncio.sleep(0)
 
@@ -160,7 +160,7 @@ async def test_who_does_not_come_back_is_not_waited_for_long() -> None:
     async with running(PATIENT) as world:
         await answered_together(world, 8)
         begun = world.worker.batches_done
-        await asyncio.wait_for(world.submit(work(deadline=1e9)), 30)
+        await asyncio.wait_for(world.submit(work(deadline=1e9)), 60)
         assert world.worker.batches_done == begun + 1
 
 
@@ -169,7 +169,7 @@ async def test_a_lone_request_is_begun_at_once(monkeypatch: pytest.MonkeyPatch) 
     async with running(PATIENT) as world:
         world.lease.takes = 3600.0
         for _ in range(3):
-            await asyncio.wait_for(world.submit(work(deadline=1e9)), 30)
+            await asyncio.wait_for(world.submit(work(deadline=1e9)), 60)
 
 
 async def test_layers_take_turns_in_the_order_of_arrival() -> None:

@@ -29,7 +29,7 @@ from moehive.swarm.transfer.uploads import Uploads
 
 CLIENT, SERVER = PeerId("the client"), PeerId("the server")
 LISTEN = ("/ip4/127.0.0.1/tcp/0",)
-PATIENCE = 30.0  # seconds that a test waits for what should happen at once
+PATIENCE = 60.0  # seconds that a test waits for what should happen at once
 CHUNKS = 12  # of the object that is served unless a test says otherwise, and a short one
 
 

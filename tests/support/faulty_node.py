@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-FAULTS = ("slow", "garbage", "lie", "late", "refuse", "vanish")
+RETRY_AFTER = 0.2  # seconds for which one that refuses asks to be left alone
 
 
 def install(fault: str) -> None:
@@ -59,7 +59,7 @@ def _refuse() -> None:
     from moehive.swarm.rpc.server import Refusal
 
     async def refuse() -> None:
-        raise Refusal(RefusalCode.BUSY, "on purpose", retry_after=0.2)
+        raise Refusal(RefusalCode.BUSY, "on purpose", retry_after=RETRY_AFTER)
 
     _before_answers(refuse)
 

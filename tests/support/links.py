@@ -15,6 +15,7 @@ of a second before it, after which the sender is held up.
 from __future__ import annotations
 
 import json
+import os
 import queue
 import select
 import socket
@@ -25,13 +26,17 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from support.ports import free_port
 
 PIECE = 16 << 10  # bytes that are paced as one
 _QUEUE_SECONDS = 0.2
 _AT_ONCE = 1e-4  # seconds: less is not waited for, sleeping takes longer than that by as much
 _TIMEOUT = 30.0
+_TESTS = Path(__file__).parents[1]
 _NODE = "127.0.0.1"  # where a node behind a link listens
 _DIRECT_RELAY = "127.0.0.2"  # where the relay does, if the ports have to be the same
 
@@ -63,16 +68,19 @@ class Link:
     def __init__(self, *, rtt: float = 0.0, rate: float = float("inf"), direct: bool = False) -> None:
         self.rtt = rtt  # seconds
         self.rate = rate  # bytes per second, each way
-        self.near = _free_port()  # what others dial
-        self.far = _free_port()  # where the node listens
+        self.near = free_port()  # what others dial
+        self.far = free_port()  # where the node listens
         self._host = _DIRECT_RELAY if direct else _NODE
-        self._direct = _free_port() if direct else None
+        self._direct = free_port() if direct else None
         self._relay: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
         ports = [(self.near, self.far), *([] if self._direct is None else [(self._direct, self._direct)])]
-        command = [sys.executable, __file__, json.dumps([self._host, ports, self.rtt, self.rate])]
-        self._relay = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-P", "-m", "support.links", json.dumps([self._host, ports, self.rtt, self.rate])]
+        environment = {**os.environ, "PYTHONPATH": str(_TESTS)}
+        self._relay = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self._hear()
         return self
 
@@ -240,11 +248,6 @@ def _shut(one: socket.socket) -> None:
     with suppress(OSError):
         one.shutdown(socket.SHUT_RDWR)
     one.close()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

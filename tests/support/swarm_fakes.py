@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from moehive.protocol.codec import Message
+from moehive.protocol.errors import ShardUnavailable
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
+from moehive.protocol.manifest import ShardEntry
 from moehive.protocol.messages import SHARD
 from moehive.swarm.announcer import Announcer
 from moehive.swarm.identity import Identity
 from moehive.swarm.member import Member
 from moehive.swarm.rpc.server import Reply, stream_handler
+from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.transfer.supply import Shelf, answers
 from moehive.swarm.transport.base import Transport
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
@@ -71,3 +75,17 @@ async def announce(
     announcer = Announcer(transport, by, SECRET, model, wall_clock=clock)
     announcer.hold(frozenset(held), skeleton=skeleton, complete=complete, loading=loading)
     assert await announcer.announce()
+
+
+def fetch_from(
+    source: ConvertedDirectory, fails: Callable[[], bool] = lambda: False
+) -> Callable[[ShardEntry, memoryview, float], Awaitable[None]]:
+    """Downloads from a swarm that has all of a model; see dispatch/weights.py, FetchShard."""
+
+    async def fetch(shard: ShardEntry, buffer: memoryview, deadline: float) -> None:
+        await asyncio.sleep(0)
+        if fails():
+            raise ShardUnavailable(shard.file)
+        buffer[:] = (source.root / shard.file).read_bytes()
+
+    return fetch

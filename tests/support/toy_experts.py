@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -103,6 +102,7 @@ class World:
     directory: Directory
     experts: ConnectionPool
     peers: ConnectionPool
+    clock: Callable[[], float]
 
     def caller(
         self,
@@ -114,7 +114,9 @@ class World:
         last_resort: LastResort | None = None,
     ) -> ExpertCaller:
         settings = CallSettings(answer_timeout, layer_timeout, hedge, spot_checks)
-        return ExpertCaller(MODEL, self.directory, self, self.standings, settings, last_resort=last_resort)
+        return ExpertCaller(
+            MODEL, self.directory, self, self.standings, settings, last_resort=last_resort, clock=self.clock
+        )
 
     @asynccontextmanager
     async def peer(self, key: Identity, handle: RequestHandler, experts: Sequence[int]) -> AsyncIterator[PeerId]:
@@ -128,16 +130,18 @@ class World:
 
 
 @asynccontextmanager
-async def toy_world(clock: Callable[[], float] = lambda: 20 * time.monotonic()) -> AsyncIterator[World]:
-    """A network with a client on it and nobody else; by default pauses of peers pass twenty times as fast."""
+async def toy_world() -> AsyncIterator[World]:
+    """A network with a client on it and nobody else; the event loop's clock is everybody's."""
+    clock = asyncio.get_running_loop().time
     network = MemoryNetwork()
     standings = Standings(clock)
     async with (
         MemoryTransport(network, identity(9)) as client,
-        ConnectionPool(client, EXPERT, SECRET, "client") as experts,
-        ConnectionPool(client, PEER, SECRET, "client") as peers,
+        ConnectionPool(client, EXPERT, SECRET, "client", clock=clock) as experts,
+        ConnectionPool(client, PEER, SECRET, "client", clock=clock) as peers,
     ):
-        yield World(network, client, standings, Directory(client, SECRET, MODEL, standings), experts, peers)
+        directory = Directory(client, SECRET, MODEL, standings)
+        yield World(network, client, standings, directory, experts, peers, clock)
 
 
 class Layer:

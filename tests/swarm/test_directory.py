@@ -216,7 +216,7 @@ async def test_a_table_that_hangs_costs_one_deadline(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("moehive.swarm.directory.LOOKUP_TIMEOUT", 0.02)
 
     async def hang(key: bytes) -> dict[str, Record]:
-        await asyncio.sleep(0.1)
+        await asyncio.Event().wait()
         return {}
 
     world.transport.get = hang  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from support.checkpoints import Checkpoints
 from support.processes import NodeProcess, Nodes, eventually
 
@@ -94,6 +95,26 @@ def test_streams_are_the_same_answer_in_pieces(served: NodeProcess) -> None:
     assert whole.usage is not None
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
     assert "".join(part.choices[0].text for part in texts) == text.choices[0].text
+
+
+def test_what_is_served_is_counted(served: NodeProcess) -> None:
+    def seen(text: str) -> dict[str, float]:
+        return {
+            sample.name: sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if not sample.labels
+        }
+
+    url = served.ready()["url"].removesuffix("/v1") + "/metrics"
+    with client_of(served) as client:
+        before = seen(httpx.get(url, timeout=60).raise_for_status().text)
+        client.completions.create(prompt=[97, 98], max_tokens=3, **GREEDY)
+        text = httpx.get(url, timeout=60).raise_for_status().text
+    after = seen(text)
+    for name, more in (("completion_tokens_total", 3), ("prompt_tokens_total", 2), ("first_text_seconds_count", 1)):
+        assert after[f"moehive_served_{name}"] - before[f"moehive_served_{name}"] == more
+    assert 'moehive_tier_hits_total{layer="0",tier="ram"}' in text
 
 
 def test_wishes_are_granted(served: NodeProcess) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.bulk import PATIENCE, Collected
 from support.checkpoints import Checkpoints
+from support.ports import free_port
 from support.processes import NodeProcess, Nodes
 
 from moehive.protocol.ids import ModelId, PeerId, ShardHash
@@ -70,8 +71,7 @@ async def whole(channel: ChunkChannel, object_hash: ShardHash) -> bytes:
 
 def undialable(nodes: Nodes, model: Path) -> tuple[NodeProcess, Ticket]:
     """A node that names an address at which it is not, as one behind a NAT; and a ticket that leads to it."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     options = ("--listen", f"127.0.0.1:{port}", "--announce", f"{ELSEWHERE}:{port}", "--experts", "all")
     node = nodes.start(model, *options)
     ticket = Ticket.parse(node.ticket)
@@ -98,8 +98,7 @@ async def test_bytes_come_by_a_connection_of_their_own(nodes: Nodes, directory: 
 async def test_the_bulk_port_can_be_chosen_and_is_where_the_offer_says(
     nodes: Nodes, directory: ConvertedDirectory
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     node = nodes.start(directory.root, "--experts", "none", "--bulk-port", str(port))
     await asyncio.to_thread(node.ready)
     socket.create_connection(("127.0.0.1", port), timeout=PATIENCE).close()

@@ -9,9 +9,9 @@ from shutil import copytree
 import pytest
 import torch
 from support.checkpoints import Checkpoints
+from support.choices import know, prefer
 from support.generation import generate, reference_tokens
 from support.processes import NodeProcess, Nodes
-from support.swarm_fakes import identity
 
 from moehive.protocol.errors import ModelUnavailable
 from moehive.protocol.ids import ExpertKey
@@ -49,10 +49,14 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def tokens(node: NodeProcess, cache: Path) -> list[int]:
-    """What a client generates that joins by a node's ticket."""
+def tokens(node: NodeProcess, cache: Path, *, first: NodeProcess | None = None) -> list[int]:
+    """What a client generates that joins by a node's ticket, and asks another one `first`."""
     with join(node.ticket, cache=cache) as swarm:
-        model, _ = swarm.load(node.ready()["modelId"], dtype=torch.float32)
+        model_id = node.ready()["modelId"]
+        model, _ = swarm.load(model_id, dtype=torch.float32)
+        if first is not None:
+            know(swarm, model_id, [first])
+            prefer(swarm, model_id, first)
         return generate(model)
 
 
@@ -69,26 +73,14 @@ def test_a_flipped_byte_at_the_start_is_not_announced(
 
 
 def test_bytes_that_flip_while_a_node_serves_are_dropped_and_asked_for_elsewhere(
-    nodes: Nodes,
-    checkpoints: Checkpoints,
-    cache: Path,
-    tmp_path: Path,
-    manifest: Manifest,
-    damaged: Path,
-    wanted: list[int],
+    nodes: Nodes, checkpoints: Checkpoints, cache: Path, manifest: Manifest, damaged: Path, wanted: list[int]
 ) -> None:
-    # Of two peers about which nothing is known yet, the planner asks the one with the greater id.
-    keys = sorted((identity(number) for number in (1, 2)), key=lambda key: key.peer)
-    files = [tmp_path / "good.key", tmp_path / "bad.key"]
-    for key, file in zip(keys, files, strict=True):
-        file.touch(0o600)
-        file.write_bytes(key.to_libp2p())
-    good = nodes.start(checkpoints.converted(FAMILY), "--experts", "all", "--identity", str(files[0]))
-    bad = nodes.start(damaged, "--experts", "all", "--identity", str(files[1]), "--join", good.ticket)
+    good = nodes.start(checkpoints.converted(FAMILY), "--experts", "all")
+    bad = nodes.start(damaged, "--experts", "all", "--join", good.ticket)
     assert bad.ready()["expertsHeld"] == len(manifest.experts)
     for shard in manifest.experts.values():
         flip(damaged / shard.file)
-    assert tokens(good, cache) == wanted
+    assert tokens(good, cache, first=bad) == wanted
     assert "no longer announced" in bad.log
     assert '"level": "error"' in bad.log
 

@@ -38,9 +38,9 @@ def test_an_expert_from_peers_from_the_store_and_from_a_seed(
     with join(node.ticket, cache=cache, seeds=[str(checkpoints.source(FAMILY))]) as swarm:
         for layer, expert in ((0, 1), (1, 3)):
             wanted = moehive.swarm.load_expert(directory, layer, expert)
-            assert equal(swarm.load_expert(model_id, layer, expert), wanted)
+            assert equal(swarm.load_expert(model_id, layer, expert, timeout=60.0), wanted)
         assert not store.has(manifest.experts[ExpertKey(0, 1)].hash), "it went to memory only"
-        halves = swarm.load_expert(model_id, 0, 2, dtype=torch.float64)
+        halves = swarm.load_expert(model_id, 0, 2, dtype=torch.float64, timeout=60.0)
         assert all(tensor.dtype is torch.float64 for tensor in halves.values())
         with pytest.raises(ConfigError, match="no expert 99"):
             swarm.load_expert(model_id, 0, 99)
@@ -50,7 +50,7 @@ def test_an_expert_from_peers_from_the_store_and_from_a_seed(
     with join(nodes.start(directory, "--experts", "none").ticket, cache=cache) as swarm:
         shard = manifest.experts[ExpertKey(0, 1)]
         store.put(directory / shard.file)
-        assert equal(swarm.load_expert(model_id, 0, 1), moehive.swarm.load_expert(directory, 0, 1))
+        assert equal(swarm.load_expert(model_id, 0, 1, timeout=60.0), moehive.swarm.load_expert(directory, 0, 1))
 
 
 def test_a_deadline_holds(nodes: Nodes, checkpoints: Checkpoints, cache: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_deadline_holds(nodes: Nodes, checkpoints: Checkpoints, cache: Path) -
     node = nodes.start(directory, "--experts", "all")
     model_id = node.ready()["modelId"]
     with join(node.ticket, cache=cache) as swarm:
-        swarm.load_expert(model_id, 0, 0, timeout=30.0)
+        swarm.load_expert(model_id, 0, 0, timeout=60.0)
         node.freeze()
         with pytest.raises(ShardUnavailable, match="experts/00001/00001"):
             swarm.load_expert(model_id, 1, 1, timeout=1.0)  # for ever, were it not for the deadline

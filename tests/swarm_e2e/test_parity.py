@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import Checkpoints
+from support.choices import know
 from support.processes import Nodes
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -58,6 +59,7 @@ def test_the_same_tokens_in_both_forms_and_the_same_bits_in_rows(
     )
     with join(founder.ticket, cache=cache) as swarm:
         model_id = founder.ready()["modelId"]
+        know(swarm, model_id, (founder, *others))
         exact, _ = swarm.load(model_id, dtype=torch.float32, answers="rows")
         quick, _ = swarm.load(model_id, dtype=torch.float32, answers="sum")
         kv = KvOptions("spill", budget=1 << 18, block_tokens=8, directory=tmp_path)

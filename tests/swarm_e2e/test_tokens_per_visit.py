@@ -11,7 +11,7 @@ import torch
 from support.checkpoints import Checkpoints
 from support.generation import TOKENS, generate, prompt, reference_tokens
 from support.processes import Nodes, eventually
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from moehive.swarm.client import Swarm, join
 
@@ -64,14 +64,15 @@ def test_a_draft_model_saves_round_trips_and_changes_no_token(
 def test_several_requests_share_their_passes(swarm: tuple[Swarm, str], wanted: list[int]) -> None:
     joined, model_id = swarm
     model, _ = joined.load(model_id, dtype=torch.float32)
-    config = GenerationConfig(
-        max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0, num_blocks=64, max_batch_tokens=64
-    )
+    config = GenerationConfig(max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batching = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)  # by default: what fits into free memory
     prompts = [prompt(seed)[0].tolist() for seed in (7, 8, 9)]
     alone = [model.generate(torch.tensor([ids]), generation_config=config)[0, len(ids) :].tolist() for ids in prompts]  # type: ignore[operator]
     assert alone[0] == wanted
     before = trips_of(joined, model_id)
-    together = model.generate_batch(inputs=prompts, generation_config=config)  # type: ignore[operator]
+    together = model.generate_batch(  # type: ignore[operator]
+        inputs=prompts, generation_config=config, continuous_batching_config=batching
+    )
     assert [list(output.generated_tokens) for output in together.values()] == alone
     # Three requests in little more than the passes of one.
     assert (trips_of(joined, model_id) - before) * 2 <= before

@@ -30,7 +30,7 @@ from moehive.swarm.store.directory import ConvertedDirectory
 pytestmark = pytest.mark.swarm
 
 FAMILY = "mixtral"
-SLOWLY = "400kB/s"  # so that there is a middle to be killed in
+SLOWLY = "80kB/s"  # some seconds for all of it: there is a middle to be killed in, on a busy machine too
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_publish_until_others_hold_a_copy_and_serve_what_was_fetched(
     assert fetched.ready()["bytesFetched"] == fetched.ready()["bytes"] == publisher.ready()["bytesSupplied"]
     fetched.expect_clean_end()
     assert inspect(tmp_path / "model").ok
-    told = httpx.get(f"{publisher.ready()['http']}/api/v1/status").json()
+    told = httpx.get(f"{publisher.ready()['http']}/api/v1/status", timeout=60).json()
     assert told["transfers"]["sentBytes"] >= fetched.ready()["bytes"]  # and the manifest
     node = nodes.start(tmp_path / "model", "--experts", "all", "--join", publisher.ticket)
     node.ready()
@@ -150,7 +150,7 @@ def test_the_hub_stands_in_for_experts_that_no_peer_holds(
         }
         command = [sys.executable, "-P", "-m", "moehive.node.cli", "fetch", peer.ready()["modelId"], "--json"]
         options = ["--join", peer.ticket, "--seed", "hub:org/mixtral", "--to", str(tmp_path / "model")]
-        done = subprocess.run([*command, *options], env=environment, capture_output=True, check=False, timeout=110)
+        done = subprocess.run([*command, *options], env=environment, capture_output=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr.decode()
     assert json.loads(done.stdout)["experts"] == len(ConvertedDirectory(converted).manifest.experts)
     assert inspect(tmp_path / "model").ok

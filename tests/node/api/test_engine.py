@@ -152,3 +152,38 @@ async def test_at_the_end_the_running_one_is_halted_and_the_others_are_told():
         await all_of(first)
     with pytest.raises(ApiError, match="shutting down"):
         engine.submit(work())
+
+
+async def test_what_it_did_is_counted():
+    model = FakeModel(gate=True)
+    async with running(model, waiting=1) as engine:
+        first = engine.submit(work(tokens=2))
+        await begun(model)
+        second = engine.submit(work(tokens=2))
+        with pytest.raises(ApiError):
+            engine.submit(work())
+        model.let(2)
+        await all_of(first)
+        await begun(model)
+        model.failure = ExpertUnavailable(0, [1], "nobody is there")
+        model.let(1)
+        with pytest.raises(ApiError):
+            await all_of(second)
+        counts = engine.counts
+    assert counts.ended == {"length": 1, "failed": 1}
+    assert counts.refused == 1
+    assert (counts.prompt_tokens, counts.completion_tokens) == (3, 2)
+    assert (counts.first.count, counts.whole.count) == (1, 2)
+
+
+async def test_one_that_nobody_waits_for_is_counted_as_halted():
+    model = FakeModel(gate=True)
+    async with running(model) as engine:
+        job = engine.submit(work())
+        await begun(model)
+        job.cancel()
+        model.let(1)
+        await asyncio.to_thread(model.halted.wait, TIMEOUT)
+        await all_of(engine.submit(work(tokens=0)))
+        assert engine.counts.ended["halted"] == 1
+        assert engine.counts.whole.count == 1

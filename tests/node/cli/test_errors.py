@@ -87,8 +87,9 @@ def test_every_error_that_is_not_the_callers_says_what_to_do_next():
 
 @pytest.mark.parametrize(("how", "said"), [(">/dev/full", "cannot write to the standard output: No space left"),
                                            (">&-", "the standard output is closed")])  # fmt: skip
-def test_a_standard_output_that_takes_nothing_is_no_bug_of_ours(how, said, home):
-    command = f'"{sys.executable}" -m moehive.node.cli paths {how}'
+@pytest.mark.parametrize("what", ["paths", "--help"])
+def test_a_standard_output_that_takes_nothing_is_no_bug_of_ours(what, how, said, home):
+    command = f'"{sys.executable}" -m moehive.node.cli {what} {how}'
 
     ended = subprocess.run(["/bin/sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
 

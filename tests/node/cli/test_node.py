@@ -141,7 +141,7 @@ async def test_the_first_signal_leaves_cleanly(number):
 
     os.kill(os.getpid(), number)
 
-    assert await asyncio.wait_for(serving, 5) == 0
+    assert await asyncio.wait_for(serving, 60) == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -153,10 +153,10 @@ async def test_the_second_signal_leaves_at_once(number, code, monkeypatch):
     await daemon.running.wait()
 
     os.kill(os.getpid(), number)
-    await asyncio.wait_for(daemon.told.wait(), 5)
+    await asyncio.wait_for(daemon.told.wait(), 60)
     os.kill(os.getpid(), number)
 
-    assert await asyncio.wait_for(serving, 5) == code
+    assert await asyncio.wait_for(serving, 60) == code
     assert last_resort == [code]
 
 

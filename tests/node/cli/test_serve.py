@@ -6,12 +6,13 @@ import asyncio
 import json
 import socket
 from pathlib import Path
-from typing import Any, cast
 
 import httpx
 import pytest
 from support.fake_model import TIMEOUT, FakeModel
 
+from moehive.node.api.app import build_app
+from moehive.node.api.engine import Engine
 from moehive.node.cli import serve as serve_module
 from moehive.node.cli.serve import ServeOptions, rules_of
 from moehive.protocol.errors import ConfigError
@@ -111,16 +112,15 @@ async def test_at_the_end_a_stream_is_told_why_it_does_not_go_on(monkeypatch, ca
     monkeypatch.setattr(serve_module, "_GRACE", 0.1)
     model, stop = FakeModel(gate=True), asyncio.Event()
     address, rules = rules_of(ServeOptions(port=0), {})
-    ready = asyncio.Event()
-    said: list[dict[str, Any]] = []
-    monkeypatch.setattr(serve_module, "say_json", lambda value: (said.append(value), ready.set()))
-    running = asyncio.create_task(serve_module._run(cast("Any", model), address, rules, 16, stop, json=True))
-    await asyncio.wait_for(ready.wait(), TIMEOUT)
+    engine, listening = Engine(model.generate), asyncio.get_running_loop().create_future()
+    app = build_app(model, engine, rules)
+    running = asyncio.create_task(serve_module._run(engine, app, address, listening.set_result, stop))
+    url = (await asyncio.wait_for(listening, TIMEOUT)).url
     model.let(1)
     body = {"model": "fake", "prompt": "abc", "stream": True}
     async with (
         httpx.AsyncClient(timeout=TIMEOUT) as client,
-        client.stream("POST", f"{said[0]['url']}/completions", json=body) as answer,
+        client.stream("POST", f"{url}/v1/completions", json=body) as answer,
     ):
         lines = answer.aiter_lines()
         await anext(lines)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moehive.node.cli import trace as trace_module
 from moehive.swarm.trace.files import read_trace
 
 from .conftest import Moehive
@@ -65,6 +66,25 @@ def test_what_cannot_be_done_is_said(moehive: Moehive, arguments: tuple[str, ...
     outcome = moehive("trace", *arguments)
     assert outcome.code == code
     assert said in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "said"),
+    [
+        ("no/such/file", 2, "there is no directory"),
+        (".", 2, "it is a directory"),
+        ("/proc/file", 1, "cannot write /proc/file"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(
+    moehive: Moehive, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, code: int, said: str
+) -> None:
+    monkeypatch.setattr(trace_module, "load_model", None)  # not called
+    demo = Path(__file__).parents[2] / "data" / "demo_routing.safetensors"
+    output = tmp_path / file
+    for arguments in (("record", converted, output, "a prompt"), ("fit", demo, converted, output)):
+        outcome = moehive("trace", *arguments)
+        assert (outcome.code, said in outcome.err) == (code, True), outcome.err
 
 
 def test_a_file_that_is_no_trace_is_refused(moehive: Moehive, tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.swarm
 
 
 @contextmanager
 def demo(temporary: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A running `moehive demo` in a session of its own, ended by force after two minutes."""
+    """A running `moehive demo` in a session of its own, ended by force after four minutes."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "moehive.node.cli", "demo", *arguments],
         stdout=subprocess.PIPE,
@@ -29,7 +29,7 @@ def demo(temporary: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         env=os.environ | {"TMPDIR": str(temporary)},
         start_new_session=True,
     )
-    watchdog = threading.Timer(120, process.kill)
+    watchdog = threading.Timer(240, process.kill)
     watchdog.start()
     try:
         with process:
@@ -51,7 +51,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 
 def nobody_is_left(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=20)[1]
+    return not psutil.wait_procs(processes, timeout=60)[1]
 
 
 def left_behind(temporary: Path) -> list[Path]:

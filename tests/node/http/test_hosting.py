@@ -32,7 +32,7 @@ class Echo:
 async def test_answers_at_the_port_that_it_got() -> None:
     app = Echo()
     app.released.set()
-    async with hosted(app, ANY_PORT) as address, httpx.AsyncClient(base_url=address.url) as client:
+    async with hosted(app, ANY_PORT) as address, httpx.AsyncClient(base_url=address.url, timeout=60) as client:
         assert address.port > 0
         assert (await client.get("/path")).text == "/path"
     with pytest.raises(ConnectionRefusedError):
@@ -43,14 +43,14 @@ async def test_leaves_signals_alone() -> None:
     before = signal.getsignal(signal.SIGINT)
     app = Echo()
     app.released.set()
-    async with hosted(app, ANY_PORT) as address, httpx.AsyncClient() as client:
+    async with hosted(app, ANY_PORT) as address, httpx.AsyncClient(timeout=60) as client:
         await client.get(address.url)
         assert signal.getsignal(signal.SIGINT) is before
 
 
 async def test_a_request_in_progress_ends_before_the_block_does() -> None:
     app = Echo()
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         async with hosted(app, ANY_PORT, grace=60) as address:
             asking = asyncio.create_task(client.get(address.url + "/late"))
             await app.asked.wait()
@@ -60,7 +60,7 @@ async def test_a_request_in_progress_ends_before_the_block_does() -> None:
 
 async def test_a_request_that_never_ends_is_given_up() -> None:
     app = Echo()
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         async with hosted(app, ANY_PORT, grace=1) as address:
             asking = asyncio.create_task(client.get(address.url))
             await app.asked.wait()

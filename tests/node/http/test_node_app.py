@@ -123,7 +123,7 @@ async def test_the_own_port_and_another_one_where_it_is_taken() -> None:
     async with (
         node_http(HttpSettings(), free.port, first),
         node_http(HttpSettings(), free.port, second),
-        httpx.AsyncClient() as client,
+        httpx.AsyncClient(timeout=60) as client,
     ):
         assert first.http == f"http://127.0.0.1:{free.port}"
         assert second.http not in (None, first.http)

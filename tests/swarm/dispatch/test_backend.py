@@ -178,7 +178,7 @@ def test_who_leaves_the_swarm_gets_an_error_and_does_not_hang() -> None:
         with start_blocking_portal("asyncio") as portal:
             backend = backend_of(portal, caller, "sum")
             asking = thread.submit(backend.run, 0, *routed(1))
-            assert caller.began.wait(10)
+            assert caller.began.wait(60)
         with pytest.raises(TransportError, match="left"):
             asking.result(10)
     with pytest.raises(ConfigError, match="left"):

@@ -36,6 +36,8 @@ from moehive.swarm.dispatch.request import LayerInput
 from moehive.swarm.rpc.server import Reply, RequestHandler, stream_handler
 from moehive.swarm.transport.memory import MemoryTransport
 
+pytestmark = pytest.mark.virtual_time
+
 HANGS = 60.0  # seconds: far more than any deadline here, far less than what would end a wait without one
 
 
@@ -74,7 +76,6 @@ FAULTS = [
 @pytest.mark.parametrize("form", ["sum", "rows"])
 @pytest.mark.parametrize(("fault", "outcome"), FAULTS)
 async def test_another_holder_answers_instead(world: World, form: str, fault: RequestHandler, outcome: str) -> None:
-    # Waited out by the silent peer only; long enough for an honest one on a busy machine.
     layer, caller = Layer(form=form), world.caller(answer_timeout=2.0)
     async with world.peer(FIRST, fault, range(8)) as bad, world.peer(SECOND, honest, range(8)) as good:
         await layer.check(caller)

@@ -121,7 +121,7 @@ async def client(network: MemoryNetwork, clock: Callable[[], float]) -> AsyncIte
             peers.dial_at_once(peer)
 
         directory = Directory(transport, SECRET, MODEL, standings, on_announcement=announced, wall_clock=clock)
-        world = World(network, transport, standings, directory, experts, peers)
+        world = World(network, transport, standings, directory, experts, peers, clock)
         caller = ExpertCaller(MODEL, directory, world, standings, SETTINGS, clock=clock)
         tasks = [group.create_task(directory.run()), group.create_task(caller.watch())]
         yield caller

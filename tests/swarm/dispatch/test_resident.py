@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from support.swarm_fakes import Clock
+from support.swarm_fakes import Clock, fetch_from
 from support.waiting import until
 
 from moehive.kernels.expert_ffn import ExpertWeights, expert_ffn
@@ -16,7 +18,7 @@ from moehive.kernels.routing import group_by_expert
 from moehive.protocol.ids import ExpertKey
 from moehive.swarm.dispatch.request import LayerInput
 from moehive.swarm.dispatch.resident import FIRST_RATE, ResidentExperts
-from moehive.swarm.dispatch.weights import SwarmWeights
+from moehive.swarm.dispatch.weights import Fetched, SwarmWeights
 from moehive.swarm.model.device import DeviceExperts
 from moehive.swarm.model.loader import ExpertLoader, StoredExpert
 from moehive.swarm.model.slots import ExpertLayout
@@ -31,20 +33,22 @@ KEY = ExpertKey(0, 1)
 class Weights:
     """Every expert comes after a quarter of a second."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, tier: WeightsTier) -> None:
         self._clock = clock
+        self.tier = tier
 
-    async def load(self, key: ExpertKey, dtype: torch.dtype, deadline: float) -> ExpertWeights:
+    @asynccontextmanager
+    async def load(self, key: ExpertKey, dtype: torch.dtype, deadline: float) -> AsyncIterator[Fetched]:
         self._clock.now += 0.25
-        return ExpertWeights(torch.zeros(8, 4), torch.zeros(4, 4))
+        with self.tier.incoming((key, dtype)) as room:
+            yield Fetched([ExpertWeights(torch.zeros(8, 4), torch.zeros(4, 4))], room)
 
 
 async def test_a_use_that_a_peer_computes_is_a_miss_and_a_fetch_is_a_load(mixtral: ConvertedDirectory) -> None:
     clock = Clock(0.0)
-    weights = cast(SwarmWeights, cast(Any, Weights(clock)))
-    resident = ResidentExperts(
-        mixtral.manifest, weights, WeightsTier(ExpertLoader(mixtral.manifest, mixtral), 1 << 20), clock=clock
-    )
+    tier = WeightsTier(ExpertLoader(mixtral.manifest, mixtral), 1 << 20)
+    weights = cast(SwarmWeights, cast(Any, Weights(clock, tier)))
+    resident = ResidentExperts(mixtral.manifest, weights, tier, clock=clock)
 
     assignments = group_by_expert(torch.tensor([[KEY.expert]]), mixtral.manifest.model.num_experts)
 
@@ -90,12 +94,8 @@ async def test_what_is_kept_and_used_is_computed_on_the_device_from_then_on(mixt
     """The processor stands for the device."""
     manifest, loader = mixtral.manifest, ExpertLoader(mixtral.manifest, mixtral)
 
-    async def load(key: ExpertKey, dtype: torch.dtype, deadline: float) -> ExpertWeights:
-        return loader.load(key, dtype)
-
-    weights = SwarmWeights(manifest, loader, cast(Any, None))
-    weights.load = load  # type: ignore[method-assign]
     tier = WeightsTier(loader, 1 << 24)
+    weights = SwarmWeights(manifest, loader, fetch_from(mixtral), tier)
     resident = ResidentExperts(manifest, weights, tier)
     slots = 2 * loader.top_k + 1
     budget = slots * ExpertLayout.of(manifest.model, torch.float32).nbytes
@@ -144,13 +144,15 @@ async def test_an_expert_stays_in_ram_until_it_is_on_the_device(mixtral: Convert
 
     def held_up(key: ExpertKey, memory: torch.Tensor) -> None:
         packing.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         pack(key, memory)
 
     device.tier._pack = held_up
-    assert tier.put((KEY, torch.float32), loader.load(KEY, torch.float32), 0.1)
+    with tier.incoming((KEY, torch.float32)) as room:
+        assert room is not None
+        tier.put(room, loader.load(KEY, torch.float32), 0.1)
     device.upload(KEY, torch.float32)
-    assert packing.wait(20)
+    assert packing.wait(60)
     device.upload(KEY, torch.float32)  # which is on its way
     assert not tier.evict((KEY, torch.float32))
     go_on.set()

@@ -51,7 +51,7 @@ async def checks_done(caller: ExpertCaller, number: int) -> None:
     """What was queued is checked."""
     watching = asyncio.create_task(caller.checks.run())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while caller.checks.counts.checked + caller.checks.counts.unchecked < number:  # noqa: ASYNC110
                 await asyncio.sleep(0)
     finally:

@@ -58,6 +58,28 @@ def test_one_bad_source_of_three_costs_next_to_nothing(what: str, chunks: int) -
     assert outcome.wasted < 0.02 * chunks * CHUNK_SIZE
 
 
+@pytest.mark.parametrize("rate", [5 * MB, 50 * MB, 400 * MB])
+@pytest.mark.parametrize("wanted", [[1], [4], [9, 3], [1] * 20], ids=str)
+def test_small_objects_do_not_wait_for_the_timeout_of_a_source_that_never_sent(wanted: list[int], rate: float) -> None:
+    """A few chunk times of silence are enough to ask the other one, and nothing has to come twice for it."""
+    good = Script(rate=rate)
+    alone = simulate({"good": good}, wanted)
+    outcome = simulate({"good": good, "silent": dataclasses.replace(good, stalls=(0.015, NEVER))}, wanted)
+    assert outcome.time <= alone.time + 5 * CHUNK_SIZE / rate + 0.3
+    assert outcome.wasted == 0
+
+
+@pytest.mark.parametrize("silent_after", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("rate", [0.3 * MB, 1 * MB, 5 * MB])
+def test_a_slow_source_that_falls_silent_is_never_worse_than_none(rate: float, silent_after: float) -> None:
+    """Four of its chunk times would be 14 s. What it owes is asked of the other one once it is clearly overdue."""
+    good = Script(rate=5 * MB)
+    alone = simulate({"good": good}, [24, 22])
+    outcome = simulate({"good": good, "slow": Script(rate=rate, stalls=(silent_after, NEVER))}, [24, 22])
+    assert outcome.time <= alone.time
+    assert outcome.wasted == 0
+
+
 def test_a_source_that_hangs_for_a_while_is_used_again() -> None:
     outcome = simulate({"a": CAP, "b": Script(stalls=(0.5, 3.0))}, [800])
     assert outcome.sent["b"] > 0.3 * outcome.sent["a"]

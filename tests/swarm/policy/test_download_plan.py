@@ -9,7 +9,7 @@ from moehive.protocol.bits import Bits, full, span
 from moehive.protocol.chunks import CHUNK_SIZE
 from moehive.protocol.ids import PeerId
 from moehive.swarm.policy.claims import EVERYTHING
-from moehive.swarm.policy.download import MAX_IN_FLIGHT, NEAR, RUN, Facts, Item, Peer, plan
+from moehive.swarm.policy.download import LOOK_AGAIN, MAX_IN_FLIGHT, NEAR, RUN, Facts, Item, Peer, plan
 from moehive.swarm.policy.expectation import Flight, ItemKey
 from moehive.swarm.policy.pace import MIN_DEPTH, MIN_TIMEOUT, STALLED, Pace
 
@@ -152,6 +152,7 @@ def test_a_slow_peer_gets_no_chunk_that_others_would_have_brought_by_then() -> N
     slow = Peer(C, pace(5e6))
     decided = plan(facts([item(missing=missing, holders=(A, B, C))], [Peer(A, pace()), Peer(B, pace()), slow]))
     assert asked(decided, C) == 0
+    assert decided.wake == NOW + LOOK_AGAIN  # they may fall silent
     alone = plan(facts([item(missing=missing, holders=(C,))], [slow]))
     assert asked(alone, C) == slow.pace.depth
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moehive.swarm.policy.hedging import HedgeBudget, HedgeSettings, after_request, hedge_after, spend
+from moehive.swarm.policy.hedging import HedgeBudget, HedgeSettings, after_request, hedge_after, spend, stuck_after
 from moehive.swarm.policy.speed import Speed
 
 SETTINGS = HedgeSettings()
@@ -31,3 +31,8 @@ def test_a_peer_is_given_the_time_that_its_answers_keep() -> None:
     assert abs(hedge_after(unsteady, SETTINGS, **FEW) - 0.3) < 1e-9
     assert hedge_after(Speed(answers=64, network=0.001, late=(1.0,) * 64), SETTINGS, **FEW) == SETTINGS.at_least
     assert hedge_after(Speed(), SETTINGS, **FEW) == SETTINGS.unknown
+
+
+def test_who_is_much_too_late_is_stuck() -> None:
+    assert stuck_after(0.02, SETTINGS) == SETTINGS.stuck_at_least
+    assert stuck_after(5.0, SETTINGS) == 20.0

@@ -43,11 +43,11 @@ async def test_idle_connections_give_way(pool: ConnectionPool, monkeypatch: pyte
     monkeypatch.setattr(module, "MAX_CONNECTIONS", 2)
     first = await pool.connection(PEERS[0].peer)
     for key in PEERS:
-        assert (await (await pool.connection(key.peer)).ask(ASKED, timeout=10)).message == ChunkHashes(size=1)
+        assert (await (await pool.connection(key.peer)).ask(ASKED, timeout=60)).message == ChunkHashes(size=1)
         assert len(pool._open) <= 2
     assert first.broken is not None
     assert list(pool._open) == [key.peer for key in PEERS[-2:]]  # those used last
-    assert (await (await pool.connection(PEERS[0].peer)).ask(ASKED, timeout=10)).message == ChunkHashes(size=1)
+    assert (await (await pool.connection(PEERS[0].peer)).ask(ASKED, timeout=60)).message == ChunkHashes(size=1)
 
 
 async def test_connections_to_peers_that_are_gone_are_not_kept(pool: ConnectionPool) -> None:

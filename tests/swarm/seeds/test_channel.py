@@ -70,11 +70,11 @@ async def test_any_run_of_chunks_without_asking_for_the_list_first(
     last = len(chunks.hashes) - 1
     for first, count in ((0, last + 1), (last, 1), (0, 1)):
         sink = Sink(chunks, channel.peer)
-        await channel.get_chunks(largest.hash, first, count, sink, timeout=10)
+        await channel.get_chunks(largest.hash, first, count, sink, timeout=60)
         assert list(sink.taken) == list(range(first, first + count))
         assert all(data[i * CHUNK_SIZE : (i + 1) * CHUNK_SIZE] == chunk for i, chunk in sink.taken.items())
     with pytest.raises(PeerRefused, match="chunks"):
-        await channel.get_chunks(largest.hash, last, 2, Sink(chunks, channel.peer), timeout=10)
+        await channel.get_chunks(largest.hash, last, 2, Sink(chunks, channel.peer), timeout=60)
     assert await channel.have(largest.hash, timeout=1) is None
 
 
@@ -92,12 +92,12 @@ async def test_a_file_that_changed_is_refused_with_its_name_and_not_offered_agai
     channel = await open_one(seeds, manifest, shard)
     sink = Sink(chunks, channel.peer)
     with pytest.raises(PeerRefused, match=r"seed .*safetensors changed since") as refused:
-        await channel.get_chunks(shard.hash, 0, len(chunks.hashes), sink, timeout=10)
+        await channel.get_chunks(shard.hash, 0, len(chunks.hashes), sink, timeout=60)
     assert refused.value.code is RefusalCode.NOT_HELD, "or the engine would ban all of it"
     assert seeds.sources(shard.hash) == {}
     assert await channel.have(shard.hash, timeout=1) == frozenset()
     with pytest.raises(PeerRefused, match="changed since"):
-        await channel.chunk_list(shard.hash, timeout=10)
+        await channel.chunk_list(shard.hash, timeout=60)
 
 
 async def test_the_hub_is_not_asked_before_it_is_needed_and_may_come_back(
@@ -114,7 +114,7 @@ async def test_the_hub_is_not_asked_before_it_is_needed_and_may_come_back(
         await open_one(seeds, manifest, shard)
     hub.faults.ignore_ranges = False
     channel = await open_one(seeds, manifest, shard)
-    assert (await channel.chunk_list(shard.hash, timeout=10)).root == shard.hash
+    assert (await channel.chunk_list(shard.hash, timeout=60)).root == shard.hash
 
 
 async def test_who_gives_up_does_not_wait_for_a_slow_hub(seeds: Seeds, hub: HubServer, manifest: Manifest) -> None:
@@ -124,7 +124,7 @@ async def test_who_gives_up_does_not_wait_for_a_slow_hub(seeds: Seeds, hub: HubS
     hub.faults.drip, asked = threading.Event(), len(hub.ranges)
     try:
         reading = asyncio.create_task(channel.chunk_list(shard.hash, timeout=600))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(hub.ranges) == asked:  # noqa: ASYNC110 - of another thread
                 await asyncio.sleep(0.01)
         reading.cancel()

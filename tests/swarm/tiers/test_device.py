@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.fake_accelerator import FakeAccelerator, FakeEvent
+from support.fake_accelerator import DEADLINE, FakeAccelerator, FakeEvent
 from torch import Tensor
 
 from moehive.protocol.errors import BudgetTooSmall, MemoryExhausted
@@ -20,6 +20,7 @@ from moehive.swarm.tiers import device
 from moehive.swarm.tiers.accelerator import TorchAccelerator
 from moehive.swarm.tiers.device import DeviceTier, Slot, SlotPool
 from moehive.swarm.tiers.policy import Uses
+from moehive.swarm.tiers.staging import Staging, StagingBuffers
 
 SLOT = 8  # bytes
 Key = tuple[int, int]  # layer, expert
@@ -102,11 +103,59 @@ def test_staging_memory_is_not_written_before_its_copy_is_over() -> None:
     made = Made(4)
     made.begin((0, 0), (0, 1))
     made.accelerator.finish()
-    made.accelerator.until(lambda: len(made.tier._staging) == 2)
+    made.accelerator.until(lambda: len(free_staging(made)) == 3)
     for key in ((0, 0), (0, 1), (0, 2), (0, 3)):  # the last two in this thread, which has to wait for each
         made.use(key)
     made.close()
-    assert len(made.tier._staging) == 2, "more staging memory than threads that load at once"
+    assert len([one for one in free_staging(made) if one.memory is not None]) == 2, "more than loaded at once"
+
+
+def free_staging(made: Made) -> list[Staging]:
+    return [one for one in made.tier._staging.buffers if not one.thread]
+
+
+def test_uploads_never_take_more_staging_memory_than_was_said() -> None:
+    """Of five threads that upload, all but three wait."""
+    made, going, go_on = Made(8), threading.Semaphore(0), threading.Event()
+    pack = made.tier._pack
+
+    def held_up(key: Key, memory: Tensor) -> None:
+        going.release()
+        assert go_on.wait(DEADLINE)
+        pack(key, memory)
+
+    made.tier._pack = held_up
+    threads = [threading.Thread(target=made.use, args=((layer, number),)) for layer in (0, 1) for number in (0, 1)]
+    made.tier.begin(0, [(0, 3)])
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        assert going.acquire(timeout=DEADLINE)
+    made.accelerator.until(lambda: len(made.tier._tier._flights) == 5)
+    assert free_staging(made) == []
+    assert not going.acquire(blocking=False)
+    go_on.set()
+    while any(thread.is_alive() for thread in threads):
+        made.accelerator.finish()
+        threads[0].join(0.001)
+    made.close()
+    assert set(made.packed.values()) == {1}
+    assert made.tier.staging_bytes == 3 * SLOT
+    assert made.accelerator.staged == 3 * SLOT
+
+
+def test_what_a_thread_had_that_was_interrupted_is_used_again_after_its_copy() -> None:
+    accelerator = FakeAccelerator()
+    buffers = StagingBuffers(accelerator, SLOT, 1)
+    buffer, memory = buffers.take()
+    slot = accelerator.allocate(SLOT)
+    memory.copy_(content((0, 1)))
+    buffer.copied = accelerator.copy(slot, memory, ())
+    buffers.recover(threading.get_ident() + 1)
+    assert buffer.thread
+    buffers.recover(threading.get_ident())
+    assert buffers.take()[1] is memory
+    assert torch.equal(slot, content((0, 1))), "it would be written over before it was read"
 
 
 def test_the_time_of_an_upload_is_that_until_its_bytes_are_there() -> None:
@@ -161,7 +210,7 @@ def test_a_device_without_any_memory_says_so() -> None:
 def test_a_failed_pack_leaves_its_slot_to_others() -> None:
     made = Made(1, loaders=0)
     made.use((0, 2))
-    [staging] = made.tier._staging
+    assert len(free_staging(made)) == 1
 
     def fail(key: Key, memory: Tensor) -> None:
         raise OSError("the disk is gone")
@@ -172,7 +221,8 @@ def test_a_failed_pack_leaves_its_slot_to_others() -> None:
     made.tier._pack = pack
     made.use((0, 1))
     made.close()
-    assert [id(one) for one in made.tier._staging] == [id(staging)]
+    assert len(free_staging(made)) == 1
+    assert made.accelerator.staged == SLOT
 
 
 def test_uploads_leave_what_the_running_call_uses() -> None:
@@ -227,8 +277,7 @@ def test_a_slot_remembers_every_read_that_is_not_over() -> None:
     events[0].done = True
     for event in events[1:]:
         slot.read(event)
-    assert list(slot.take_reads()) == events[1:]
-    assert list(slot.take_reads()) == []
+    assert list(slot.reads) == events[1:]
 
 
 def test_everything_in_use_is_said_with_the_budget_that_would_do() -> None:
@@ -334,6 +383,7 @@ class Failing(FakeAccelerator):
 def test_an_upload_that_fails_gives_everything_back(what: str) -> None:
     made, accelerator = Made(1), Failing(SLOT)
     made.tier._accelerator = made.tier._pool._accelerator = made.accelerator = accelerator
+    made.tier._staging._accelerator = accelerator
     if what == "copy":
         made.begin((0, 0))
         made.use((0, 0))  # its kernel has not run when the slot is wanted again
@@ -346,6 +396,25 @@ def test_an_upload_that_fails_gives_everything_back(what: str) -> None:
     made.close()
     assert accelerator.idle
     assert accelerator.allocated == SLOT
+    assert len(free_staging(made)) == 3
+
+
+def test_a_slot_that_an_interrupt_lost_comes_back() -> None:
+    made = Made(1, loaders=0)
+    made.tier._pool.take((0, 3))
+    made.tier.abandon(KeyboardInterrupt())
+    made.use((0, 0))
+    made.close()
+
+
+def test_slots_that_others_use_or_load_into_are_not_lost() -> None:
+    pool = SlotPool(FakeAccelerator(), SLOT, 3)
+    used, loading, lost = (pool.take(key) for key in "abc")
+    pool.recover({used}, ["b"])
+    assert pool._free == [lost]
+    pool.give(loading)  # its load has failed, and is not over yet
+    pool.recover({used}, ["b"])
+    assert set(pool._free) == {loading, lost}
 
 
 # --- the real one, as far as it goes without a GPU --------------------------------------------------------------------
@@ -367,7 +436,7 @@ def test_torchs_streams_on_the_processor() -> None:
 
 def test_slots_have_equal_sizes_and_their_own_memory() -> None:
     pool = SlotPool(FakeAccelerator(), SLOT, 5)
-    slots = [pool.take() for _ in range(5)]
+    slots = [pool.take(None) for _ in range(5)]
     assert sorted(slot.index for slot in slots) == [0, 1, 2, 3, 4]
     addresses = {slot.memory.data_ptr() for slot in slots}
     assert max(addresses) - min(addresses) == 4 * SLOT

@@ -3,12 +3,14 @@
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from queue import SimpleQueue
 from random import Random
 
 import pytest
 from support.tiers import DEADLINE, Gate, joined, make, take, value_of, wait_until
 
 from moehive.protocol.errors import BudgetTooSmall, StorageError
+from moehive.swarm.tiers import loading
 from moehive.swarm.tiers.policy import Uses
 from moehive.swarm.tiers.ram import RamTier
 
@@ -144,17 +146,66 @@ def test_room_goes_to_who_waits_longest_not_to_who_is_there_first() -> None:
     assert load.calls == ["a", "b", "c", "d"]
 
 
-def test_who_waits_for_more_than_is_released_holds_up_nobody() -> None:
-    """Whoever is held up might have in use what the other waits for."""
-    tier = RamTier[str, str](20, value_of, room=lambda key: 10 * len(key), size=lambda _: 10, loaders=0)
+def by_length(budget: int) -> RamTier[str, str]:
+    """Of entries whose loads take as many bytes as their keys have letters."""
+    return RamTier[str, str](budget, value_of, room=len, size=lambda _: 1, loaders=1, wait=10 * DEADLINE)
+
+
+def test_who_needs_more_than_is_released_is_not_passed_for_ever() -> None:
+    """Of three threads with an entry each, always two use theirs: what one of them releases is never enough."""
+    tier = by_length(3)
+    turns = [threading.Semaphore(0) for _ in range(3)]
+    steps: SimpleQueue[int] = SimpleQueue()
+
+    def use(number: int) -> None:
+        for turn in range(3):
+            with tier.lease("abc"[number] if turn % 2 else "def"[number]):
+                steps.put(number)
+                assert turns[number].acquire(timeout=DEADLINE)
+
+    with ThreadPoolExecutor(4) as pool:
+        small = [pool.submit(use, number) for number in range(3)]
+        for _ in small:
+            steps.get(timeout=DEADLINE)
+        large = pool.submit(take, tier, "xx")
+        wait_until(lambda: len(tier._claims) == 1)
+        turns[0].release()
+        wait_until(lambda: len(tier._claims) == 2 or not steps.empty())
+        assert steps.empty(), "whoever came later was served first"
+        assert tier.begin(0, "g") == []
+        assert tier.prefetch(0, [("g", 1.0)], most=1) == 0
+        turns[1].release()
+        assert large.result(DEADLINE) == "value xx"
+        for turn in turns:
+            turn.release(3)
+        for done in small:
+            done.result(DEADLINE)
+
+
+@pytest.mark.parametrize("borrows", [False, True])
+def test_who_waits_for_much_holds_up_nobody_that_has_in_use_what_it_waits_for(borrows: bool) -> None:
+    tier = by_length(2)
     with ThreadPoolExecutor(2) as pool, ExitStack() as held:
+        held.enter_context(tier.borrow(1, "a test") if borrows else tier.lease("a"))
+        large = pool.submit(take, tier, "xx")
+        wait_until(lambda: len(tier._claims) == 1)
+        held.enter_context(tier.lease("b"))
+        assert not large.done()
+        held.close()
+        assert large.result(DEADLINE) == "value xx"
+
+
+def test_nor_anybody_for_whom_such_a_one_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_LOOK", 10 * DEADLINE)
+    tier = by_length(2)
+    with ThreadPoolExecutor(3) as pool, ExitStack() as held:
         held.enter_context(tier.lease("a"))
-        with tier.lease("b"):
-            large = pool.submit(take, tier, "xx")
-            wait_until(lambda: len(tier._claims) == 1)
-            small = pool.submit(take, tier, "c")
-            wait_until(lambda: len(tier._claims) == 2)
-        assert small.result(DEADLINE) == "value c"
+        large = pool.submit(take, tier, "xx")
+        wait_until(lambda: len(tier._claims) == 1)
+        other = pool.submit(take, tier, "b")
+        wait_until(lambda: len(tier._claims) == 2)
+        held.enter_context(tier.lease("b"))  # joins the other's load
+        assert other.result(DEADLINE) == "value b"
         assert not large.done()
         held.close()
         assert large.result(DEADLINE) == "value xx"

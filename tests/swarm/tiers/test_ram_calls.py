@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support.tiers import DEADLINE, Gate, call, make, take, take_while_it_loads, uses, value_of, wait_until
 
 from moehive.protocol.errors import StorageError
+from moehive.swarm.tiers import loading
 from moehive.swarm.tiers.ram import RamTier
 from moehive.swarm.tiers.residency import Entry
 
@@ -90,18 +91,54 @@ def test_threads_with_calls_that_do_not_fit_together_do_not_wait_for_each_other(
     assert tier.stats.reserved_bytes == 0
 
 
+def put(tier: RamTier[str, str], key: str, value: str) -> bool:
+    with tier.incoming(key) as room:
+        if room is not None:
+            tier.put(room, value, 0.5)
+        return room is not None
+
+
+def test_the_room_of_what_somebody_else_loads_is_taken_before_and_given_back_where_it_is_not_used() -> None:
+    tier = RamTier[str, str](30, value_of, room=lambda _: 15, size=lambda _: 10, loaders=0, wait=DEADLINE)
+    call(tier, "ab")
+    with tier.incoming("c") as room:
+        assert room is not None
+        assert (tier.keys(), tier.stats.reserved_bytes) == (["b"], 15)
+        tier.put(room, "another c", 0.5)
+        assert (tier.keys(), tier.stats.reserved_bytes, tier.resident_bytes) == (["b", "c"], 0, 20)
+    with pytest.raises(StorageError), tier.incoming("d"):
+        raise StorageError("the peers are gone")
+    assert tier.stats.reserved_bytes == 0
+    with tier.incoming("e") as first, tier.incoming("f") as second, tier.incoming("g") as third:
+        assert (first is None, second is None, third is None) == (False, False, True)
+
+
+def test_what_is_put_gives_the_rest_of_its_room_to_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_LOOK", 10 * DEADLINE)
+    rooms = {"a": 15, "b": 10, "c": 5}
+    tier = RamTier[str, str](20, value_of, room=rooms.__getitem__, size=lambda _: 5, loaders=0, wait=10 * DEADLINE)
+    with ThreadPoolExecutor(1) as pool, tier.incoming("a") as room:
+        waiting = pool.submit(take, tier, "b")
+        wait_until(lambda: len(tier._claims) == 1)
+        with tier.incoming("c") as none:
+            assert none is None, "somebody waits for room"
+        assert room is not None
+        tier.put(room, "a", 0.5)
+        assert waiting.result(DEADLINE) == "value b"
+
+
 def test_what_somebody_else_loaded_is_kept_where_there_is_room() -> None:
     load = Gate("")
     tier = make(20, load)
-    assert tier.put("a", "another a", 0.5)
-    assert tier.put("a", "a third a", 0.5)
+    assert put(tier, "a", "another a")
+    assert put(tier, "a", "a third a")
     assert leased(tier, "a") == "another a"
     lease = tier.try_lease("a")
     assert lease is not None
     with lease as value, tier.lease("b"):
         assert value == "another a"
-        assert not tier.put("c", "c", 0.5), "all is in use"
-    assert tier.put("c", "c", 0.5)
+        assert not put(tier, "c", "c"), "all is in use"
+    assert put(tier, "c", "c")
     assert tier.try_lease("d") is None
     assert load.calls == ["b"]
 
@@ -112,7 +149,7 @@ def test_what_is_on_its_way_is_not_put_beside_itself() -> None:
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(take, tier, "a")
         assert load.started.wait(DEADLINE)
-        assert tier.put("a", "another a", 0.5)
+        assert put(tier, "a", "another a")
         load.finish.set()
         assert loading.result(DEADLINE) == "value a"
     assert (tier.stats.entries, tier.resident_bytes, tier.stats.reserved_bytes) == (1, 10, 0)
@@ -194,11 +231,11 @@ def test_a_closed_tier_loads_without_threads() -> None:
 
 @contextmanager
 def holding(tier: RamTier[str, str], keys: str) -> Iterator[Sequence[Entry[str, str] | None]]:
-    entries = tier.hold(0, keys)
+    use = tier.hold(0, keys)
     try:
-        yield entries
+        yield use.entries
     finally:
-        tier.release(entries)
+        tier.release(use)
 
 
 def held(tier: RamTier[str, str], keys: str) -> list[str]:
@@ -225,7 +262,7 @@ def test_a_call_in_one_step_counts_and_evicts_as_single_leases_do(calls: list[st
         assert held(one, keys) == call(many, keys) == [value_of(key) for key in keys]
         if roomy:  # else single leases may evict one of the call's own
             assert set(one.keys()) == set(many.keys())
-        assert all(entry.in_use == 0 for entry in one._residency.entries.values())
+        assert not one._residency.uses
     if roomy:
         assert one.stats.meter == many.stats.meter
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from support.waiting import until
 from moehive.protocol.chunks import CHUNK_SIZE, ChunkList
 from moehive.protocol.errors import DiskFull, ManifestError, RefusalCode, ShardUnavailable, TransportError
 from moehive.swarm.store.content import ContentStore
+from moehive.swarm.tiers.loading import forget_frames
 from moehive.swarm.transfer.progress import TransferProgress
 from moehive.swarm.transfer.sources import Source, Sources, Wanted
 
@@ -337,11 +340,34 @@ async def test_into_memory(world: World) -> None:
     assert not world.store.objects()
 
 
+async def test_nobody_keeps_the_memory_that_was_fetched_into(world: World) -> None:
+    """It may be an expert's, which is to be gone when the expert is."""
+
+    class Memory(bytearray):
+        pass
+
+    for silent_after in (None, 3):
+        memory = Memory(len(DATA))
+        seen = weakref.ref(memory)
+        async with world.source(A, FakeSource(DATA, silent_after=silent_after)):
+            try:
+                await world.downloads.fetch_to_memory(world.wanted(DATA), memoryview(memory), deadline=0.3)
+            except ShardUnavailable as error:
+                assert silent_after
+                forget_frames(error)  # as those do whom the memory belongs to: an error's frames have it
+            gc.disable()  # what waits for the collector of cycles waits for long
+            try:
+                del memory
+                await until(lambda seen=seen: seen() is None)  # type: ignore[misc]
+            finally:
+                gc.enable()
+
+
 async def test_a_deadline_ends_it_and_says_why(world: World) -> None:
     async with world.source(A, FakeSource(DATA, silent_after=3)):
         fetching = world.downloads.fetch_to_memory(world.wanted(DATA), memoryview(bytearray(len(DATA))), deadline=0.3)
         with pytest.raises(ShardUnavailable, match=r"a shard: .*not complete after"):
-            await asyncio.wait_for(fetching, 30)
+            await asyncio.wait_for(fetching, 60)
 
 
 async def test_a_buffer_of_another_size(world: World) -> None:

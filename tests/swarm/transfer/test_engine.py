@@ -273,7 +273,7 @@ async def test_where_nobody_can_go_on_somebody_else_is_looked_for_at_once(
 
 
 async def test_small_objects_do_not_wait_for_each_other(world: World) -> None:
-    """While one hangs the others come: each has requests of its own."""
+    """While one hangs the others come: each has requests of its own, and none at a source that is silent."""
     slow = world.add(Channel("slow"))
     slow.hangs.clear()
     world.add(Channel("fast"))

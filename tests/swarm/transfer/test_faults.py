@@ -144,7 +144,7 @@ async def test_all_sources_are_killed_and_then_one_returns(
     kept = receiver.downloads.stats.received
     assert kept
     receiver.found.clear()
-    await asyncio.wait_for(receiver.found.wait(), 30)  # it looks for somebody
+    await asyncio.wait_for(receiver.found.wait(), 60)  # it looks for somebody
     again = processes.start(by, "source 0", file)
     receiver.add("source 0", again.says())
     assert await fetching == DATA
@@ -277,7 +277,7 @@ async def test_a_clock_that_jumps(tmp_path: Path, jump: float) -> None:
     ):
         receiver.add("source", port)
         fetching = asyncio.create_task(receiver.fetch())
-        await asyncio.wait_for(half.wait(), 30)
+        await asyncio.wait_for(half.wait(), 60)
         ahead = jump
         receiver.add("other", other_port)
         assert await asyncio.wait_for(fetching, 60) == DATA

@@ -52,7 +52,7 @@ class Downloader:
 
     async def run(self, shelf: FakeShelf) -> None:
         half = EACH // 2  # two requests in flight
-        requests = (self._channel.get_chunks(shelf.hash, first, half, self, timeout=110) for first in (0, half))
+        requests = (self._channel.get_chunks(shelf.hash, first, half, self, timeout=240) for first in (0, half))
         await asyncio.gather(*requests)
 
 

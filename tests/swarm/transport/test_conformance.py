@@ -167,7 +167,7 @@ async def test_writing_to_a_peer_that_closed_fails(pair: Any) -> None:
             await stream.write(bytes(100_000))
 
     with pytest.raises(PeerUnreachable):
-        await asyncio.wait_for(write_until_it_fails(), 10)
+        await asyncio.wait_for(write_until_it_fails(), 60)
     await stream.close()
 
 
@@ -181,7 +181,7 @@ async def test_close_does_not_wait_for_a_reader_that_hangs(pair: Any) -> None:
     stream = await pair.client.open(pair.node.peer, pair.name)
     writing = asyncio.create_task(stream.write(bytes(32 << 20)))
     await asyncio.wait({writing}, timeout=0.1)
-    await asyncio.wait_for(stream.close(), 30)  # the reader would hang for ever
+    await asyncio.wait_for(stream.close(), 60)  # the reader would hang for ever
     release.set()
     with pytest.raises(PeerUnreachable):
         await writing
@@ -257,7 +257,7 @@ async def test_streams_of_one_peer_are_limited(pair: Any) -> None:
             finally:
                 await stream.close()
 
-    await asyncio.wait_for(open_again(), 30)
+    await asyncio.wait_for(open_again(), 60)
     await asyncio.gather(*(stream.close() for stream in streams))
 
 
@@ -266,7 +266,7 @@ async def test_streams_of_one_peer_are_limited(pair: Any) -> None:
 
 async def eventually(get: Callable[[], Any], expected: object) -> None:
     """Wait until `await get()` is `expected`."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while await get() != expected:  # noqa: ASYNC110  a table tells nobody when a record expires
             await asyncio.sleep(0.02)
 
@@ -294,7 +294,8 @@ async def test_records_expire(pair: Any) -> None:
     key = pair.name.encode()
     lasting = Record(b"lasting", time.time() + 60)
     assert await pair.client.put(key, "b", lasting)
-    assert await pair.client.put(key, "a", Record(b"brief", time.time() + 2))
+    # On a busy machine it may be over before it is stored.
+    await eventually(lambda: pair.client.put(key, "a", Record(b"brief", time.time() + 2)), True)
     await eventually(lambda: pair.client.get(key), {"b": lasting})
     assert not await pair.client.put(key, "c", Record(b"late", time.time() - 1))
 

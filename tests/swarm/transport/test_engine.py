@@ -19,7 +19,7 @@ def run(script: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=90,
+        timeout=240,
         check=False,
     )
     return done.stdout

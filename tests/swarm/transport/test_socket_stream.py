@@ -42,7 +42,7 @@ async def connected() -> AsyncIterator[tuple[SocketStream, list[int], socket.soc
 
 async def read_exactly(sock: socket.socket, size: int) -> bytes:
     data = b""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(data) < size:
             data += await asyncio.get_running_loop().sock_recv(sock, size - len(data))
     return data

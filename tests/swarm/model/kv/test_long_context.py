@@ -101,7 +101,7 @@ print(engine.full_bytes, engine.device.peak, engine.disk.used, peak() - before)
 def test_the_process_grows_by_the_budget_and_not_by_the_cache(tmp_path: Path) -> None:
     budget = 20 << 20
     command = [sys.executable, "-c", _FILL, str(budget), str(tmp_path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
     full, counted, on_disk, grown = map(int, output.split())
     assert full == 16 * budget
     assert 0.6 * budget < counted <= budget

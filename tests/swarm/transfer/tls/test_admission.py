@@ -81,7 +81,7 @@ async def test_a_good_token_opens_a_connection(server: BulkServer) -> None:
 
 
 async def test_without_a_token_nothing_is_said(server: BulkServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ADMISSION_TIMEOUT", 0.2)
+    monkeypatch.setattr(module, "ADMISSION_TIMEOUT", 1.0)
     assert await asyncio.to_thread(said_to, server) == b""
 
 
@@ -230,7 +230,7 @@ async def test_nobody_blocks_the_door(server: BulkServer) -> None:
 
 @pytest.mark.parametrize("handshake", [False, True], ids=["never handshakes", "never shows a token"])
 async def test_who_says_nothing_is_let_go(server: BulkServer, handshake: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ADMISSION_TIMEOUT", 0.3)
+    monkeypatch.setattr(module, "ADMISSION_TIMEOUT", 1.0)
     with connect(server) as sock:
         if handshake:
             sock = await asyncio.to_thread(client_context().wrap_socket, sock)
@@ -242,7 +242,7 @@ async def test_who_says_nothing_is_let_go(server: BulkServer, handshake: bool, m
 async def test_a_token_that_trickles_in_gets_no_new_deadline(
     server: BulkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ADMISSION_TIMEOUT", 0.5)
+    monkeypatch.setattr(module, "ADMISSION_TIMEOUT", 1.0)
     words = hello(offer_of(server).token)
 
     def trickle() -> bytes:

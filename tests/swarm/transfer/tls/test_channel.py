@@ -171,10 +171,10 @@ async def test_a_slow_receiver_holds_the_sender_back() -> None:
         running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, 32, collected, timeout=PATIENCE))
         await asyncio.to_thread(gate.reached.wait, PATIENCE)
         seen = -1
-        while seen != len(shelf.read):  # until the sender comes no further
+        while seen < 2 or seen != len(shelf.read):  # until the sender comes no further
             seen = len(shelf.read)
             await asyncio.wait((running,), timeout=0.3)
-        assert 2 <= seen < 24
+        assert seen < 24
         gate.open()
         await running
     assert collected.bytes == shelf.data[: 32 << 20]
@@ -197,7 +197,7 @@ async def test_a_silent_server_is_given_up_between_two_chunks(channel: TlsChanne
     shelf.gate = lambda index: gate(index) if index == 2 else None
     collected = Collected()
     with pytest.raises(PeerTimeout):
-        await channel.get_chunks(shelf.hash, 0, 4, collected, timeout=0.5)
+        await channel.get_chunks(shelf.hash, 0, 4, collected, timeout=2.0)
     assert collected.indices == [0, 1]
     gate.open()
     assert await channel.have(shelf.hash, timeout=PATIENCE) is None
@@ -207,9 +207,9 @@ async def test_a_silent_server_is_given_up_between_two_chunks(channel: TlsChanne
 async def test_a_slow_disk_is_not_the_peers_fault(channel: TlsChannel, shelf: FakeShelf) -> None:
     gate = Gate()
     collected = Collected(gate)
-    running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, 8, collected, timeout=0.2))
+    running = asyncio.create_task(channel.get_chunks(shelf.hash, 0, 8, collected, timeout=1.0))
     await asyncio.to_thread(gate.reached.wait, PATIENCE)
-    await asyncio.wait((running,), timeout=0.6)
+    await asyncio.wait((running,), timeout=1.5)
     assert not running.done()
     gate.open()
     await running

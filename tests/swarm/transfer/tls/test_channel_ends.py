@@ -120,6 +120,6 @@ async def test_an_idle_connection_is_closed_by_the_server(shelf: FakeShelf, monk
     monkeypatch.setattr("moehive.swarm.transfer.tls.served.IDLE_TIMEOUT", 0.1)
     async with serving(shelf) as server, channel_to(server) as channel:
         assert await soon(lambda: channel.broken is not None)
-        assert not server._connections
+        assert await soon(lambda: not server._connections)
         with pytest.raises(PeerUnreachable):
             await channel.have(shelf.hash, timeout=PATIENCE)
