@@ -76,7 +76,9 @@ class Placement:
         Raises ConfigError, StorageError.
         """
         selected = await self._select()
-        order = rarest_first(selected, self._replicas(), seed=self._us, here=self._here())
+        replicas = self._replicas(self._member.directory(self._manifest.model_id).holders)
+        here = await asyncio.to_thread(self._here)
+        order = rarest_first(selected, replicas, seed=self._us, here=here)
         experts = [self._manifest.experts[key] for key in order]
         return [*experts, *self._manifest.skeleton] if self._settings.skeleton else experts
 
@@ -91,11 +93,8 @@ class Placement:
         if self._looks % ASK_EVERY == 0:
             self._asked = await self._ask_demand(directory)
         self._looks += 1
-        sizes = dict(self._obtainable(directory.holders))
-        place = await asyncio.to_thread(self._place, sizes)
-        view = self._view(directory.holders, held, sizes)
-        self._lacking = lacking(view)
-        return await asyncio.to_thread(rebalance, view, place)
+        change, self._lacking = await asyncio.to_thread(self._decide, directory.holders, held, self._demand.rates())
+        return change
 
     # --- the first choice -----------------------------------------------------------------------------------------
 
@@ -107,11 +106,15 @@ class Placement:
             await directory.refresh()
         except TimeoutError:
             _log.warning("nobody could be asked who holds what; choosing by what is known")
+        return await asyncio.to_thread(self._choose, directory.holders)
+
+    def _choose(self, holders: Holders) -> frozenset[ExpertKey]:
+        """Blocks, as `_decide`."""
         forms = self._room.forms
         return choose_experts(
-            dict(self._obtainable(directory.holders)),
-            self._replicas(),
-            budgets=await asyncio.to_thread(self._budgets),
+            dict(self._obtainable(holders)),
+            self._replicas(holders),
+            budgets=self._budgets(),
             widened=forms.widened,
             stored=min(forms.stored, forms.widened),
             reserve=forms.floor * forms.widened,
@@ -119,9 +122,8 @@ class Placement:
             here=self._here(),
         )
 
-    def _replicas(self) -> Mapping[ExpertKey, int]:
+    def _replicas(self, holders: Holders) -> Mapping[ExpertKey, int]:
         """Other peers that hold each expert: what this node itself announced before it was restarted does not count."""
-        holders = self._member.directory(self._manifest.model_id).holders
         return {key: count for key in self._manifest.experts if (count := len(self._others(holders, key)))}
 
     def _others(self, holders: Holders, key: ExpertKey) -> tuple[PeerId, ...]:
@@ -165,10 +167,23 @@ class Placement:
         as_stored = (ram - forms.floor * forms.widened) // max(1, min(forms.stored, forms.widened))
         return Place(fast, max(fast, min(as_stored, *on_disk, len(sizes))))
 
-    # --- what others say ------------------------------------------------------------------------------------------
+    # --- the change -----------------------------------------------------------------------------------------------
 
-    def _view(self, holders: Holders, held: frozenset[ExpertKey], sizes: Mapping[ExpertKey, int]) -> View:
-        ours = self._demand.rates()
+    def _decide(
+        self, holders: Holders, held: frozenset[ExpertKey], ours: Mapping[ExpertKey, float]
+    ) -> tuple[Change, Mapping[ExpertKey, int]]:
+        """The change, and what is lacking. Blocks: it looks for thousands of files, and the node answers meanwhile."""
+        sizes = dict(self._obtainable(holders))
+        view = self._view(holders, held, sizes, ours)
+        return rebalance(view, self._place(sizes)), lacking(view)
+
+    def _view(
+        self,
+        holders: Holders,
+        held: frozenset[ExpertKey],
+        sizes: Mapping[ExpertKey, int],
+        ours: Mapping[ExpertKey, float],
+    ) -> View:
         others = {key: peers for key in self._manifest.experts if (peers := self._others(holders, key))}
         return View(
             us=self._us,
@@ -180,6 +195,8 @@ class Placement:
             demand={key: ours.get(key, 0.0) + self._asked.get(key, 0.0) for key in ours.keys() | self._asked.keys()},
             turn=int(self._wall_clock() // TURN),
         )
+
+    # --- what others say ------------------------------------------------------------------------------------------
 
     async def _ask_demand(self, directory: Directory) -> Mapping[ExpertKey, float]:
         """Rows per second that the peers say they are asked for, added up."""

@@ -30,7 +30,7 @@ class HttpSettings:
     """Where a node shows itself over HTTP, and to whom."""
 
     address: HttpAddress | None = None  # None: a loopback port that stays the same while the key does
-    token: str | None = None  # needed by whoever asks; None: whoever reaches the address may ask
+    token: str | None = field(default=None, repr=False)  # needed by whoever asks; None: whoever is there may
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ class NodeState:
         self.view: NodeView | None = None
         self.http: str | None = None
         self._tell = tell
+        tell(self.phase)
 
     def enter(self, phase: Phase) -> None:
         """Begin a phase. A node never goes back: one that is leaving does not become ready any more."""

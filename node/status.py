@@ -127,9 +127,14 @@ class NodeStatus:
 
     def to_json(self) -> dict[str, Any]:
         """Now."""
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], dict[str, Any]]:
+        """Now, as facts that cost little to take; what is returned makes JSON of them, in any thread."""
         times = {"started": round(self._started, 3), "updated": round(self._clock(), 3)}
         known = {"version": VERSION, "peer": self.peer, "phase": self._phase(), "http": self._http}
-        return {**known, **self._process, **times, **self.facts().to_json()}
+        facts = self.facts()
+        return lambda: {**known, **self._process, **times, **facts.to_json()}
 
 
 class StatusFile:
@@ -145,7 +150,7 @@ class StatusFile:
         try:
             while True:
                 try:
-                    await asyncio.to_thread(self._write, self._content())
+                    await asyncio.to_thread(self._write, self._status.snapshot())
                     troubled = False
                 except OSError as error:
                     if not troubled:
@@ -156,15 +161,12 @@ class StatusFile:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)
 
-    def _content(self) -> bytes:
-        return json.dumps(self._status.to_json()).encode()
-
-    def _write(self, content: bytes) -> None:
+    def _write(self, snapshot: Callable[[], dict[str, Any]]) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".new")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            file.write(json.dumps(snapshot()).encode())
         temporary.replace(self.path)  # a reader sees one or the other; nothing has to outlive a crash
 
 

@@ -92,10 +92,12 @@ class AsyncSwarm:
     ) -> AsyncGenerator[str, None]:
         """The text after `prompt`, in pieces as it is made; of messages ({"role", "content"}) the answer.
 
-        What is not said is as the model's generation_config.json has it; without one the likeliest token is taken. The
-        text ends before any of `stop`. Who leaves early closes the generator (`contextlib.aclosing`), or is cancelled:
-        the generation then ends with the layer or the token in progress. Raises ConfigError for a model without a
-        tokenizer or chat template and for contradictions, and what the model's experts raise.
+        What is not said is as the model's generation_config.json has it; without one the likeliest token is taken. A
+        `seed` makes it repeatable as long as nothing else in this process draws from torch's random numbers meanwhile,
+        as another generation does. The text ends before any of `stop`. Who leaves early closes the generator
+        (`contextlib.aclosing`), or is cancelled: the generation then ends with the layer or the token in progress.
+        Raises ConfigError for a model without a tokenizer or chat template and for contradictions, and what the model's
+        experts raise.
         """
         sampling = Sampling(
             max_tokens=max_tokens,

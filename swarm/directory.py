@@ -88,7 +88,7 @@ class Directory:
         self._wall_clock = wall_clock
         self._lookup: asyncio.Task[None] | None = None
         self._known: dict[PeerId, Inventory] = {}
-        self._refuted: dict[PeerId, dict[ExpertKey, float]] = {}  # when the announcement was issued that was not true
+        self._refuted: dict[PeerId, dict[ExpertKey, float]] = {}  # when each was refused
         self.holders = Holders()
 
     async def run(self) -> None:
@@ -133,8 +133,15 @@ class Directory:
         known = self._known.get(inventory.peer)
         if known is None or known.issued < inventory.issued:
             self._known[inventory.peer] = inventory
+            self._forgive(inventory)
             if _offers(inventory):
                 self._on_announcement(inventory.peer)
+
+    def _forgive(self, inventory: Inventory) -> None:
+        """What a peer refused and no longer announces, it may take again and leave again: nodes follow the swarm."""
+        refuted = self._refuted.get(inventory.peer, {})
+        for key in refuted.keys() - inventory.held:
+            del refuted[key]
 
     def _publish(self) -> None:
         now = self._wall_clock()
@@ -149,8 +156,8 @@ class Directory:
     def refuted(self, peer: PeerId, keys: Iterable[ExpertKey] | None, reason: str) -> None:
         """A peer refused experts (None: all of them) that it announces: they no longer count as held by it.
 
-        An honest peer may have lost a shard since it announced it. One that announces the same expert anew and refuses
-        it again lies.
+        An honest peer may have lost or left an expert since it announced it, which its next announcement then says. One
+        that announces it after it has refused it, and refuses it again, lies.
         """
         known = self._known.get(peer)
         if known is None:
@@ -159,7 +166,7 @@ class Directory:
         before = self._refuted.setdefault(peer, {})
         if any(before.get(key, known.issued) < known.issued for key in untrue):
             self._standings.blame(FalseClaim(f"announces again what it refuses: {reason}", peer=peer))
-        before.update(dict.fromkeys(untrue, known.issued))
+        before.update(dict.fromkeys(untrue, max(known.issued, self._wall_clock())))
         self._known[peer] = replace(known, held=known.held - untrue)
         self._publish()
 

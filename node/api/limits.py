@@ -32,7 +32,7 @@ def sampling_of(wishes: Wishes, prompt: tuple[int, ...], limits: Limits) -> Samp
     # Whatever top_p and top_k say: the likeliest token is among the likeliest.
     greedy = wishes.temperature is not None and wishes.temperature <= _COLD
     return Sampling(
-        max_tokens=_max_tokens(wishes.max_tokens, len(prompt), limits),
+        max_tokens=_max_tokens(wishes.max_tokens, wishes.usual_tokens, len(prompt), limits),
         seed=new_seed() if wishes.seed is None else wishes.seed,
         temperature=0.0 if greedy else wishes.temperature,
         top_k=None if greedy else wishes.top_k,
@@ -42,7 +42,7 @@ def sampling_of(wishes: Wishes, prompt: tuple[int, ...], limits: Limits) -> Samp
     )
 
 
-def _max_tokens(wished: int | None, prompt: int, limits: Limits) -> int:
+def _max_tokens(wished: int | None, usual: int | None, prompt: int, limits: Limits) -> int:
     left = None if limits.context is None else limits.context - prompt
     if left is not None and (left < 1 or (wished or 1) > left):
         raise _too_long(wished, prompt, limits)
@@ -50,7 +50,7 @@ def _max_tokens(wished: int | None, prompt: int, limits: Limits) -> int:
         raise bad_request(f"this server gives at most {limits.max_tokens} tokens for an answer", "max_tokens")
     if wished is not None:
         return wished
-    return min((bound for bound in (left, limits.max_tokens) if bound is not None), default=_WITHOUT_CONTEXT)
+    return min((bound for bound in (usual, left, limits.max_tokens) if bound is not None), default=_WITHOUT_CONTEXT)
 
 
 def _too_long(wished: int | None, prompt: int, limits: Limits) -> ApiError:

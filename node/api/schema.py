@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn
 
 from .errors import ApiError, bad_request, not_supported
@@ -82,6 +82,7 @@ class Wishes:
     stop: tuple[str, ...] = ()
     stream: bool = False
     include_usage: bool = False
+    usual_tokens: int | None = None  # most of an answer where max_tokens is None; None: what there is room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,9 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
 def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
     """Raises ApiError."""
     _refuse_others(body, {"prompt"}, _NEUTRAL_TEXT)
-    return CompletionRequest(_wishes(body, DEFAULT_COMPLETION_TOKENS), _prompt(body.get("prompt")))
+    return CompletionRequest(
+        replace(_wishes(body), usual_tokens=DEFAULT_COMPLETION_TOKENS), _prompt(body.get("prompt"))
+    )
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -154,11 +157,11 @@ def _same(value: Any, harmless: Any) -> bool:
     return isinstance(value, bool) == isinstance(harmless, bool) and bool(value == harmless)
 
 
-def _wishes(body: Mapping[str, Any], default_tokens: int | None = None) -> Wishes:
+def _wishes(body: Mapping[str, Any]) -> Wishes:
     stream = _boolean(body, "stream")
     return Wishes(
         model=_model(body.get("model")),
-        max_tokens=_max_tokens(body) or default_tokens,
+        max_tokens=_max_tokens(body),
         temperature=_number(body, "temperature", 0, 2),
         top_p=_number(body, "top_p", 0, 1),
         top_k=_integer(body, "top_k", 1, _MAX_INT),

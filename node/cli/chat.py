@@ -36,7 +36,7 @@ def chat(
     """Talk with a model; answers appear while they are made.
 
     /reset begins a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer and keeps what there is of it.
-    Where stdin is not a terminal each of its lines is a turn, and only the answers are printed.
+    Where stdin is not a terminal each of its lines is a turn, only the answers are printed, and Ctrl-C ends it all.
 
     Parameters
     ----------
@@ -141,6 +141,8 @@ def _turn(conversation: Conversation, line: str) -> None:
             conversation.answer(line, write, halted)
     except KeyboardInterrupt:
         write.end()
+        if not sys.stdin.isatty():
+            raise
         note("interrupted: this turn is forgotten")
         return
     except ConfigError as error:
@@ -166,7 +168,13 @@ def _lines() -> Iterator[str]:
 
 @contextmanager
 def _halting() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C asks what runs to end after its token; the second one interrupts it."""
+    """Within it the first Ctrl-C asks what runs to end after its token; the second one interrupts it.
+
+    Where nobody types, Ctrl-C is meant for all of it, not for the first of many lines.
+    """
+    if not sys.stdin.isatty():
+        yield lambda: False
+        return
     asked: list[int] = []
 
     def on_interrupt(number: int, frame: object) -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.resources import files
 from itertools import chain
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from prometheus_client import Metric
 from starlette.applications import Starlette
@@ -43,7 +43,6 @@ _REASONS: Final = {
     Phase.LOADING: "gets and verifies what it is to hold",
     Phase.LEAVING: "finishes what was begun and accepts nothing new",
 }
-R = TypeVar("R")
 
 
 @asynccontextmanager
@@ -105,8 +104,7 @@ class _Told:
         return chain(phase_metrics(phase), node_metrics(view.status.peer, view.status.facts(), view.coverage()))
 
     async def status(self, request: Request) -> Response:
-        view = self._state.view
-        return self._not_yet() if view is None else JSONResponse(view.status.to_json())
+        return await self._of(lambda view: view.status.snapshot())
 
     async def coverage(self, request: Request) -> Response:
         return await self._of(lambda view: view.coverage().to_json)
@@ -114,13 +112,13 @@ class _Told:
     async def peers(self, request: Request) -> Response:
         return await self._of(lambda view: view.coverage().peers_json)
 
-    async def _of(self, work: Callable[[NodeView], Callable[[], dict[str, Any]]]) -> Response:
+    async def _of(self, facts: Callable[[NodeView], Callable[[], dict[str, Any]]]) -> Response:
+        """`facts` takes them on the event loop; what it returns makes JSON of them in a thread."""
         view = self._state.view
-        return self._not_yet() if view is None else JSONResponse(await self._in_thread(work(view)))
-
-    async def _in_thread(self, work: Callable[[], R]) -> R:
+        if view is None:
+            return self._not_yet()
         async with self._one_at_a_time:
-            return await asyncio.to_thread(work)
+            return JSONResponse(await asyncio.to_thread(facts(view)))
 
     def _not_yet(self) -> Response:
         phase = self._state.phase

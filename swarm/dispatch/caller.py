@@ -224,7 +224,7 @@ class ExpertCaller:
                 self.stats.hedges += 1
                 asked.append(asyncio.create_task(self._ask_all(call, plan, share, deadline)))
             winner, outcome = await _first_good(asked)
-            self.stats.hedges_won += winner > 0
+            self.stats.hedges_won += winner > 0 and not isinstance(outcome, PeerError)
             return outcome
         finally:
             self._let_go(asked)

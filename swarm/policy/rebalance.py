@@ -79,7 +79,7 @@ def rebalance(view: View, place: Place, *, floor: int = FLOOR) -> Change:
         else:
             continue
         take.append(key)
-    for key in _hot(view, floor, take):
+    for key in _hot(view, floor, frozenset(take)):
         if used < place.fast:
             used += 1
         elif spare and _per_holder(view, key, 1) > HOTTER * _per_holder(view, spare[-1], 0):

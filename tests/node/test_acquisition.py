@@ -232,6 +232,7 @@ async def test_what_the_swarm_lost_is_fetched_and_what_is_not_needed_may_be_evic
             used = store.keeping.now().in_use
             assert all(mixtral.manifest.experts[key].hash in used for key in node.holdings.experts)
             assert all(mixtral.manifest.experts[key].hash not in used for key in before)
+            assert all(shard.hash in used for shard in mixtral.manifest.skeleton)
         assert set(node.selected) == {4}
 
 

@@ -39,3 +39,9 @@ def test_a_message_has_a_bound() -> None:
     told = meter.message()
     assert len(told.experts) == MAX_DEMAND
     assert min(told.layers) == 9
+
+
+def test_what_no_message_could_say_is_told_as_the_most_that_one_can() -> None:
+    meter = DemandMeter(clock=Clock())
+    meter.asked(3, (5,), (1 << 60,))
+    assert meter.message().hourly == (1 << 40,)

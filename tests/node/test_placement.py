@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -15,7 +16,8 @@ from moehive.node.demand import DemandMeter
 from moehive.node.placement import TURN, Placement, Room
 from moehive.node.settings import NodeSettings, Publishing
 from moehive.protocol.codec import Message
-from moehive.protocol.ids import ExpertKey, PeerId
+from moehive.protocol.errors import RefusalCode
+from moehive.protocol.ids import ExpertKey, PeerId, ShardHash
 from moehive.protocol.messages import PEER, Demand, GetDemand
 from moehive.swarm.member import Member
 from moehive.swarm.policy.budgets import ExpertForms
@@ -51,7 +53,7 @@ async def holder(
         assert isinstance(message, GetDemand)
         assert message.model == model.model_id
         if demand is None:
-            raise Refusal(7)
+            raise Refusal(RefusalCode.UNKNOWN_MODEL)
         await reply(demand)
 
     async with MemoryTransport(network, identity(number)) as transport:
@@ -92,6 +94,24 @@ async def test_nothing_changes_where_it_need_not(mixtral: ConvertedDirectory) ->
         assert not await placement(us, mixtral, room=2).look(frozenset(sorted(everything)[:2]))
 
 
+async def test_files_are_looked_for_where_that_keeps_nobody_waiting(
+    mixtral: ConvertedDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, everything, path = MemoryNetwork(), set(mixtral.manifest.experts), ConvertedDirectory.path
+    on_loop: set[bool] = set()
+
+    def looked_for(source: ConvertedDirectory, name: ShardHash) -> Path | None:
+        on_loop.add(threading.current_thread() is threading.main_thread())
+        return path(source, name)
+
+    monkeypatch.setattr(ConvertedDirectory, "path", looked_for)
+    async with holder(network, 3, mixtral, everything), member(network, 2) as us:
+        ours = placement(us, mixtral, room=2)
+        await ours.first()
+        await ours.look(frozenset())
+    assert on_loop == {False}
+
+
 async def test_what_others_are_asked_for_most_is_held_once_more(mixtral: ConvertedDirectory) -> None:
     network, everything = MemoryNetwork(), set(mixtral.manifest.experts)
     hot, absent = sorted(everything)[5], ExpertKey(40, 40)
@@ -111,6 +131,13 @@ async def test_what_others_are_asked_for_most_is_held_once_more(mixtral: Convert
         changes = [change for _ in range(20) if (change := await ours.look(held))]
     assert changes
     assert {change.take for change in changes} == {(hot,)}
+
+
+async def test_a_node_that_announces_itself_does_not_ask_itself(mixtral: ConvertedDirectory) -> None:
+    async with member(MemoryNetwork(), 2) as us:
+        await announce(us.transport, identity(2), set(mixtral.manifest.experts), model=mixtral.model_id)
+        await placement(us, mixtral, room=2).look(frozenset(mixtral.manifest.experts))
+        assert us.standings.usable([us.transport.peer])
 
 
 async def test_demand_for_what_a_peer_does_not_hold_is_not_believed(mixtral: ConvertedDirectory) -> None:

@@ -117,7 +117,7 @@ async def test_a_node_is_announced_and_supplies_what_it_has_before_it_has_everyt
         assert state.view.status.to_json()["disk"]["budgetBytes"] == 1 << 30
         stop.set()
         await running
-        assert phases == [Phase.LOADING, Phase.LEAVING]
+        assert phases == [Phase.STARTING, Phase.LOADING, Phase.LEAVING]
 
 
 class Strict(MemoryTransport):

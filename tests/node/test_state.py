@@ -17,7 +17,7 @@ def test_a_node_never_goes_back() -> None:
     state = NodeState(heard.append)
     for phase in (Phase.LOADING, Phase.LEAVING, Phase.READY, Phase.LEAVING):
         state.enter(phase)
-    assert heard == [Phase.LOADING, Phase.LEAVING]
+    assert heard == [Phase.STARTING, Phase.LOADING, Phase.LEAVING]
     assert state.phase is Phase.LEAVING
 
 
@@ -29,8 +29,8 @@ def test_systemd_is_told_by_datagrams(tmp_path: Path, abstract: bool) -> None:
         state = NodeState(lambda phase: tell_systemd(phase, {"NOTIFY_SOCKET": name}))
         for phase in Phase:
             state.enter(phase)
-        said = [listener.recv(4096).decode().splitlines() for _ in range(3)]
-    assert [lines[0] for lines in said] == ["STATUS=loads experts", "READY=1", "STOPPING=1"]
+        said = [listener.recv(4096).decode().splitlines() for _ in Phase]
+    assert [lines[0] for lines in said] == ["STATUS=joins the swarm", "STATUS=loads experts", "READY=1", "STOPPING=1"]
 
 
 @pytest.mark.parametrize("environment", [{}, {"NOTIFY_SOCKET": "vsock:2:1"}])

@@ -60,7 +60,7 @@ def write(directory: Path, name: str, status: Any) -> None:
 
 def test_what_dead_processes_left_and_what_is_no_status_is_passed_over(tmp_path: Path) -> None:
     own = StatusFile(tmp_path, NodeStatus(PEER, node_facts))
-    own._write(own._content())
+    own._write(own._status.snapshot())
     good = json.loads(own.path.read_text())
     write(tmp_path, "reused.json", good | {"processStarted": good["processStarted"] - 100.0})
     write(tmp_path, "dead.json", good | {"pid": 1 << 22})

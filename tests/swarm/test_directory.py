@@ -165,6 +165,36 @@ async def test_what_a_peer_refuses_no_longer_counts_until_it_announces_it_anew()
     assert world.directory.holders.inventories == {}
 
 
+async def test_an_announcement_from_before_a_refusal_is_no_lie() -> None:
+    world = World()
+    await announce(world.transport, A, [ONE, TWO], clock=world.clock)
+    await world.seen()
+    world.clock.now += 5
+    await announce(world.transport, A, [ONE, TWO], clock=world.clock)  # renewed; we have not looked since
+    world.clock.now += 1
+    world.directory.refuted(A.peer, [ONE], "left a moment ago")
+    await world.seen()
+    world.directory.refuted(A.peer, [ONE], "left a moment ago")
+    assert not world.standings.banned(A.peer)
+    world.clock.now += 5
+    await announce(world.transport, A, [ONE, TWO], clock=world.clock)
+    await world.seen()
+    world.directory.refuted(A.peer, [ONE], "never held")
+    assert world.standings.banned(A.peer)
+
+
+async def test_a_peer_may_leave_an_expert_take_it_again_and_leave_it_again() -> None:
+    """As nodes do that follow the swarm: whoever has not seen the newest announcement yet asks for what was left."""
+    world = World()
+    for held in ([ONE, TWO], [TWO], [ONE, TWO]):
+        await announce(world.transport, A, held, clock=world.clock)
+        await world.seen()
+        if ONE in held:
+            world.directory.refuted(A.peer, [ONE], "left")
+        world.clock.now += 5
+    assert not world.standings.banned(A.peer)
+
+
 async def test_a_peer_may_lose_one_expert_after_the_other() -> None:
     world = World()
     for key in (ONE, TWO):

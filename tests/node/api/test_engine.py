@@ -139,6 +139,17 @@ async def test_text_that_nobody_reads_ends_its_generation(monkeypatch):
         assert caught.value.code == "slow_reader"
 
 
+async def test_what_comes_after_the_reader_was_given_up_is_not_kept(monkeypatch):
+    monkeypatch.setattr(module, "MAX_UNREAD", 5)
+    left: list[Job] = []
+    job = Job(work(), left.append, 0.0)
+    for number in range(20):
+        job.deliver(str(number))
+
+    assert job._items.qsize() == 5 + 1
+    assert left == [job], "it was told once"
+
+
 async def test_at_the_end_the_running_one_is_halted_and_the_others_are_told():
     model = FakeModel(gate=True)
     async with running(model) as engine:

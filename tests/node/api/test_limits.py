@@ -25,6 +25,15 @@ def test_an_answer_fills_the_context_unless_it_is_bounded():
     assert most(2, Limits(10, 100, max_tokens=3)) == 2
 
 
+def test_what_is_usual_is_no_wish_that_could_be_too_large():
+    def usually(limits: Limits) -> int:
+        return sampling_of(Wishes("m", usual_tokens=16), PROMPT, limits).max_tokens
+
+    assert usually(Limits(100, 100)) == usually(Limits(None, 100)) == 16
+    assert usually(LIMITS) == 6
+    assert usually(Limits(100, 100, max_tokens=3)) == 3
+
+
 @pytest.mark.parametrize(
     ("wished", "limits", "code"),
     [

@@ -26,7 +26,7 @@ def test_the_least_that_can_be_asked():
     assert parse_chat(CHAT).wishes == Wishes("m")
     assert parse_chat(CHAT).messages == (Message("user", "hello"),)
     assert parse_completion(TEXT).prompt == "hello"
-    assert parse_completion(TEXT).wishes == Wishes("m", max_tokens=16)
+    assert parse_completion(TEXT).wishes == Wishes("m", usual_tokens=16)
 
 
 def test_everything_that_is_honoured():
@@ -35,7 +35,9 @@ def test_everything_that_is_honoured():
 
     assert parse_chat(CHAT | wishes).wishes == Wishes("m", 5, 1.0, 0.5, 3, -1, ("x",), True, True)
     assert parse_chat(CHAT | {"max_tokens": 5, "max_completion_tokens": 5}).wishes.max_tokens == 5
-    assert parse_completion(TEXT | {"max_tokens": 5, "stop": ["a", "b"]}).wishes == Wishes("m", 5, stop=("a", "b"))
+    assert parse_completion(TEXT | {"max_tokens": 5, "stop": ["a", "b"]}).wishes == Wishes(
+        "m", 5, stop=("a", "b"), usual_tokens=16
+    )
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,11 @@ def test_a_model_without_a_chat_template_is_refused_with_advice(moehive, convert
 # --- interrupts -----------------------------------------------------------------------------------------------------
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 class Interrupted:
     """A conversation whose answer is interrupted with Ctrl-C a number of times."""
 
@@ -96,7 +101,8 @@ class Interrupted:
         write("last")
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_program(capsys):
+def test_ctrl_c_ends_the_answer_and_not_the_program(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", Terminal())
     before = signal.getsignal(signal.SIGINT)
     conversation: Any = Interrupted(1)
     module._turn(conversation, "hello")
@@ -106,7 +112,8 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(capsys):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_second_ctrl_c_forgets_the_turn(capsys):
+def test_a_second_ctrl_c_forgets_the_turn(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", Terminal())
     conversation: Any = Interrupted(2)
     module._turn(conversation, "hello")
 
@@ -115,9 +122,13 @@ def test_a_second_ctrl_c_forgets_the_turn(capsys):
     assert "this turn is forgotten" in said.err
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+def test_where_lines_are_not_typed_ctrl_c_ends_the_program(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    conversation: Any = Interrupted(1)
+    with pytest.raises(KeyboardInterrupt):
+        module.talk(conversation)
+
+    assert capsys.readouterr().out == "first \n", "and begins no other turn"
 
 
 def test_on_a_terminal_ctrl_c_drops_the_line_and_ctrl_d_leaves(capsys, monkeypatch):

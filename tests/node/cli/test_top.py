@@ -16,7 +16,7 @@ from moehive.node.status import NodeStatus, Phase, StatusFile
 def running(home):
     """The file of a node that runs: of this process."""
     file = StatusFile(home / "cache" / "nodes", NodeStatus(PEER, node_facts, http="http://127.0.0.1:12345"))
-    file._write(file._content())
+    file._write(file._status.snapshot())
     return json.loads(file.path.read_text())
 
 
@@ -81,7 +81,7 @@ def test_a_device_and_what_memory_holds_as_stored_have_lines_of_their_own(moehiv
     stats = node_facts()
     facts = replace(stats, device="cuda:1", device_tier=stats.tier, stored=stats.tier)
     file = StatusFile(home / "cache" / "nodes", NodeStatus(PEER, lambda: facts, phase=lambda: Phase.LOADING))
-    file._write(file._content())
+    file._write(file._status.snapshot())
     said = moehive("top", "--once").out
     assert "cuda:1" in said
     assert "loading" in said

@@ -36,3 +36,10 @@ def test_a_peer_is_given_the_time_that_its_answers_keep() -> None:
 def test_who_is_much_too_late_is_stuck() -> None:
     assert stuck_after(0.02, SETTINGS) == SETTINGS.stuck_at_least
     assert stuck_after(5.0, SETTINGS) == 20.0
+
+
+def test_no_more_hedges_are_saved_up_than_a_burst() -> None:
+    budget = HedgeBudget()
+    for _ in range(1000):
+        budget = after_request(budget, SETTINGS)
+    assert budget.left == SETTINGS.burst

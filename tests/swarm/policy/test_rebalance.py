@@ -221,3 +221,28 @@ def test_the_hot_are_held_by_more() -> None:
     copies = swarm.copies()
     assert min(copies[key] for key in experts[:4]) > 3
     assert min(copies.values()) >= FLOOR
+
+
+def test_whose_turn_it_is_to_leave_changes_with_the_time() -> None:
+    """Of three holders some may be told what to hold: then one of the others has its turn by and by."""
+    full = View(US, (US, A, B, C), {ONE: (A, B), TWO: (C,)}, frozenset((ONE, THREE)), ALL)
+    leaves = [rebalance(replace(full, turn=turn), Place(1, 1)).leave for turn in range(30)]
+    assert {frozenset(), frozenset((ONE,))} == set(leaves)
+
+
+def test_what_is_asked_for_least_makes_way() -> None:
+    holders = {ONE: (A, B), TWO: (A, B)}
+    full = View(US, (US,), holders, frozenset((ONE, TWO)), ALL, demand={ONE: 10.0, TWO: 1.0})
+    both = [
+        change.leave
+        for turn in range(30)
+        if len(rebalance(replace(full, turn=turn), Place(0, 0)).leave) == 2
+        and (change := rebalance(replace(full, turn=turn), Place(2, 2)))
+    ]
+    assert set(both) == {frozenset((TWO,))}
+
+
+def test_what_has_lacked_holders_for_longest_is_thought_about_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moehive.swarm.policy.rebalance.CONSIDERED", 1)
+    alone = View(US, (US,), {}, frozenset(), ALL, lacking={TWO: 3})
+    assert rebalance(alone, ROOM).take == (TWO,)

@@ -52,6 +52,17 @@ def test_bytes_that_are_no_characters_are_passed_on_too(data: bytes) -> None:
     assert "".join(pieces) + decoder.end() == as_bytes(data)
 
 
+def test_a_character_is_held_back_where_each_of_its_bytes_counts_as_unknown() -> None:
+    """As with tokenizers that fall back to bytes."""
+
+    def decode(tokens: Sequence[int]) -> str:
+        text = as_bytes(tokens)
+        return UNKNOWN * len(tokens) if UNKNOWN in text else text
+
+    decoder = TextDecoder(decode)
+    assert [decoder.feed([byte]) for byte in "🜁".encode()] == ["", "", "", "🜁"]
+
+
 @given(st.lists(st.integers(0, 9), max_size=30))
 def test_a_token_is_decoded_in_the_light_of_the_one_before(tokens: list[int]) -> None:
     decoder = TextDecoder(as_words)
