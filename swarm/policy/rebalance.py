@@ -48,6 +48,7 @@ class View:
     lacking: Mapping[ExpertKey, int] = field(default_factory=dict)  # looks at which it lacked holders already
     demand: Mapping[ExpertKey, float] = field(default_factory=dict)  # rows per second asked of all its holders
     turn: int = 0  # goes up with the time, equally for all peers
+    certain: Holders | None = None  # of `holders`, those that confirmed it just now; None: nobody was asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +125,12 @@ def _before_us(view: View, key: ExpertKey, subject: str) -> int:
 def _spare(view: View, floor: int) -> list[ExpertKey]:
     """What we hold and may leave in this turn; what is needed least stands last.
 
-    Of an expert's holders the last ones may, as many as are too many: others each turn, as some cannot choose.
+    Of an expert's holders the last ones may, as many as are too many: others each turn, as some cannot choose. Who
+    announces it and does not answer is no holder here: a killed peer is announced for more than a minute.
     """
-    spare = []
+    spare, sure = [], view.holders if view.certain is None else view.certain
     for key in view.held:
-        holders, subject = view.holders.get(key, ()), f"{key.layer} {view.turn}"
+        holders, subject = sure.get(key, ()), f"{key.layer} {view.turn}"
         behind = sum(_rank(peer, subject) > _rank(view.us, subject) for peer in holders)
         if behind <= len(holders) - floor:
             spare.append(key)
