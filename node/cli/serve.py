@@ -186,7 +186,7 @@ def _key(file: Path | None, environment: Mapping[str, str]) -> str | None:
     if file is not None and given is not None:
         raise ConfigError(f"--api-key-file and {KEY_VARIABLE} both give a key: leave one out")
     if file is not None:
-        return read_token(file)
+        return read_token(file, "API key")
     if given is not None and not is_token(given):
         raise ConfigError(
             f"{KEY_VARIABLE} is no key: one word of at least {MIN_TOKEN} letters and digits; "
@@ -218,6 +218,8 @@ def _say_ready(model: ServedModel, needs_key: bool, json: bool, address: HttpAdd
         said = {"url": base, "model": model.name, "modelId": model.id, "needsKey": needs_key, "chat": model.chats}
         say_json(said | {"context": model.limits.context})
         return
+    if address.is_any:
+        base = f"http://<an address of this machine>:{address.port}/v1"
     known: list[tuple[str, object]] = [("base URL", base), ("model", f"{model.name}, id {model.id}")]
     if model.limits.context is not None:
         known.append(("context", f"{model.limits.context:,} tokens"))

@@ -43,6 +43,11 @@ class HttpAddress:
         return f"http://{host}:{self.port}"
 
     @property
+    def is_any(self) -> bool:
+        """Whether it is all of this machine's addresses, and none that others could connect to."""
+        return ipaddress.ip_address(self.host).is_unspecified
+
+    @property
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
         return ipaddress.ip_address(self.host).is_loopback
