@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from moehive.protocol.errors import PeerError, TransportError
 from moehive.protocol.ids import ExpertKey, PeerId
@@ -17,6 +18,7 @@ from moehive.swarm.member import Member
 from moehive.swarm.policy.budgets import ExpertForms
 from moehive.swarm.policy.placement import choose_experts, rarest_first
 from moehive.swarm.policy.rebalance import Change, Place, View, lacking, rebalance
+from moehive.swarm.replicas import answering
 from moehive.swarm.store.base import ObjectSource
 from moehive.swarm.store.content import ContentStore
 
@@ -93,7 +95,12 @@ class Placement:
         if self._looks % ASK_EVERY == 0:
             self._asked = await self._ask_demand(directory)
         self._looks += 1
-        change, self._lacking = await asyncio.to_thread(self._decide, directory.holders, held, self._demand.rates())
+        decide = partial(self._decide, directory.holders, held, self._demand.rates())
+        change, now_lacking = await asyncio.to_thread(decide, None)
+        if change.leave:  # not for what is only announced
+            certain = await answering(self._member, self._manifest.model_id)
+            change, now_lacking = await asyncio.to_thread(decide, certain or Holders())
+        self._lacking = now_lacking
         return change
 
     # --- the first choice -----------------------------------------------------------------------------------------
@@ -170,11 +177,13 @@ class Placement:
     # --- the change -----------------------------------------------------------------------------------------------
 
     def _decide(
-        self, holders: Holders, held: frozenset[ExpertKey], ours: Mapping[ExpertKey, float]
+        self, holders: Holders, held: frozenset[ExpertKey], ours: Mapping[ExpertKey, float], certain: Holders | None
     ) -> tuple[Change, Mapping[ExpertKey, int]]:
         """The change, and what is lacking. Blocks: it looks for thousands of files, and the node answers meanwhile."""
         sizes = dict(self._obtainable(holders))
         view = self._view(holders, held, sizes, ours)
+        if certain is not None:
+            view = replace(view, certain={key: self._others(certain, key) for key in held})
         return rebalance(view, self._place(sizes)), lacking(view)
 
     def _view(

@@ -30,14 +30,14 @@ async def count_copies(member: Member, models: Mapping[ModelId, Manifest]) -> di
     """Peers that hold each object of `models`, without this one; an object of which nothing can be said is left out."""
     copies: dict[ShardHash, int] = {}
     for model, manifest in models.items():
-        holders = await _answering(member, model)
+        holders = await answering(member, model)
         if holders is not None:
             for object_hash, count in copies_by_object(manifest, holders).items():
                 copies[object_hash] = max(count, copies.get(object_hash, 0))
     return copies
 
 
-async def _answering(member: Member, model: ModelId) -> Holders | None:
+async def answering(member: Member, model: ModelId) -> Holders | None:
     """The peers that confirm what they announce of a model; None where the swarm cannot be asked."""
     directory = member.directory(model)
     try:

@@ -1,8 +1,9 @@
-"""What holds for every test: one thread, no model hub, nothing of the user's home, bounded Hypothesis runs."""
+"""What holds for every test: one thread, no model hub, nothing of the user's home, bounded Hypothesis runs, Ctrl-C."""
 
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 # Libraries read these once, at import, so they are set before anything is imported. Processes of tests inherit them.
@@ -23,6 +24,10 @@ os.environ |= {
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# A script that starts the tests in the background has them, and all of their processes, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 for _name in ("HF_HUB_CACHE", "HF_TOKEN", "TRANSFORMERS_CACHE", "TRITON_CACHE_DIR"):  # they would win over the above
     os.environ.pop(_name, None)
 

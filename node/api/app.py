@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -25,6 +24,7 @@ from .engine import Engine, Job, Outcome, Work
 from .errors import ApiError, of_failure
 from .events import AnswerForm, Kind, failure
 from .limits import Limits, sampling_of
+from .reading import PromptReader
 from .replies import ClientGone, EventReply, error_reply, json_reply, read_json, while_connected
 from .schema import ChatRequest, CompletionRequest, Message, Wishes, parse_chat, parse_completion
 
@@ -94,6 +94,7 @@ class _Api:
     def __init__(self, model: Served, engine: Engine, started: int) -> None:
         self._model = model
         self._engine = engine
+        self._reader = PromptReader(engine)
         self._started = started
 
     async def list_models(self, request: Request) -> Response:
@@ -109,7 +110,7 @@ class _Api:
         """POST /v1/chat/completions."""
         asked: ChatRequest = parse_chat(await read_json(request))
         self._check_model(asked.wishes.model)
-        prompt = await asyncio.to_thread(self._model.encode_chat, asked.messages)
+        prompt = await self._reader.read(request, lambda: self._model.encode_chat(asked.messages))
         return await self._answer(request, "chat", asked.wishes, prompt)
 
     async def complete(self, request: Request) -> Response:
@@ -118,7 +119,8 @@ class _Api:
         self._check_model(asked.wishes.model)
         prompt = asked.prompt
         if isinstance(prompt, str):
-            prompt = await asyncio.to_thread(self._model.encode_text, prompt)
+            text = prompt
+            prompt = await self._reader.read(request, lambda: self._model.encode_text(text))
         return await self._answer(request, "text", asked.wishes, prompt)
 
     async def live(self, request: Request) -> Response:
@@ -130,7 +132,8 @@ class _Api:
         reason = self._model.unavailable()
         if reason:
             return json_reply({"status": "unavailable", "reason": reason}, 503)
-        return json_reply({"status": "ready", "model": self._model.name, "waiting": self._engine.waiting})
+        waiting = self._engine.waiting + self._reader.under_way
+        return json_reply({"status": "ready", "model": self._model.name, "waiting": waiting})
 
     def _described(self) -> dict[str, Any]:
         return {"id": self._model.name, "object": "model", "created": self._started, "owned_by": "moehive"}

@@ -109,20 +109,27 @@ class Engine:
         """Jobs that wait."""
         return len(self._queue)
 
-    def submit(self, work: Work) -> Job:
-        """Take on work. Raises ApiError: 429 where too much waits already, 503 after the end."""
+    def check_room(self, more: int = 0) -> None:
+        """Raises ApiError: 429 where too much waits already, `more` that are not submitted yet included, 503 after the
+        end.
+        """
         if self._closed:
             raise _closing()
-        if len(self._queue) >= self._most + (not self._busy):
+        waiting = len(self._queue) + more
+        if waiting >= self._most + (not self._busy):
             self.counts.refused += 1
             again = min(max(1, math.ceil(self._usual)), _MAX_RETRY_AFTER)
             raise ApiError(
                 429,
-                f"{len(self._queue)} requests are waiting already; try again later",
+                f"{waiting} requests are waiting already; try again later",
                 kind="rate_limit_error",
                 code="queue_full",
                 retry_after=again,
             )
+
+    def submit(self, work: Work) -> Job:
+        """Take on work. Raises ApiError, as `check_room`."""
+        self.check_room()
         job = Job(work, self._remove, self._clock())
         self._queue.append(job)
         self._arrived.set()

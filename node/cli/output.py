@@ -98,7 +98,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def facts(pairs: Sequence[tuple[str, object]]) -> str:
     """One fact per line, names to the left of the values."""
     width = max(len(name) for name, _ in pairs)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in pairs)
+    return "\n".join(f"  {name:<{width}}  {plain(str(value))}" for name, value in pairs)
+
+
+def plain(text: str) -> str:
+    """With control characters spelled out: the name of a model is its maker's, and must not steer this terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Line:

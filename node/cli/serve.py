@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from .loading import LoadedModel
 
 KEY_VARIABLE: Final = "MOEHIVE_SERVE_API_KEY"
+_GRACE: Final = 4.0  # seconds in which answers that were begun may end after Ctrl-C
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")  # as browsers say it: of extensions, too
 
 
 @Parameter(name="*")
@@ -166,6 +169,12 @@ def rules_of(options: ServeOptions, environment: Mapping[str, str]) -> tuple[Htt
         )
     if key is None and "*" in options.cors_origin:
         raise ConfigError("--cors-origin '*' lets every web page use this model: set a key too, with --api-key-file")
+    for origin in options.cors_origin:
+        if origin != "*" and not (_ORIGIN.fullmatch(origin) and origin == origin.lower()):
+            raise ConfigError(
+                f"--cors-origin {origin} is no origin, which is what browsers compare: https://chat.example.org, in "
+                "lower case, without a path and a / at the end"
+            )
     names = own_names(address)
     return address, Rules(Access(key, None if names is None else frozenset(names)), options.cors_origin)
 
@@ -177,7 +186,7 @@ def _key(file: Path | None, environment: Mapping[str, str]) -> str | None:
     if file is not None and given is not None:
         raise ConfigError(f"--api-key-file and {KEY_VARIABLE} both give a key: leave one out")
     if file is not None:
-        return read_token(file)
+        return read_token(file, "API key")
     if given is not None and not is_token(given):
         raise ConfigError(
             f"{KEY_VARIABLE} is no key: one word of at least {MIN_TOKEN} letters and digits; "
@@ -194,9 +203,12 @@ async def _run(
 
     async with task_group() as group:
         working = group.create_task(engine.run(), name="engine")
-        async with hosted(app, address) as listening:
+        # A little longer than the engine's: who still reads is told, rather than cut off.
+        async with hosted(app, address, grace=_GRACE + 2) as listening:
             ready(listening)
             await stop.wait()
+            ending = asyncio.get_running_loop().call_later(_GRACE, working.cancel)
+        ending.cancel()
         working.cancel()
 
 
@@ -206,6 +218,8 @@ def _say_ready(model: ServedModel, needs_key: bool, json: bool, address: HttpAdd
         said = {"url": base, "model": model.name, "modelId": model.id, "needsKey": needs_key, "chat": model.chats}
         say_json(said | {"context": model.limits.context})
         return
+    if address.is_any:
+        base = f"http://<an address of this machine>:{address.port}/v1"
     known: list[tuple[str, object]] = [("base URL", base), ("model", f"{model.name}, id {model.id}")]
     if model.limits.context is not None:
         known.append(("context", f"{model.limits.context:,} tokens"))

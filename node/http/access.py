@@ -64,19 +64,19 @@ def is_token(text: str) -> bool:
     return MIN_TOKEN <= len(text) <= _MAX_TOKEN and text.isascii() and text.isprintable() and " " not in text
 
 
-def read_token(path: Path) -> str:
-    """The token in a file. Raises ConfigError where it is none, too short, or can be read by other users."""
+def read_token(path: Path, what: str = "token") -> str:
+    """The token in a file, called `what`. Raises ConfigError where it is none, too short, or others can read it."""
     try:
         with path.open(encoding="ascii") as file:
             mode = os.fstat(file.fileno()).st_mode
             token = file.read(_MAX_TOKEN + 1).strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not ASCII"
-        raise ConfigError(f"the token cannot be read from {path}: {reason}") from error
-    if mode & 0o077:
-        raise ConfigError(f"the token {path} can be read by other users; run: chmod 600 {path}")
+        raise ConfigError(f"the {what} cannot be read from {path}: {reason}") from error
     if not is_token(token):
-        raise ConfigError(f"{path} holds no token: one word of {MIN_TOKEN} to {_MAX_TOKEN} letters and digits is one")
+        raise ConfigError(f"{path} holds no {what}: one word of {MIN_TOKEN} to {_MAX_TOKEN} letters and digits is one")
+    if mode & 0o077:
+        raise ConfigError(f"the {what} in {path} can be read by other users; run: chmod 600 {path}")
     return token
 
 

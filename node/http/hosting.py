@@ -8,6 +8,7 @@ that in which requests may end.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -40,6 +41,11 @@ class HttpAddress:
         """Without a path."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
+
+    @property
+    def is_any(self) -> bool:
+        """Whether it is all of this machine's addresses, and none that others could connect to."""
+        return ipaddress.ip_address(self.host).is_unspecified
 
     @property
     def is_loopback(self) -> bool:
@@ -106,6 +112,7 @@ def _listening(address: HttpAddress) -> Iterator[socket.socket]:
         try:
             listener.bind((address.host, address.port))
         except OSError as error:
-            raise TransportError(f"{address.url} cannot be listened at: {error.strerror}") from error
+            other = "; name another port, or 0 for any that is free" if error.errno == errno.EADDRINUSE else ""
+            raise TransportError(f"{address.url} cannot be listened at: {error.strerror}{other}") from error
         listener.listen(_BACKLOG)
         yield listener

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from moehive.protocol.ids import ExpertKey, PeerId
 
@@ -48,6 +47,7 @@ class View:
     lacking: Mapping[ExpertKey, int] = field(default_factory=dict)  # looks at which it lacked holders already
     demand: Mapping[ExpertKey, float] = field(default_factory=dict)  # rows per second asked of all its holders
     turn: int = 0  # goes up with the time, equally for all peers
+    certain: Holders | None = None  # of `holders`, those that confirmed it just now; None: nobody was asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,12 @@ def rebalance(view: View, place: Place, *, floor: int = FLOOR) -> Change:
     First what nobody holds, then what too few hold, then what is asked for much more, for each of its holders, than
     what is left for it.
     """
-    spare = _spare(view, floor)
+    ranks = _Ranks()
+    spare = _spare(view, floor, ranks)
     take: list[ExpertKey] = []
     leave: list[ExpertKey] = []
     used = len(view.held)
-    for key in _wanted(view, floor):
+    for key in _wanted(view, floor, ranks):
         if used >= place.fast and spare:
             leave.append(spare.pop())
         elif used < (place.fast if view.holders.get(key) else place.most):
@@ -79,7 +80,7 @@ def rebalance(view: View, place: Place, *, floor: int = FLOOR) -> Change:
         else:
             continue
         take.append(key)
-    for key in _hot(view, floor, frozenset(take)):
+    for key in _hot(view, floor, frozenset(take), ranks):
         if used < place.fast:
             used += 1
         elif spare and _per_holder(view, key, 1) > HOTTER * _per_holder(view, spare[-1], 0):
@@ -102,45 +103,50 @@ def lacking(view: View, *, floor: int = FLOOR) -> dict[ExpertKey, int]:
     }
 
 
-def _wanted(view: View, floor: int) -> list[ExpertKey]:
+def _wanted(view: View, floor: int, ranks: _Ranks) -> list[ExpertKey]:
     """Experts that lack holders and that it is our turn to take; those with the fewest first."""
     few = [key for key in sorted(view.obtainable - view.held) if len(view.holders.get(key, ())) < floor]
     few.sort(key=lambda key: (len(view.holders.get(key, ())), -view.lacking.get(key, 0)))
-    return [key for key in few[:CONSIDERED] if _is_our_turn(view, key, floor - len(view.holders.get(key, ())))]
+    missing = {key: floor - len(view.holders.get(key, ())) for key in few[:CONSIDERED]}
+    return [key for key, count in missing.items() if _is_our_turn(view, key, count, ranks)]
 
 
-def _is_our_turn(view: View, key: ExpertKey, missing: int) -> bool:
-    """Whether we are among the first `missing` of those that could take it, or of twice as many after each look."""
+def _is_our_turn(view: View, key: ExpertKey, missing: int, ranks: _Ranks) -> bool:
+    """Whether we are among the first `missing` of those that could take it, or of twice as many after each look.
+
+    Ranks are those of its layer, so that what one peer takes lies together.
+    """
     waited = view.lacking.get(key, 0) - (_PATIENT if view.holders.get(key) else 0)
-    return waited >= 0 and _before_us(view, key, str(key.layer)) < missing << min(waited, 32)
+    return waited >= 0 and _before_us(view, key, ranks[str(key.layer)]) < missing << min(waited, 32)
 
 
-def _before_us(view: View, key: ExpertKey, subject: str) -> int:
-    """Peers that do not hold an expert and rank before us. By its layer, so that what one peer takes lies together."""
-    holders, ours = view.holders.get(key, ()), _rank(view.us, subject)
-    return sum(peer not in holders and peer != view.us and _rank(peer, subject) < ours for peer in view.peers)
+def _before_us(view: View, key: ExpertKey, ranks: _Subject) -> int:
+    """Peers that do not hold an expert and rank before us."""
+    holders, ours = frozenset(view.holders.get(key, ())), ranks[view.us]
+    return sum(peer not in holders and ranks[peer] < ours for peer in view.peers)
 
 
-def _spare(view: View, floor: int) -> list[ExpertKey]:
+def _spare(view: View, floor: int, ranks: _Ranks) -> list[ExpertKey]:
     """What we hold and may leave in this turn; what is needed least stands last.
 
-    Of an expert's holders the last ones may, as many as are too many: others each turn, as some cannot choose.
+    Of an expert's holders the last ones may, as many as are too many: others each turn, as some cannot choose. Who
+    announces it and does not answer is no holder here: a killed peer is announced for more than a minute.
     """
-    spare = []
+    spare, sure = [], view.holders if view.certain is None else view.certain
     for key in view.held:
-        holders, subject = view.holders.get(key, ()), f"{key.layer} {view.turn}"
-        behind = sum(_rank(peer, subject) > _rank(view.us, subject) for peer in holders)
+        holders, rank = sure.get(key, ()), ranks[f"{key.layer} {view.turn}"]
+        behind = sum(rank[peer] > rank[view.us] for peer in holders)
         if behind <= len(holders) - floor:
             spare.append(key)
-    return sorted(spare, key=lambda key: (-_per_holder(view, key, 0), len(view.holders[key]), key))
+    return sorted(spare, key=lambda key: (-_per_holder(view, key, 0), len(sure[key]), key))
 
 
-def _hot(view: View, floor: int, taken: Collection[ExpertKey]) -> list[ExpertKey]:
+def _hot(view: View, floor: int, taken: Collection[ExpertKey], ranks: _Ranks) -> list[ExpertKey]:
     """What is asked for, has holders enough, and is our turn to take; what is asked most of each holder first."""
     hot = [key for key in sorted(view.obtainable - view.held) if view.demand.get(key) and key not in taken]
     hot = [key for key in hot if len(view.holders.get(key, ())) >= floor]
     hot.sort(key=lambda key: -_per_holder(view, key, 1))
-    return [key for key in hot[:CONSIDERED] if not _before_us(view, key, f"{key.layer}_{key.expert} {view.turn}")]
+    return [key for key in hot[:CONSIDERED] if not _before_us(view, key, ranks[f"hot {key.layer} {view.turn}"])]
 
 
 def _per_holder(view: View, key: ExpertKey, more: int) -> float:
@@ -148,6 +154,21 @@ def _per_holder(view: View, key: ExpertKey, more: int) -> float:
     return view.demand.get(key, 0.0) / max(1, len(view.holders.get(key, ())) + more)
 
 
-@lru_cache(maxsize=1 << 16)
-def _rank(peer: PeerId, subject: str) -> bytes:
-    return hashlib.blake2b(f"{subject} {peer}".encode(), digest_size=8).digest()
+class _Subject(dict[PeerId, bytes]):
+    """Ranks of peers for one subject, made when they are asked for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def __missing__(self, peer: PeerId) -> bytes:
+        rank = self[peer] = hashlib.blake2b(f"{self._name} {peer}".encode(), digest_size=8).digest()
+        return rank
+
+
+class _Ranks(dict[str, _Subject]):
+    """For a look: of a thousand peers and some hundred subjects."""
+
+    def __missing__(self, name: str) -> _Subject:
+        subject = self[name] = _Subject(name)
+        return subject

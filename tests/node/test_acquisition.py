@@ -14,7 +14,7 @@ from shutil import copytree
 
 import pytest
 from support.checkpoints import Checkpoints
-from support.swarm_fakes import announce, identity, member, supplying
+from support.swarm_fakes import Holder, announce, identity, member, supplying
 from support.waiting import until
 
 from moehive.node import acquisition as module
@@ -215,16 +215,17 @@ async def test_what_the_swarm_lost_is_fetched_and_what_is_not_needed_may_be_evic
     others = [identity(number) for number in range(3, 7)]
     async with seed(network, mixtral, everything), member(network, 2) as us, AsyncExitStack() as stack:
         peers = [await stack.enter_async_context(MemoryTransport(network, other)) for other in others]
-        for transport, other in zip(peers, others, strict=True):
-            await announce(transport, other, everything, model=mixtral.model_id)
+        holders = [Holder(transport, other, mixtral.model_id) for transport, other in zip(peers, others, strict=True)]
+        for holder in holders:
+            await holder.announce(everything)
         node = Node(us, mixtral, store, experts="auto", ram=4)
         node.selected.clear()
         async with maintained(node, monkeypatch):
             before = node.holdings.experts
             assert len(before) == 4
             lost = everything - before
-            for transport, other in zip(peers, others, strict=True):  # they keep what this node holds
-                await announce(transport, other, before, model=mixtral.model_id)
+            for holder in holders:  # they keep what this node holds
+                await holder.announce(before)
             await announce(us.transport, SEED, skeleton=True, complete=True, model=mixtral.model_id)
             await until(lambda: not node.holdings.experts & before)
             assert node.holdings.experts <= lost
@@ -287,6 +288,6 @@ async def test_of_a_directory_other_experts_are_held_without_fetching(
             before = node.holdings.experts
             for other in others:
                 transport = await stack.enter_async_context(MemoryTransport(network, other))
-                await announce(transport, other, before, model=mixtral.model_id)
+                await Holder(transport, other, mixtral.model_id).announce(before)
             await until(lambda: not node.holdings.experts & before and len(node.holdings.experts) == 4)
             assert node.holdings.experts <= everything - before

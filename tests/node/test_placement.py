@@ -10,19 +10,16 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from support.swarm_fakes import SECRET, announce, identity, member
+from support.swarm_fakes import Holder, announce, identity, member
 
 from moehive.node.demand import DemandMeter
 from moehive.node.placement import TURN, Placement, Room
 from moehive.node.settings import NodeSettings, Publishing
-from moehive.protocol.codec import Message
-from moehive.protocol.errors import RefusalCode
-from moehive.protocol.ids import ExpertKey, PeerId, ShardHash
-from moehive.protocol.messages import PEER, Demand, GetDemand
+from moehive.protocol.ids import ExpertKey, ShardHash
+from moehive.protocol.messages import Demand
 from moehive.swarm.member import Member
 from moehive.swarm.policy.budgets import ExpertForms
 from moehive.swarm.policy.rebalance import Change
-from moehive.swarm.rpc.server import Refusal, Reply, stream_handler
 from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.transport.memory import MemoryNetwork, MemoryTransport
 
@@ -49,16 +46,8 @@ async def holder(
 ) -> AsyncIterator[MemoryTransport]:
     """A peer that announces experts, and says what it is asked for."""
 
-    async def answer(peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
-        assert isinstance(message, GetDemand)
-        assert message.model == model.model_id
-        if demand is None:
-            raise Refusal(RefusalCode.UNKNOWN_MODEL)
-        await reply(demand)
-
     async with MemoryTransport(network, identity(number)) as transport:
-        await transport.serve(PEER.name, stream_handler(PEER, SECRET, transport.peer, "holder", answer))
-        await announce(transport, identity(number), held, skeleton=True, model=model.model_id)
+        await Holder(transport, identity(number), model.model_id, demand).announce(held, skeleton=True)
         yield transport
 
 
@@ -86,6 +75,18 @@ async def test_a_lost_peers_experts_are_taken_for_those_that_others_hold(mixtral
     assert {change.take for change in changes if change} == {(lost,)}
     assert len(leaves) == 1
     assert leaves <= held
+
+
+async def test_nothing_is_left_to_peers_that_do_not_answer(mixtral: ConvertedDirectory) -> None:
+    """They were killed a moment ago, or never were there."""
+    network, everything = MemoryNetwork(), set(mixtral.manifest.experts)
+    lost = sorted(everything)[0]
+    held = frozenset(sorted(everything)[1:3])
+    async with holder(network, 3, mixtral, everything - {lost}) as first, member(network, 2) as us:
+        for number in range(4, 12):
+            await announce(first, identity(number), everything - {lost}, model=mixtral.model_id)
+        ours = placement(us, mixtral, room=2)
+        assert not any([await ours.look(held) for _ in range(20)])
 
 
 async def test_nothing_changes_where_it_need_not(mixtral: ConvertedDirectory) -> None:

@@ -28,6 +28,9 @@ class FakeModel:
         self.worked_on: list[Work] = []
         self.halted = threading.Event()  # some generation was ended early
         self.began = threading.Semaphore(0)  # released for each generation
+        self.read: list[str] = []  # prompts that were turned to tokens, or are being
+        self.may_read = threading.Event()  # cleared: reading a prompt takes until it is set
+        self.may_read.set()
         self._tokens = threading.Semaphore(0) if gate else None
 
     def let(self, tokens: int = 1) -> None:
@@ -41,6 +44,8 @@ class FakeModel:
         return self.encode_text("".join(message.content for message in messages))
 
     def encode_text(self, text: str) -> tuple[int, ...]:
+        self.read.append(text)
+        assert self.may_read.wait(TIMEOUT)
         return tuple(map(ord, text))
 
     def unavailable(self) -> str:

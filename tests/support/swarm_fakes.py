@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from moehive.protocol.codec import Message
-from moehive.protocol.errors import ShardUnavailable
+from moehive.protocol.errors import RefusalCode, ShardUnavailable
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
 from moehive.protocol.manifest import ShardEntry
-from moehive.protocol.messages import SHARD
+from moehive.protocol.messages import PEER, SHARD, Demand, GetDemand, GetInventory, Inventory
 from moehive.swarm.announcer import Announcer
 from moehive.swarm.identity import Identity
 from moehive.swarm.member import Member
-from moehive.swarm.rpc.server import Reply, stream_handler
+from moehive.swarm.rpc.server import Refusal, Reply, stream_handler
 from moehive.swarm.store.directory import ConvertedDirectory
 from moehive.swarm.transfer.supply import Shelf, answers
 from moehive.swarm.transport.base import Transport
@@ -75,6 +75,34 @@ async def announce(
     announcer = Announcer(transport, by, SECRET, model, wall_clock=clock)
     announcer.hold(frozenset(held), skeleton=skeleton, complete=complete, loading=loading)
     assert await announcer.announce()
+
+
+class Holder:
+    """A peer that announces experts of a model, confirms it when it is asked, and says what it is asked for."""
+
+    def __init__(self, transport: Transport, by: Identity, model: ModelId, demand: Demand | None = None) -> None:
+        self._transport = transport
+        self._announcer = Announcer(transport, by, SECRET, model)
+        self._demand = demand  # None: it does not say
+        self._answers = False
+
+    async def announce(self, held: Iterable[ExpertKey], *, skeleton: bool = False) -> None:
+        """Store what it holds now, and answer from now on."""
+        self._announcer.hold(frozenset(held), skeleton=skeleton)
+        assert await self._announcer.announce()
+        if not self._answers:
+            handler = stream_handler(PEER, SECRET, self._transport.peer, "holder", self._answer)
+            await self._transport.serve(PEER.name, handler)
+            self._answers = True
+
+    async def _answer(self, peer: PeerId, message: Message, payload: bytearray, reply: Reply) -> None:
+        if isinstance(message, GetInventory):
+            await reply(Inventory(), (self._announcer.record().value,))
+        elif self._demand is None:
+            raise Refusal(RefusalCode.UNKNOWN_MODEL)
+        else:
+            assert isinstance(message, GetDemand)
+            await reply(self._demand)
 
 
 def fetch_from(

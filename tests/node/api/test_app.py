@@ -255,6 +255,40 @@ async def test_a_client_that_goes_while_it_waits_frees_its_place_at_once():
     assert len(model.worked_on) == 1
 
 
+async def test_prompts_of_clients_that_have_gone_are_not_read():
+    model = FakeModel()
+    model.may_read.clear()
+    async with served(model) as client:
+        asking = [asyncio.create_task(client.post("/v1/completions", json=TEXT))]
+        while not model.read:
+            await client.get("/health/live")
+        asking += [asyncio.create_task(client.post("/v1/chat/completions", json=CHAT)) for _ in range(5)]
+        while (await client.get("/health/ready")).json()["waiting"] < 6:
+            pass
+        for task in asking:
+            task.cancel()
+        while (await client.get("/health/ready")).json()["waiting"] > 1:  # a thread that reads cannot be ended
+            pass
+        model.may_read.set()
+        assert (await client.post("/v1/completions", json=TEXT | {"prompt": "xyz"})).status_code == 200
+
+    assert model.read == ["abc", "xyz"]
+
+
+async def test_prompts_that_are_read_count_among_what_waits():
+    model = FakeModel()
+    model.may_read.clear()
+    async with served(model, waiting=1) as client:
+        asking = [asyncio.create_task(client.post("/v1/completions", json=TEXT)) for _ in range(2)]
+        while (await client.get("/health/ready")).json()["waiting"] < 2:
+            pass
+        assert error_of(await client.post("/v1/completions", json=TEXT)) == (
+            429, "rate_limit_error", None, "queue_full",
+        )  # fmt: skip
+        model.may_read.set()
+        assert [answer.status_code for answer in await asyncio.gather(*asking)] == [200, 200]
+
+
 async def test_a_reader_that_stops_reading_does_not_keep_the_model(monkeypatch):
     monkeypatch.setattr(engine_module, "MAX_UNREAD", 100)
     model = FakeModel(gate=True, context=None)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import socket
 from pathlib import Path
 
+import httpx
 import pytest
+from support.fake_model import TIMEOUT, FakeModel
 
+from moehive.node.api.app import build_app
+from moehive.node.api.engine import Engine
+from moehive.node.cli import serve as serve_module
 from moehive.node.cli.serve import ServeOptions, rules_of
 from moehive.protocol.errors import ConfigError
 
@@ -41,6 +48,17 @@ def test_others_need_a_key_and_may_come_under_any_name(key_file):
     ):
         address, rules = rules_of(options, environment)
         assert (rules.access.key, rules.access.hosts, address.is_loopback) == (KEY, None, False)
+
+
+@pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/", "https://Chat.example", "null", ""])
+def test_an_origin_that_no_browser_says_is_refused(origin):
+    with pytest.raises(ConfigError, match="is no origin"):
+        rules_of(ServeOptions(cors_origin=(origin,)), {})
+
+
+@pytest.mark.parametrize("origin", ["https://chat.example", "http://[::1]:3000", "moz-extension://0a-1b"])
+def test_an_origin_that_may_use_it(origin):
+    assert rules_of(ServeOptions(cors_origin=(origin,)), {})[1].cors_origins == (origin,)
 
 
 def test_a_key_that_others_could_know_is_refused(key_file, tmp_path):
@@ -87,3 +105,32 @@ def test_an_address_in_use_is_told_with_exit_code_1(moehive, converted):
 
     assert outcome.code == 1
     assert f"http://127.0.0.1:{port} cannot be listened at" in outcome.err
+    assert "name another port" in outcome.err
+
+
+async def test_at_the_end_a_stream_is_told_why_it_does_not_go_on(monkeypatch, caplog):
+    monkeypatch.setattr(serve_module, "_GRACE", 0.1)
+    model, stop = FakeModel(gate=True), asyncio.Event()
+    address, rules = rules_of(ServeOptions(port=0), {})
+    engine, listening = Engine(model.generate), asyncio.get_running_loop().create_future()
+    app = build_app(model, engine, rules)
+    running = asyncio.create_task(serve_module._run(engine, app, address, listening.set_result, stop))
+    url = (await asyncio.wait_for(listening, TIMEOUT)).url
+    model.let(1)
+    body = {"model": "fake", "prompt": "abc", "stream": True}
+    async with (
+        httpx.AsyncClient(timeout=TIMEOUT) as client,
+        client.stream("POST", f"{url}/v1/completions", json=body) as answer,
+    ):
+        lines = answer.aiter_lines()
+        await anext(lines)
+        stop.set()
+        for _ in range(500):  # it is asked after a token
+            if await asyncio.to_thread(model.halted.wait, 0.3):
+                break
+            model.let()
+        rest = [line async for line in lines if line]
+    await running
+
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

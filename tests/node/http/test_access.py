@@ -118,6 +118,7 @@ def test_a_token_is_one_word_in_a_private_file(tmp_path: Path) -> None:
     [
         (TOKEN, 0o640, "run: chmod 600"),
         ("short", 0o600, "holds no token: one word of 16 to 1024"),
+        ("root:x:0:0:root:/root:/bin/sh of everybody", 0o644, "holds no token"),
         ("two words of text", 0o600, "holds no token"),
         ("x" * 2000, 0o600, "holds no token"),
         ("", 0o600, "holds no token"),

@@ -31,6 +31,19 @@ def changes(held: set[ExpertKey], holders: dict[ExpertKey, tuple[PeerId, ...]], 
     return [change for one in views if (change := rebalance(one, place))]
 
 
+class Slow(tuple[PeerId, ...]):
+    """Holders that are searched one by one, which a thousand members would make a thousand times as slow."""
+
+    def __contains__(self, peer: object) -> bool:
+        raise AssertionError("searched for each peer")
+
+
+def test_holders_are_not_searched_for_each_peer():
+    holders = {ONE: Slow((A, B)), TWO: Slow((A, B)), THREE: Slow((A,))}
+    seen = View(US, (A, B, US), holders, frozenset(), ALL, lacking={THREE: 9}, demand={ONE: 1.0})
+    assert {ONE, THREE} <= set(rebalance(seen, ROOM).take)
+
+
 @dataclass
 class Simulated:
     """A swarm in which everybody looks at once. Whatever anybody held can be had again, as from a seed."""
