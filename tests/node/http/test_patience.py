@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -35,6 +37,26 @@ async def test_who_says_nothing_or_half_a_request_is_not_kept(monkeypatch: pytes
         assert await end_of(address) == b""
         assert await end_of(address, request) == b""
         assert (await end_of(address, request + b"\r\n" + request)).startswith(b"HTTP/1.1 404")
+
+
+class Looked(patience.PatientProtocol):
+    """Without a server: only what it looks at, and whether it has closed."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.transport: Any = SimpleNamespace(close=lambda: setattr(self, "closed", True))
+        self.cycle: Any = None
+        self.loop: Any = SimpleNamespace(call_later=lambda seconds, call: None)
+
+
+def test_who_asks_again_in_time_stays() -> None:
+    connection = Looked()
+    for _ in range(5):
+        connection.cycle = SimpleNamespace(response_complete=True)  # another request each time
+        connection._look()
+        assert not connection.closed
+    connection._look()
+    assert connection.closed
 
 
 async def test_who_waits_for_an_answer_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
