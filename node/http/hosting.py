@@ -22,7 +22,6 @@ from moehive.protocol.errors import TransportError
 
 from .patience import PatientProtocol
 
-MAX_CONNECTIONS: Final = 256
 _MAX_HEADERS: Final = 64 << 10  # bytes of one request's
 _KEEP_ALIVE: Final = 15  # seconds that an idle connection stays
 _BACKLOG: Final = 128
@@ -95,7 +94,6 @@ def _config(app: Any, grace: float) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
         h11_max_incomplete_event_size=_MAX_HEADERS,
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=max(1, round(grace)),

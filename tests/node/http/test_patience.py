@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,52 @@ async def test_who_says_nothing_or_half_a_request_is_not_kept(monkeypatch: pytes
         assert await end_of(address) == b""
         assert await end_of(address, request) == b""
         assert (await end_of(address, request + b"\r\n" + request)).startswith(b"HTTP/1.1 404")
+
+
+async def test_of_too_many_connections_the_oldest_idle_one_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody puts an application off, its health included, by connections alone."""
+    monkeypatch.setattr(patience, "MOST_SOCKETS", 3)
+    released, asked = asyncio.Event(), asyncio.Event()
+
+    async def answer(request: Request) -> PlainTextResponse:
+        asked.set()
+        await released.wait()
+        return PlainTextResponse("late")
+
+    async with hosted(Starlette(routes=[Route("/late", answer)]), ANY_PORT) as address, httpx.AsyncClient() as client:
+        asking = asyncio.create_task(client.get(f"{address.url}/late", timeout=60))
+        await asked.wait()
+        idle = [await asyncio.open_connection(address.host, address.port) for _ in range(12)]
+        async with asyncio.timeout(60):
+            for reader, _ in idle[:-2]:
+                with suppress(ConnectionResetError):
+                    assert await reader.read() == b""
+        assert (await client.get(f"{address.url}/", timeout=60)).status_code == 404  # in place of the next one
+        released.set()
+        assert (await asking).text == "late"
+        for _, writer in idle:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+
+
+async def test_where_all_are_worked_on_a_new_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "MOST_SOCKETS", 1)
+    released, asked = asyncio.Event(), asyncio.Event()
+
+    async def answer(request: Request) -> PlainTextResponse:
+        asked.set()
+        await released.wait()
+        return PlainTextResponse("late")
+
+    async with hosted(Starlette(routes=[Route("/late", answer)]), ANY_PORT) as address, httpx.AsyncClient() as client:
+        asking = asyncio.create_task(client.get(f"{address.url}/late", timeout=60))
+        await asked.wait()
+        async with httpx.AsyncClient() as another:
+            with pytest.raises(httpx.TransportError):
+                await another.get(address.url, timeout=60)
+        released.set()
+        assert (await asking).text == "late"
 
 
 class Looked(patience.PatientProtocol):
@@ -78,17 +125,6 @@ async def test_who_waits_for_an_answer_gets_it(monkeypatch: pytest.MonkeyPatch) 
             await end_of(address)  # as long as patience lasts
         released.set()
         assert (await asking).text == "at last"
-
-
-async def test_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PATIENCE", 1000.0)
-    monkeypatch.setattr(patience, "MOST_SOCKETS", 2)
-    async with hosted(Starlette(), ANY_PORT, grace=1) as address:
-        connections = [await asyncio.open_connection(address.host, address.port) for _ in range(2)]
-        assert await end_of(address) == b""
-        for _, writer in connections:
-            writer.close()
-            await writer.wait_closed()
 
 
 async def test_nonsense_is_answered_and_not_logged(caplog: pytest.LogCaptureFixture) -> None:
