@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
 from moehive.protocol.ids import ExpertKey, ModelId, PeerId
+from moehive.protocol.inventory import Inventory
 from moehive.swarm.directory import Holders
 
 MOST_PEERS: Final = 256  # that are told one by one
@@ -53,18 +54,22 @@ class Coverage:
         }
 
     def peers_json(self) -> dict[str, Any]:
-        """Who announces the model; at most MOST_PEERS of them, this node first and then in a stable order."""
-        return {"known": len(self.holders.inventories), "peers": list(self._peers())}
+        """Who announces the model; at most MOST_PEERS of them, this node first and then in a stable order.
 
-    def _peers(self) -> Iterator[dict[str, Any]]:
+        This node is there also before its own announcement has come back to it.
+        """
         known = self.holders.inventories
-        for peer in sorted(known, key=lambda peer: (peer != self.us, peer))[:MOST_PEERS]:
-            inventory = known[peer]
-            yield {
-                "peer": peer,
-                "self": peer == self.us,
-                "experts": len(inventory.held & self.experts),
-                "skeleton": inventory.skeleton,
-                "complete": inventory.complete,
-                "loading": inventory.loading,
-            }
+        others = sorted(peer for peer in known if peer != self.us)[: MOST_PEERS - 1]
+        peers = [self._peer(self.us, known.get(self.us)), *(self._peer(peer, known[peer]) for peer in others)]
+        return {"known": len(known.keys() | {self.us}), "peers": peers}
+
+    def _peer(self, peer: PeerId, announced: Inventory | None) -> dict[str, Any]:
+        ours = peer == self.us
+        return {
+            "peer": peer,
+            "self": ours,
+            "experts": len((self.own if ours or announced is None else announced.held) & self.experts),
+            "skeleton": announced is not None and announced.skeleton,
+            "complete": announced is not None and announced.complete,
+            "loading": announced is not None and announced.loading,
+        }

@@ -8,7 +8,7 @@ from support.node_facts import MODEL, PEER, coverage, inventory
 from support.swarm_fakes import identity
 
 from moehive.node.coverage import MOST_PEERS
-from moehive.protocol.ids import PeerId
+from moehive.protocol.ids import ExpertKey, PeerId
 from moehive.swarm.directory import Holders
 
 OTHER = identity(2).peer
@@ -34,7 +34,7 @@ def test_what_was_announced_and_is_gone_does_not_count() -> None:
 def test_an_expert_that_the_model_does_not_have_is_passed_over() -> None:
     found = replace(coverage(), holders=Holders({OTHER: inventory(OTHER, [(0, 1), (7, 7)])}))
     assert [len(layer["holders"]) for layer in found.to_json()["layers"]] == [4, 4]
-    assert found.peers_json()["peers"][0]["experts"] == 1
+    assert [(peer["peer"], peer["experts"]) for peer in found.peers_json()["peers"]] == [(PEER, 2), (OTHER, 1)]
 
 
 def test_this_node_is_the_first_of_the_peers_and_not_all_are_told() -> None:
@@ -45,8 +45,14 @@ def test_this_node_is_the_first_of_the_peers_and_not_all_are_told() -> None:
     assert said["peers"][0] == {
         "peer": PEER,
         "self": True,
-        "experts": 1,
+        "experts": 2,
         "skeleton": False,
         "complete": False,
         "loading": False,
     }
+
+
+def test_this_node_is_told_before_its_announcement_has_come_back() -> None:
+    alone = replace(coverage(), holders=Holders({}), own=frozenset([ExpertKey(0, 0), ExpertKey(1, 1)])).peers_json()
+    assert alone["known"] == 1
+    assert [(peer["peer"], peer["self"], peer["experts"]) for peer in alone["peers"]] == [(PEER, True, 2)]

@@ -93,8 +93,8 @@ def check_http(seen):
 
 def check_systemd(listener):
     """What it said of itself from its start to its end."""
-    said = [listener.recv(4096).decode().splitlines()[0] for _ in range(3)]
-    assert said == ["STATUS=loads experts", "READY=1", "STOPPING=1"]
+    said = [listener.recv(4096).decode().splitlines()[0] for _ in range(4)]
+    assert said == ["STATUS=joins the swarm", "STATUS=loads experts", "READY=1", "STOPPING=1"]
 
 
 def check_status(seen, said):
