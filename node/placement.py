@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 from moehive.protocol.errors import PeerError, TransportError
 from moehive.protocol.ids import ExpertKey, PeerId
@@ -95,12 +94,13 @@ class Placement:
         if self._looks % ASK_EVERY == 0:
             self._asked = await self._ask_demand(directory)
         self._looks += 1
-        decide = partial(self._decide, directory.holders, held, self._demand.rates())
-        change, now_lacking = await asyncio.to_thread(decide, None)
+        view, place = await asyncio.to_thread(self._see, directory.holders, held, self._demand.rates())
+        self._lacking = lacking(view)
+        change = await asyncio.to_thread(rebalance, view, place)
         if change.leave:  # not for what is only announced
-            certain = await answering(self._member, self._manifest.model_id)
-            change, now_lacking = await asyncio.to_thread(decide, certain or Holders())
-        self._lacking = now_lacking
+            certain = await answering(self._member, self._manifest.model_id) or Holders()
+            view = replace(view, certain={key: self._others(certain, key) for key in held})
+            change = await asyncio.to_thread(rebalance, view, place)
         return change
 
     # --- the first choice -----------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class Placement:
         return await asyncio.to_thread(self._choose, directory.holders)
 
     def _choose(self, holders: Holders) -> frozenset[ExpertKey]:
-        """Blocks, as `_decide`."""
+        """Blocks, as `_see`."""
         forms = self._room.forms
         return choose_experts(
             dict(self._obtainable(holders)),
@@ -176,15 +176,10 @@ class Placement:
 
     # --- the change -----------------------------------------------------------------------------------------------
 
-    def _decide(
-        self, holders: Holders, held: frozenset[ExpertKey], ours: Mapping[ExpertKey, float], certain: Holders | None
-    ) -> tuple[Change, Mapping[ExpertKey, int]]:
-        """The change, and what is lacking. Blocks: it looks for thousands of files, and the node answers meanwhile."""
+    def _see(self, holders: Holders, held: frozenset[ExpertKey], ours: Mapping[ExpertKey, float]) -> tuple[View, Place]:
+        """What there is to decide on. Blocks: it looks for thousands of files, and the node answers meanwhile."""
         sizes = dict(self._obtainable(holders))
-        view = self._view(holders, held, sizes, ours)
-        if certain is not None:
-            view = replace(view, certain={key: self._others(certain, key) for key in held})
-        return rebalance(view, self._place(sizes)), lacking(view)
+        return self._view(holders, held, sizes, ours), self._place(sizes)
 
     def _view(
         self,

@@ -116,7 +116,7 @@ class SwarmModel:
         holders = self._directory.holders
         if any(inventory.complete for inventory in holders.inventories.values()):
             return 0
-        return sum(1 for key in self._experts if not holders.of(key))
+        return len(self._experts.keys() - holders.by_expert.keys())
 
     def backend(self, form: str) -> SwarmExperts:
         """What computes the routed experts of a transformers model, on other threads."""

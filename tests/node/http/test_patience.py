@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +32,24 @@ async def end_of(address: HttpAddress, said: bytes = b"") -> bytes:
         return heard
 
 
+@asynccontextmanager
+async def answering_late() -> AsyncIterator[HttpAddress]:
+    """A server that works on one request as long as the context lasts, and then answers it."""
+    released, asked = asyncio.Event(), asyncio.Event()
+
+    async def answer(request: Request) -> PlainTextResponse:
+        asked.set()
+        await released.wait()
+        return PlainTextResponse("late")
+
+    async with hosted(Starlette(routes=[Route("/late", answer)]), ANY_PORT) as address, httpx.AsyncClient() as client:
+        asking = asyncio.create_task(client.get(f"{address.url}/late", timeout=60))
+        await asked.wait()
+        yield address
+        released.set()
+        assert (await asking).text == "late"
+
+
 async def test_who_says_nothing_or_half_a_request_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "PATIENCE", 0.5)
     request = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
@@ -43,24 +62,13 @@ async def test_who_says_nothing_or_half_a_request_is_not_kept(monkeypatch: pytes
 async def test_of_too_many_connections_the_oldest_idle_one_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody puts an application off, its health included, by connections alone."""
     monkeypatch.setattr(patience, "MOST_SOCKETS", 3)
-    released, asked = asyncio.Event(), asyncio.Event()
-
-    async def answer(request: Request) -> PlainTextResponse:
-        asked.set()
-        await released.wait()
-        return PlainTextResponse("late")
-
-    async with hosted(Starlette(routes=[Route("/late", answer)]), ANY_PORT) as address, httpx.AsyncClient() as client:
-        asking = asyncio.create_task(client.get(f"{address.url}/late", timeout=60))
-        await asked.wait()
+    async with answering_late() as address, httpx.AsyncClient() as client:
         idle = [await asyncio.open_connection(address.host, address.port) for _ in range(12)]
         async with asyncio.timeout(60):
             for reader, _ in idle[:-2]:
                 with suppress(ConnectionResetError):
                     assert await reader.read() == b""
         assert (await client.get(f"{address.url}/", timeout=60)).status_code == 404  # in place of the next one
-        released.set()
-        assert (await asking).text == "late"
         for _, writer in idle:
             writer.close()
             with suppress(ConnectionError):
@@ -69,21 +77,9 @@ async def test_of_too_many_connections_the_oldest_idle_one_makes_way(monkeypatch
 
 async def test_where_all_are_worked_on_a_new_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "MOST_SOCKETS", 1)
-    released, asked = asyncio.Event(), asyncio.Event()
-
-    async def answer(request: Request) -> PlainTextResponse:
-        asked.set()
-        await released.wait()
-        return PlainTextResponse("late")
-
-    async with hosted(Starlette(routes=[Route("/late", answer)]), ANY_PORT) as address, httpx.AsyncClient() as client:
-        asking = asyncio.create_task(client.get(f"{address.url}/late", timeout=60))
-        await asked.wait()
-        async with httpx.AsyncClient() as another:
-            with pytest.raises(httpx.TransportError):
-                await another.get(address.url, timeout=60)
-        released.set()
-        assert (await asking).text == "late"
+    async with answering_late() as address, httpx.AsyncClient() as another:
+        with pytest.raises(httpx.TransportError):
+            await another.get(address.url, timeout=60)
 
 
 class Looked(patience.PatientProtocol):
